@@ -1,0 +1,1 @@
+"""The model as a function: checkpoints, preprocessing, towers, engines, backends."""

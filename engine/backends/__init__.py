@@ -1,0 +1,1 @@
+"""What executes a tower: one module per runtime, one protocol for all."""

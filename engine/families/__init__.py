@@ -1,0 +1,1 @@
+"""Model families: one file builds the towers of one kind of checkpoint."""

@@ -1,0 +1,120 @@
+"""CLIP's towers: OpenAI's and OpenCLIP's checkpoints in transformers' layout.
+
+Knows the shapes and tensor names of CLIP, not where its weights lie or how they are executed.
+
+Source: Radford et al. 2021 (arXiv 2103.00020); names and pooling as in transformers'
+`modeling_clip.py`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.towers import BlockShape, PreNormBlock
+
+# transformers' names -> ours; a tensor that no rule matches is not part of a tower.
+BLOCK_NAMES = (
+    (r"\.layers\.(\d+)\.layer_norm(\d)", r".blocks.\1.norm\2"),
+    (r"\.layers\.(\d+)\.self_attn\.q_proj", r".blocks.\1.attention.query"),
+    (r"\.layers\.(\d+)\.self_attn\.k_proj", r".blocks.\1.attention.key"),
+    (r"\.layers\.(\d+)\.self_attn\.v_proj", r".blocks.\1.attention.value"),
+    (r"\.layers\.(\d+)\.self_attn\.out_proj", r".blocks.\1.attention.output"),
+    (r"\.layers\.(\d+)\.mlp", r".blocks.\1.feed_forward"),
+)
+IMAGE_NAMES = (
+    (r"^visual_projection", "projection"),
+    (r"^vision_model\.embeddings", "backbone"),
+    (r"^vision_model\.pre_layrnorm", "backbone.pre_norm"),  # the spelling of the format
+    (r"^vision_model\.post_layernorm", "backbone.post_norm"),
+    (r"^vision_model\.encoder", "backbone"),
+    *BLOCK_NAMES,
+)
+TEXT_NAMES = (
+    (r"^text_projection", "projection"),
+    (r"^text_model\.embeddings", "backbone"),
+    (r"^text_model\.final_layer_norm", "backbone.final_norm"),
+    (r"^text_model\.encoder", "backbone"),
+    *BLOCK_NAMES,
+)
+
+# `eos_token_id` 2 in a CLIP config stands for "the largest id of the row": the first configs
+# carried a wrong id, and transformers keeps reading it so.
+_LEGACY_EOS_TOKEN_ID = 2
+
+
+class ImageBackbone(nn.Module):
+    """CLIP's vision transformer: float32 [N, 3, H, W] -> [N, width], the class token."""
+
+    def __init__(self, config: Any) -> None:
+        """Take sizes from a `CLIPVisionConfig`."""
+        super().__init__()
+        shape = block_shape(config)
+        num_patches = (config.image_size // config.patch_size) ** 2
+        self.class_embedding = nn.Parameter(torch.empty(shape.width))
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels,
+            shape.width,
+            kernel_size=config.patch_size,
+            stride=config.patch_size,
+            bias=False,
+        )
+        self.position_embedding = nn.Embedding(num_patches + 1, shape.width)
+        self.pre_norm = nn.LayerNorm(shape.width, eps=shape.norm_eps)
+        self.blocks = nn.ModuleList(PreNormBlock(shape) for _ in range(config.num_hidden_layers))
+        self.post_norm = nn.LayerNorm(shape.width, eps=shape.norm_eps)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Encode normalized pixels."""
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        first = self.class_embedding.expand(patches.shape[0], 1, -1)
+        x = self.pre_norm(torch.cat([first, patches], dim=1) + self.position_embedding.weight)
+        for block in self.blocks:
+            x = block(x)
+        return self.post_norm(x[:, 0])
+
+
+class TextBackbone(nn.Module):
+    """CLIP's causal text transformer: int32 [N, T] -> [N, width], the end-of-text token."""
+
+    causal_bias: Tensor
+
+    def __init__(self, config: Any) -> None:
+        """Take sizes from a `CLIPTextConfig`."""
+        super().__init__()
+        shape = block_shape(config)
+        length = config.max_position_embeddings
+        self.eos_token_id = config.eos_token_id
+        self.token_embedding = nn.Embedding(config.vocab_size, shape.width)
+        self.position_embedding = nn.Embedding(length, shape.width)
+        self.blocks = nn.ModuleList(PreNormBlock(shape) for _ in range(config.num_hidden_layers))
+        self.final_norm = nn.LayerNorm(shape.width, eps=shape.norm_eps)
+        future = torch.ones(length, length, dtype=torch.bool).triu(1)
+        bias = torch.zeros(length, length).masked_fill(future, torch.finfo(torch.float32).min)
+        self.register_buffer("causal_bias", bias, persistent=False)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Encode token ids; what follows the end-of-text token has no influence."""
+        length = token_ids.shape[1]
+        x = self.token_embedding(token_ids) + self.position_embedding.weight[:length]
+        bias = self.causal_bias[:length, :length]
+        for block in self.blocks:
+            x = block(x, bias)
+        rows = torch.arange(token_ids.shape[0], device=token_ids.device)
+        return self.final_norm(x[rows, self._end_of_text(token_ids)])
+
+    def _end_of_text(self, token_ids: Tensor) -> Tensor:
+        if self.eos_token_id == _LEGACY_EOS_TOKEN_ID:
+            return token_ids.argmax(dim=-1)
+        return (token_ids == self.eos_token_id).int().argmax(dim=-1)
+
+
+def block_shape(config: Any) -> BlockShape:
+    """The block sizes of a `CLIPVisionConfig` or `CLIPTextConfig`."""
+    return BlockShape(
+        width=config.hidden_size,
+        hidden_width=config.intermediate_size,
+        num_heads=config.num_attention_heads,
+        act=config.hidden_act,
+        norm_eps=config.layer_norm_eps,
+    )

@@ -1,0 +1,111 @@
+"""What an engine is: the JSON that names its parts, their checksums and how to feed them.
+
+Knows nothing of how an engine is built or executed.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from engine.errors import EngineError
+from engine.preprocess import Preprocessing
+
+MANIFEST_FILE = "manifest.json"
+FORMAT_VERSION = 1
+# Part of every engine_id. Raised whenever the exported graph of the same weights changes, so that
+# an engine of the older form is not taken for the new one.
+GRAPH_VERSION = 1
+IMAGE_ONNX, TEXT_ONNX, TOKENIZER_FILE = "image.onnx", "text.onnx", "tokenizer.json"
+
+Precision = Literal["fp32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextInput:
+    """How texts become token ids."""
+
+    max_tokens: int
+    """A text is cut after so many tokens, special tokens included."""
+    pad_token_id: int
+    """Fills short rows of a batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """One engine, complete: whoever holds the folder needs no checkpoint."""
+
+    engine_id: str
+    """Precision and the hash of everything that makes the output."""
+    checkpoint: str
+    """Hub id or folder that it was built from, as given."""
+    revision: str | None
+    """Hub commit, None for a folder."""
+    checkpoint_digest: str
+    """SHA-256 of the checkpoint's files."""
+    precision: Precision
+    """Of weights and activations."""
+    embedding_dim: int
+    """D of the embeddings."""
+    preprocessing: Preprocessing
+    """How images become pixels."""
+    text: TextInput | None
+    """None for an engine without a text tower."""
+    files: dict[str, str]
+    """File name -> SHA-256 of its content."""
+    versions: dict[str, str]
+    """Library -> version at build time."""
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """`image`, and `text` where there is a text tower."""
+        return ("image",) if self.text is None else ("image", "text")
+
+    def write(self, directory: Path) -> None:
+        """Write `manifest.json`, the last file of an engine."""
+        record = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        (directory / MANIFEST_FILE).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read an engine's manifest; EngineError if it is missing, cut short or of a newer format."""
+    path = directory / MANIFEST_FILE
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+        version = record.pop("format_version")
+        if version > FORMAT_VERSION:
+            raise EngineError(f"{path}: written by a newer Clipmill (format {version}); upgrade")
+        preprocessing: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in record.pop("preprocessing").items()
+        }
+        text = record.pop("text")
+        return Manifest(
+            preprocessing=Preprocessing(**preprocessing),
+            text=None if text is None else TextInput(**text),
+            **record,
+        )
+    except FileNotFoundError:
+        raise EngineError(f"{directory}: no engine there ({MANIFEST_FILE} is missing)") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise EngineError(
+            f"{path}: damaged ({error}); remove the folder, the next run builds it anew"
+        ) from error
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify_files(manifest: Manifest, directory: Path) -> None:
+    """Compare every file with its checksum; EngineError names the first that differs."""
+    for name, digest in manifest.files.items():
+        path = directory / name
+        if not path.exists():
+            raise EngineError(f"engine {manifest.engine_id}: {path} is missing")
+        if file_digest(path) != digest:
+            raise EngineError(f"engine {manifest.engine_id}: {path} does not match its checksum")

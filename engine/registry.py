@@ -1,0 +1,135 @@
+"""Engines by content: an engine is built once, published whole, and found by its id.
+
+Knows nothing of what executes an engine.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+from engine.checkpoint import Checkpoint
+from engine.errors import EngineError
+from engine.manifest import (
+    GRAPH_VERSION,
+    IMAGE_ONNX,
+    MANIFEST_FILE,
+    TEXT_ONNX,
+    TOKENIZER_FILE,
+    Manifest,
+    Precision,
+    TextInput,
+    file_digest,
+    read_manifest,
+    verify_files,
+)
+
+PRECISION: Precision = "fp32"
+
+
+def default_engines_dir() -> Path:
+    """`$CLIPMILL_ENGINES`, or a folder in the user's cache."""
+    named = os.environ.get("CLIPMILL_ENGINES")
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(named) if named else Path(cache) / "clipmill" / "engines"
+
+
+def engine_id_of(checkpoint: Checkpoint) -> str:
+    """The id that an engine of this checkpoint has, whether it is built or not.
+
+    Same id, same embeddings: it hashes the checkpoint's files, the precision and the form of
+    the export.
+    """
+    recipe = f"{checkpoint.digest} {PRECISION} graph-{GRAPH_VERSION}"
+    return f"{PRECISION}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
+
+
+def find_engine(engine_id: str, *, engines_dir: Path) -> Manifest | None:
+    """The manifest of a built engine, None if it is not built."""
+    directory = engines_dir / engine_id
+    return read_manifest(directory) if (directory / MANIFEST_FILE).exists() else None
+
+
+def load_or_build(checkpoint: Checkpoint, *, engines_dir: Path) -> Manifest:
+    """Find the engine of a checkpoint, or build it; of all who ask at once on a node, one builds.
+
+    The engine lies in `engines_dir / manifest.engine_id`. Its files are compared with their
+    checksums; a damaged engine is built anew.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be built from.
+        EngineError: The folder cannot be written.
+    """
+    engine_id = engine_id_of(checkpoint)
+    directory = engines_dir / engine_id
+    with _lock(engines_dir, engine_id):
+        if directory.exists():
+            try:
+                manifest = read_manifest(directory)
+                verify_files(manifest, directory)
+            except EngineError:
+                shutil.rmtree(directory)
+            else:
+                return manifest
+        return _build(checkpoint, engine_id=engine_id, engines_dir=engines_dir)
+
+
+@contextmanager
+def _lock(engines_dir: Path, engine_id: str) -> Iterator[None]:
+    # The operating system drops an flock with its process, so a killed builder holds nobody up.
+    try:
+        engines_dir.mkdir(parents=True, exist_ok=True)
+        handle = (engines_dir / f".{engine_id}.lock").open("w")
+    except OSError as error:
+        raise EngineError(
+            f"engines folder {engines_dir} cannot be written ({error.strerror}); name another "
+            "with --engines or $CLIPMILL_ENGINES"
+        ) from error
+    with handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _build(checkpoint: Checkpoint, *, engine_id: str, engines_dir: Path) -> Manifest:
+    # torch and transformers are needed to build an engine, not to find or run one.
+    from engine.export import export_image_tower, export_text_tower, export_tokenizer
+    from engine.model import load_model
+
+    for stale in engines_dir.glob(f".{engine_id}.building-*"):
+        shutil.rmtree(stale)
+    building = Path(tempfile.mkdtemp(prefix=f".{engine_id}.building-", dir=engines_dir))
+    model = load_model(checkpoint)
+    export_image_tower(
+        model.image_tower,
+        height=model.preprocessing.height,
+        width=model.preprocessing.width,
+        path=building / IMAGE_ONNX,
+    )
+    text = None
+    if model.text_tower is not None and model.max_tokens is not None:
+        export_text_tower(model.text_tower, path=building / TEXT_ONNX)
+        max_tokens, pad_token_id = export_tokenizer(
+            checkpoint, max_tokens=model.max_tokens, path=building / TOKENIZER_FILE
+        )
+        text = TextInput(max_tokens=max_tokens, pad_token_id=pad_token_id)
+    manifest = Manifest(
+        engine_id=engine_id,
+        checkpoint=checkpoint.name,
+        revision=checkpoint.revision,
+        checkpoint_digest=checkpoint.digest,
+        precision=PRECISION,
+        embedding_dim=model.embedding_dim,
+        preprocessing=model.preprocessing,
+        text=text,
+        files={path.name: file_digest(path) for path in sorted(building.iterdir())},
+        versions={name: version(name) for name in ("clipmill", "torch", "transformers", "onnx")},
+    )
+    manifest.write(building)
+    building.chmod(0o755)  # mkdtemp makes it private; other users' actors may share the folder
+    building.rename(engines_dir / engine_id)
+    return manifest

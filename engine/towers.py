@@ -1,0 +1,183 @@
+"""The towers as nn.Modules: uint8 pixels or token ids in, unit embeddings out.
+
+Knows the blocks that all families share, not which checkpoint they are filled from.
+
+The products of attention are written out rather than left to a fused call, so that
+quantization can see and scale each of them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from engine.errors import CheckpointError
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    # Named as in transformers' `hidden_act`.
+    "gelu": functional.gelu,
+    "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": functional.relu,
+    "silu": functional.silu,
+}
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The activation that a config calls `name`; CheckpointError if it is not one of ours."""
+    if name not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise CheckpointError(f"activation {name!r} is not supported (supported: {known})")
+    return ACTIVATIONS[name]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: float [N, T, width] -> float [N, T, width]."""
+
+    def __init__(self, width: int, *, num_heads: int) -> None:
+        """Raise CheckpointError unless the heads divide the width."""
+        super().__init__()
+        if width % num_heads:
+            raise CheckpointError(f"{num_heads} attention heads do not divide a width of {width}")
+        self.num_heads = num_heads
+        self.scale = (width // num_heads) ** -0.5
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.output = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Attend; `bias` (0 or very negative, broadcast to [N, heads, T, T]) masks positions."""
+        num_rows, length, width = x.shape
+        heads = (num_rows, length, self.num_heads, width // self.num_heads)
+        query = (self.query(x) * self.scale).view(heads).transpose(1, 2)
+        key = self.key(x).view(heads).permute(0, 2, 3, 1)
+        value = self.value(x).view(heads).transpose(1, 2)
+        scores = query @ key
+        if bias is not None:
+            scores = scores + bias
+        mixed = scores.softmax(dim=-1) @ value
+        return self.output(mixed.transpose(1, 2).reshape(num_rows, length, width))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers about an activation: float [..., width] -> float [..., width]."""
+
+    def __init__(self, width: int, *, hidden_width: int, act: str) -> None:
+        """Name the activation as transformers does (`hidden_act`)."""
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden_width)
+        self.fc2 = nn.Linear(hidden_width, width)
+        self.act = activation(act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layers."""
+        return self.fc2(self.act(self.fc1(x)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockShape:
+    """The sizes of one transformer block."""
+
+    width: int
+    """Channels of a token."""
+    hidden_width: int
+    """Channels between the two linear layers."""
+    num_heads: int
+    """Attention heads."""
+    act: str
+    """Activation, named as in transformers' `hidden_act`."""
+    norm_eps: float
+    """Added to the variance in LayerNorm."""
+
+
+class PreNormBlock(nn.Module):
+    """A block whose LayerNorms come before attention and feed-forward (CLIP, ViT)."""
+
+    def __init__(self, shape: BlockShape) -> None:
+        """Build from sizes."""
+        super().__init__()
+        self.norm1 = nn.LayerNorm(shape.width, eps=shape.norm_eps)
+        self.attention = Attention(shape.width, num_heads=shape.num_heads)
+        self.norm2 = nn.LayerNorm(shape.width, eps=shape.norm_eps)
+        self.feed_forward = FeedForward(shape.width, hidden_width=shape.hidden_width, act=shape.act)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Map float [N, T, width] to the same shape."""
+        x = x + self.attention(self.norm1(x), bias)
+        return x + self.feed_forward(self.norm2(x))
+
+
+class PostNormBlock(nn.Module):
+    """A block whose LayerNorms come after each sum (BERT, RoBERTa)."""
+
+    def __init__(self, shape: BlockShape) -> None:
+        """Build from sizes."""
+        super().__init__()
+        self.attention = Attention(shape.width, num_heads=shape.num_heads)
+        self.norm1 = nn.LayerNorm(shape.width, eps=shape.norm_eps)
+        self.feed_forward = FeedForward(shape.width, hidden_width=shape.hidden_width, act=shape.act)
+        self.norm2 = nn.LayerNorm(shape.width, eps=shape.norm_eps)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Map float [N, T, width] to the same shape."""
+        x = self.norm1(x + self.attention(x, bias))
+        return self.norm2(x + self.feed_forward(x))
+
+
+class Normalize(nn.Module):
+    """Pixels as stored to pixels as trained: uint8 [N, H, W, 3] -> float32 [N, 3, H, W]."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self, *, mean: Sequence[float], std: Sequence[float], rescale_factor: float
+    ) -> None:
+        """Fold (pixel * rescale_factor - mean) / std into one product and one sum."""
+        super().__init__()
+        std64 = torch.tensor(std, dtype=torch.float64)
+        mean64 = torch.tensor(mean, dtype=torch.float64)
+        self.register_buffer("scale", (rescale_factor / std64).float(), persistent=False)
+        self.register_buffer("shift", (-mean64 / std64).float(), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Normalize and move the channels to the front."""
+        return (pixels.float() * self.scale + self.shift).permute(0, 3, 1, 2)
+
+
+class ImageTower(nn.Module):
+    """uint8 pixels [N, H, W, 3] (RGB) -> float32 embeddings [N, D] of unit norm."""
+
+    def __init__(self, *, normalize: Normalize, backbone: nn.Module, projection: nn.Module) -> None:
+        """`backbone`: float32 [N, 3, H, W] -> [N, width]; `projection`: [N, width] -> [N, D]."""
+        super().__init__()
+        self.normalize = normalize
+        self.backbone = backbone
+        self.projection = projection
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Encode images."""
+        return unit_norm(self.projection(self.backbone(self.normalize(pixels))))
+
+
+class TextTower(nn.Module):
+    """int32 token ids [N, T], padded -> float32 embeddings [N, D] of unit norm."""
+
+    def __init__(self, *, backbone: nn.Module, projection: nn.Module) -> None:
+        """`backbone`: int32 [N, T] -> [N, width]; `projection`: [N, width] -> [N, D]."""
+        super().__init__()
+        self.backbone = backbone
+        self.projection = projection
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Encode texts."""
+        return unit_norm(self.projection(self.backbone(token_ids)))
+
+
+def unit_norm(x: Tensor) -> Tensor:
+    """Divide each row of [N, D] by its L2 norm."""
+    return x / x.norm(dim=-1, keepdim=True)
