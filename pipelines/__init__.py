@@ -1,0 +1,1 @@
+"""Datasets in, datasets out: catalog, decode, encode, snapshots, index, search."""

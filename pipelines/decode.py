@@ -1,0 +1,150 @@
+"""The decode stage: catalog rows -> pixels and texts that are ready to encode, or reject reasons.
+
+Knows nothing of models beyond the geometry of their pixels.
+
+Rows come out once for each wanted modality, so that an image and a text of one key are judged
+and counted apart.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from engine.preprocess import ImageLimits, ImageRejected, Preprocessing, decode_pixels
+from pipelines import schema
+from pipelines.fetch import FetchFailure, fetch_all
+from pipelines.fingerprints import row_fingerprints
+from pipelines.progress import StageMeter
+from pipelines.schema import Modality, Reason, Stage
+
+# (reason, detail), or None for a row that is fine.
+Verdict = tuple[str, str | None] | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowLimits:
+    """What one row may cost, and how many may fail."""
+
+    image: ImageLimits = field(default_factory=ImageLimits)
+    """Bounds on one image."""
+    max_text_chars: int = 50_000
+    """Longer texts are rejected; those between this and the token length are cut. A document
+    that got into the caption column should be noticed."""
+    max_reject_share: float = 0.1
+    """The run stops once more than this share of its rows was rejected, and at least 20."""
+
+    def __post_init__(self) -> None:
+        """Check the bounds."""
+        if self.max_text_chars < 1:
+            raise ValueError(f"max_text_chars={self.max_text_chars}: expected at least 1")
+        if not 0 <= self.max_reject_share <= 1:
+            raise ValueError(f"max_reject_share={self.max_reject_share}: expected 0 to 1")
+
+
+def decode_batch(
+    table: pa.Table,
+    *,
+    modalities: Sequence[Modality],
+    preprocessing: Preprocessing,
+    limits: RowLimits,
+    carry_columns: Sequence[str],
+    meter: StageMeter,
+) -> pa.Table:
+    """Decode a batch of canonical rows (see `reading.CatalogDatasource`).
+
+    Returns:
+        One row for each wanted modality of each row: `key`, `modality`, `pixels` large_binary
+        (uint8 [H, W, 3], RGB, HWC) or null, `text` or null, `fingerprint`, `stage`, `reason` and
+        `detail` (null where the row is fine), `source_file`, `source_row`, carried columns.
+    """
+    with meter.batch() as size:
+        parts = []
+        for modality in modalities:
+            wanted = table.filter(table[schema.WANTED[modality]])
+            if modality == "image":
+                pixels, verdicts = _images(wanted, preprocessing=preprocessing, limits=limits)
+                texts: Any = pa.nulls(wanted.num_rows, pa.string())
+            else:
+                texts, verdicts = _texts(wanted, limits=limits)
+                pixels = pa.nulls(wanted.num_rows, pa.large_binary())
+            rejected = [verdict is not None for verdict in verdicts]
+            stages = [Stage.DECODE.value if flag else None for flag in rejected]
+            parts.append(
+                pa.table(
+                    {
+                        schema.KEY: wanted[schema.KEY],
+                        schema.MODALITY: pa.repeat(modality, wanted.num_rows),
+                        schema.PIXELS: pixels,
+                        schema.TEXT: texts,
+                        schema.FINGERPRINT: row_fingerprints(wanted, modality=modality),
+                        schema.STAGE: pa.array(stages, pa.string()),
+                        schema.REASON: pa.array([v and v[0] for v in verdicts], pa.string()),
+                        schema.DETAIL: pa.array([v and v[1] for v in verdicts], pa.string()),
+                        schema.SOURCE_FILE: wanted[schema.SOURCE_FILE],
+                        schema.SOURCE_ROW: wanted[schema.SOURCE_ROW],
+                        **{name: wanted[name] for name in carry_columns},
+                    }
+                )
+            )
+        decoded = pa.concat_tables(parts)
+        size(decoded.num_rows, decoded.nbytes)
+    return decoded
+
+
+def _images(
+    table: pa.Table, *, preprocessing: Preprocessing, limits: RowLimits
+) -> tuple[pa.Array, list[Verdict]]:
+    encoded: list[Any] = [
+        image.as_buffer() if image.is_valid else None for image in table[schema.IMAGE]
+    ]
+    uris = table[schema.IMAGE_URI].to_pylist()
+    # Bytes that are there win; a path beside them only says where they once came from.
+    missing = [row for row, uri in enumerate(uris) if encoded[row] is None and uri]
+    fetched = fetch_all([uris[row] for row in missing], max_bytes=limits.image.max_image_bytes)
+    for row, content in zip(missing, fetched, strict=True):
+        encoded[row] = content
+    pixels: list[bytes | None] = []
+    verdicts: list[Verdict] = []
+    for content in encoded:
+        pixel, verdict = _image(content, preprocessing=preprocessing, limits=limits.image)
+        pixels.append(pixel)
+        verdicts.append(verdict)
+    return pa.array(pixels, pa.large_binary()), verdicts
+
+
+def _image(
+    content: Any, *, preprocessing: Preprocessing, limits: ImageLimits
+) -> tuple[bytes | None, Verdict]:
+    if content is None:
+        return None, (Reason.NULL_IMAGE.value, None)
+    if isinstance(content, FetchFailure):
+        return None, (Reason.FETCH_FAILED.value, content.detail)
+    try:
+        pixels = decode_pixels(memoryview(content), preprocessing=preprocessing, limits=limits)
+    except ImageRejected as error:
+        return None, (error.reason, error.detail)
+    return np.ascontiguousarray(pixels).tobytes(), None
+
+
+def _texts(table: pa.Table, *, limits: RowLimits) -> tuple[Any, list[Verdict]]:
+    texts = table[schema.TEXT]
+    verdicts = [_text_verdict(text, limits=limits) for text in texts.to_pylist()]
+    fine = pa.array([verdict is None for verdict in verdicts], pa.bool_())
+    return pc.if_else(fine, texts, pa.scalar(None, pa.string())), verdicts
+
+
+def _text_verdict(text: str | None, *, limits: RowLimits) -> Verdict:
+    if text is None:
+        return Reason.NULL_TEXT.value, None
+    if not text.strip():
+        return Reason.EMPTY_TEXT.value, f"{len(text)} characters, all of them white space"
+    if len(text) > limits.max_text_chars:
+        return (
+            Reason.TEXT_TOO_LONG.value,
+            f"{len(text)} characters, more than {limits.max_text_chars}",
+        )
+    return None

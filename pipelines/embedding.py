@@ -1,0 +1,290 @@
+"""Embeds a catalog into a store: plan, run the stages, check every key, commit one snapshot.
+
+Knows nothing of the command line or of how progress and reports are shown.
+"""
+
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import ray
+
+from engine.checkpoint import find_checkpoint
+from engine.errors import EngineError
+from engine.manifest import Manifest
+from engine.registry import default_engines_dir, engine_id_of, find_engine
+from pipelines.assembly import count_rejects, next_files
+from pipelines.catalog import Catalog, CatalogConfig, open_catalog
+from pipelines.decode import RowLimits
+from pipelines.encode import ready_engine
+from pipelines.errors import IncompleteRunError, StoreError, TooManyRejectsError
+from pipelines.ledger import Counts, Ledger
+from pipelines.planning import (
+    add_catalog,
+    add_stored,
+    catalog_record,
+    plan_id_of,
+    staged_files,
+)
+from pipelines.progress import Progress, ProgressBoard, polled
+from pipelines.schema import EmbeddingDtype, Modality
+from pipelines.snapshots import EngineRecord, Snapshot, StoredFile, commit, current_snapshot
+from pipelines.stages import Pass, Resources, num_workers, ray_data_settings, run_stages
+from pipelines.store import Store
+
+# Fewer rejects than this never stop a run: a share of a handful of rows says nothing.
+MIN_REJECTS_TO_STOP = 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbedConfig:
+    """One embedding run."""
+
+    catalog: CatalogConfig
+    """What to embed."""
+    store_uri: str
+    """Where embeddings, rejects and snapshots go: any fsspec URI that all nodes can write."""
+    checkpoint: str
+    """Hub id, or a folder that all nodes can read."""
+    revision: str | None = None
+    """Hub branch, tag or commit."""
+    engines_dir: Path = field(default_factory=default_engines_dir)
+    """Where a node keeps its engines."""
+    dtype: EmbeddingDtype = "float32"
+    """Of stored embeddings; float16 halves the store, but not every reader of Parquet knows it."""
+    limits: RowLimits = field(default_factory=RowLimits)
+    """What a row may cost and how many may fail."""
+    resources: Resources = field(default_factory=Resources)
+    """What the stages take of the cluster."""
+
+    def __post_init__(self) -> None:
+        """Check the bounds."""
+        if not self.store_uri:
+            raise ValueError("store uri is empty; name a folder")
+        if self.dtype not in ("float32", "float16"):
+            raise ValueError(f"dtype={self.dtype!r}: expected float32 or float16")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbedResult:
+    """What a run did."""
+
+    run_id: str
+    """Names the run's reports."""
+    snapshot: Snapshot
+    """The current snapshot: a new one, or the one before if nothing had changed."""
+    committed: bool
+    """Whether the snapshot is new."""
+    counts: Counts
+    """The plan before the run."""
+    num_embedded: dict[Modality, int]
+    """Rows embedded by this run."""
+    rejects_by_reason: dict[str, int]
+    """Of the snapshot, not of this run alone."""
+    progress: Progress | None
+    """What the stages did; None if there was nothing to embed."""
+    workers: dict[str, int]
+    """Stage -> how many could work at once."""
+
+
+def embed(
+    config: EmbedConfig, *, on_progress: Callable[[Counts, Progress], None] | None = None
+) -> EmbedResult:
+    """Embed what is new or changed in a catalog and commit a snapshot of all of it.
+
+    Ray must be initialized. Killed at any point, the same call goes on where the run stopped.
+
+    Args:
+        config: What, where to and with what.
+        on_progress: Called about twice a second while the stages run, from another thread.
+
+    Raises:
+        CheckpointError, EngineError: The model cannot be had or does not fit the catalog.
+        CatalogError: The catalog cannot be read or its schema has faults.
+        StoreError: The store cannot be written or holds another model's embeddings.
+        TooManyRejectsError: See `RowLimits.max_reject_share`.
+        IncompleteRunError: Rows are missing at the end (files changed while they were read).
+    """
+    store = Store(config.store_uri)
+    catalog = open_catalog(config.catalog)
+    engine = _engine_record(config)
+    store.check_writable()
+    parent = current_snapshot(store)
+    _check_parent(parent, config=config, catalog=catalog, engine=engine, store=store)
+    limits = config.limits
+    # The share of rejects is not among them: a run stopped by it goes on when more are accepted.
+    settings = [config.dtype, repr(limits.image), str(limits.max_text_chars)]
+    plan_id = plan_id_of(catalog, engine=engine, settings=settings)
+    before = () if parent is None else parent.files
+    written: list[StoredFile] = []
+    progress = None
+    with (
+        ray_data_settings(config.resources),
+        Ledger(key_type=catalog.key_type, modalities=catalog.modalities) as ledger,
+    ):
+        staged = staged_files(store, plan_id=plan_id, committed=before)
+        add_stored(ledger, before, store=store, staged=False)
+        add_stored(ledger, staged, store=store, staged=True)
+        add_catalog(ledger, catalog, parent=parent, num_cpus=config.resources.io_cpus)
+        ledger.settle()
+        counts = ledger.counts()
+        manifest = _ready_manifest(config, engine=engine, catalog=catalog)
+        if counts.num_due_rows:
+            pass_ = Pass(
+                catalog=catalog,
+                engine=engine,
+                manifest=manifest,
+                engines_dir=config.engines_dir,
+                store_uri=config.store_uri,
+                plan_id=plan_id,
+                dtype=config.dtype,
+                limits=config.limits,
+                resources=config.resources,
+            )
+            written, progress = _run(pass_, ledger=ledger, counts=counts, on_progress=on_progress)
+            add_stored(ledger, written, store=store, staged=True)
+            ledger.settle()
+            still_due = ledger.counts().num_due
+            if any(still_due.values()):
+                raise IncompleteRunError(
+                    f"{still_due} rows were planned but not written: the catalog changed while it "
+                    "was read. Nothing was committed and nothing lost; run the same command again"
+                )
+        files = next_files(
+            [*before, *staged, *written],
+            ledger=ledger,
+            key_type=catalog.key_type,
+            plan_id=plan_id,
+            store=store,
+        )
+    run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+    snapshot = Snapshot(
+        number=1 if parent is None else parent.number + 1,
+        parent=None if parent is None else parent.number,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        run_id=run_id,
+        engine=engine,
+        catalog=catalog_record(catalog, num_keys=counts.num_keys),
+        key_type=str(catalog.key_type),
+        embedding_dim=manifest.embedding_dim,
+        embedding_dtype=config.dtype,
+        modalities=catalog.modalities,
+        files=tuple(sorted(files, key=lambda file: file.path)),
+    )
+    committed = parent is None or not _same_state(snapshot, parent)
+    if committed:
+        commit(store, snapshot)
+    elif parent is not None:
+        snapshot = parent
+    return EmbedResult(
+        run_id=run_id,
+        snapshot=snapshot,
+        committed=committed,
+        counts=counts,
+        num_embedded={
+            modality: sum(
+                file.num_rows
+                for file in written
+                if file.kind == "embeddings" and file.modality == modality
+            )
+            for modality in catalog.modalities
+        },
+        rejects_by_reason=count_rejects(store, snapshot.files_of("rejects")),
+        progress=progress,
+        workers=num_workers(config.resources),
+    )
+
+
+def _engine_record(config: EmbedConfig) -> EngineRecord:
+    checkpoint = find_checkpoint(config.checkpoint, revision=config.revision)
+    return EngineRecord(
+        engine_id=engine_id_of(checkpoint),
+        # A folder is recorded in full, so that a query from elsewhere finds it.
+        checkpoint=checkpoint.name if checkpoint.revision else str(checkpoint.directory),
+        revision=checkpoint.revision,
+    )
+
+
+def _same_state(snapshot: Snapshot, parent: Snapshot) -> bool:
+    return set(snapshot.files) == set(parent.files) and snapshot.catalog == parent.catalog
+
+
+def _ready_manifest(config: EmbedConfig, *, engine: EngineRecord, catalog: Catalog) -> Manifest:
+    manifest = find_engine(engine.engine_id, engines_dir=config.engines_dir)
+    if manifest is None:
+        # In a worker: building takes torch, which the driver then need not hold.
+        build: Any = ray.remote(cast("Any", ready_engine))
+        build = build.options(num_cpus=config.resources.decode_cpus)
+        manifest = cast("Manifest", ray.get(build.remote(engine, engines_dir=config.engines_dir)))
+    absent = [name for name in catalog.modalities if name not in manifest.modalities]
+    if absent:
+        leave_out = " ".join(f"--{modality}-column none" for modality in absent)
+        raise EngineError(
+            f"checkpoint {config.checkpoint} has no {' or '.join(absent)} tower, the catalog has "
+            f"such a column; leave it out with {leave_out}"
+        )
+    return manifest
+
+
+def _run(
+    pass_: Pass,
+    *,
+    ledger: Ledger,
+    counts: Counts,
+    on_progress: Callable[[Counts, Progress], None] | None,
+) -> tuple[list[StoredFile], Progress]:
+    board = ProgressBoard.remote()  # type: ignore[attr-defined]
+    written: list[StoredFile] = []
+    with polled(board, partial(on_progress, counts) if on_progress else None):
+        for files in run_stages(pass_, due=ledger.due(), board=board):
+            written += files
+            _check_rejects(written, pass_=pass_, num_due=sum(counts.num_due.values()))
+    progress: Progress = ray.get(board.progress.remote())
+    ray.kill(board)
+    return written, progress
+
+
+def _check_rejects(written: list[StoredFile], *, pass_: Pass, num_due: int) -> None:
+    num_rejected = sum(file.num_rows for file in written if file.kind == "rejects")
+    bound = pass_.limits.max_reject_share
+    # Against all due rows, not those seen so far: the bad ones may come first.
+    if num_rejected > max(bound * num_due, MIN_REJECTS_TO_STOP - 1):
+        folder = Store(pass_.store_uri).full_path(f"rejects/{pass_.plan_id}")
+        raise TooManyRejectsError(
+            f"{num_rejected} of {num_due} rows rejected: more than {bound:.1%}. Nothing was "
+            f"committed; the rejects with their reasons are in {folder}. Mend the catalog, or "
+            "accept more with --max-reject-share; what was embedded is kept"
+        )
+
+
+def _check_parent(
+    parent: Snapshot | None,
+    *,
+    config: EmbedConfig,
+    catalog: Catalog,
+    engine: EngineRecord,
+    store: Store,
+) -> None:
+    if parent is None:
+        return
+    faults = []
+    if parent.engine.engine_id != engine.engine_id:
+        faults.append(
+            f"embeddings of engine {parent.engine.engine_id} ({parent.engine.checkpoint}), "
+            f"{config.checkpoint} gives {engine.engine_id}"
+        )
+    if parent.key_type != str(catalog.key_type):
+        faults.append(f"keys of type {parent.key_type}, the catalog's are {catalog.key_type}")
+    if parent.modalities != catalog.modalities:
+        faults.append(f"{parent.modalities} of each key, the catalog has {catalog.modalities}")
+    if parent.embedding_dtype != config.dtype:
+        faults.append(f"{parent.embedding_dtype} embeddings, {config.dtype} was asked for")
+    if faults:
+        raise StoreError(
+            f"store {store.uri} holds {'; '.join(faults)}. They never mix: name another --store, "
+            "or embed with what this one was made with"
+        )

@@ -1,0 +1,94 @@
+"""The encode stage: an actor that loads an engine in its worker and turns batches into embeddings.
+
+Knows nothing of where rows come from or go to.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from engine.backends.encoder import Encoder
+from engine.backends.onnx_cpu import OnnxCpuEncoder
+from engine.checkpoint import find_checkpoint
+from engine.errors import EngineError
+from engine.manifest import Manifest
+from engine.registry import load_or_build
+from pipelines import schema
+from pipelines.progress import StageMeter
+from pipelines.snapshots import EngineRecord
+
+
+def ready_engine(record: EngineRecord, *, engines_dir: Path) -> Manifest:
+    """Find or build the very engine that a record names.
+
+    Raises:
+        CheckpointError: Its checkpoint cannot be found or built from.
+        EngineError: The checkpoint there now gives another engine.
+    """
+    checkpoint = find_checkpoint(record.checkpoint, revision=record.revision)
+    manifest = load_or_build(checkpoint, engines_dir=engines_dir)
+    if manifest.engine_id != record.engine_id:
+        raise EngineError(
+            f"checkpoint {record.checkpoint} gives engine {manifest.engine_id} here, "
+            f"{record.engine_id} is needed: its files have changed or differ between machines. "
+            "Bring the same files back, or embed into another store"
+        )
+    return manifest
+
+
+class EncodeStage:
+    """Encodes batches of decoded rows. Constructed in the worker, from names and paths."""
+
+    def __init__(
+        self,
+        *,
+        engine: EngineRecord,
+        engines_dir: Path,
+        num_threads: int,
+        dtype: schema.EmbeddingDtype,
+        meter: StageMeter,
+    ) -> None:
+        """Load the engine, building it first if nobody has."""
+        manifest = ready_engine(engine, engines_dir=engines_dir)
+        self._encoder: Encoder = OnnxCpuEncoder(
+            engines_dir / manifest.engine_id, num_threads=num_threads
+        )
+        self._dtype = np.dtype(dtype)
+        self._meter = meter
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Replace `pixels` and `text` by `embedding`, null for rejected rows."""
+        manifest = self._encoder.manifest
+        with self._meter.batch() as size:
+            embeddings = np.zeros((table.num_rows, manifest.embedding_dim), dtype=self._dtype)
+            has_pixels = table[schema.PIXELS].is_valid().to_numpy()
+            if has_pixels.any():
+                shape = (manifest.preprocessing.height, manifest.preprocessing.width, 3)
+                pixels = pixel_array(table[schema.PIXELS], shape=shape)
+                embeddings[has_pixels] = self._encoder.encode_images(pixels)
+            has_text = table[schema.TEXT].is_valid().to_numpy()
+            if has_text.any():
+                texts = table[schema.TEXT].drop_null().to_pylist()
+                embeddings[has_text] = self._encoder.encode_texts(texts)
+            column = pa.FixedSizeListArray.from_arrays(
+                pa.array(embeddings.reshape(-1)),
+                manifest.embedding_dim,
+                mask=pa.array(~(has_pixels | has_text)),
+            )
+            size(table.num_rows, 0)
+        return table.drop_columns([schema.PIXELS, schema.TEXT]).append_column(
+            schema.EMBEDDING, column
+        )
+
+
+def pixel_array(column: Any, *, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """The valid pixels of a large_binary column as uint8 [N, H, W, 3], without a copy."""
+    array = column.combine_chunks()
+    offsets = np.frombuffer(array.buffers()[1], dtype=np.int64)
+    offsets = offsets[array.offset : array.offset + len(array) + 1]
+    # Nulls take no bytes, so what lies between first and last offset is all valid pixels.
+    content = np.frombuffer(array.buffers()[2], dtype=np.uint8)[offsets[0] : offsets[-1]]
+    return content.reshape(-1, *shape)

@@ -1,0 +1,42 @@
+"""The exceptions of the pipelines; all are ClipmillErrors.
+
+Knows nothing of where they are raised.
+
+    PipelineError
+    ├── CatalogError             the catalog cannot be read, or its schema has faults (all listed)
+    ├── StoreError               the store cannot be read or written, or holds something else
+    │   └── CommitConflictError  another run committed the snapshot first
+    ├── TooManyRejectsError      the share of rejected rows passed the stated bound
+    ├── IncompleteRunError       the rows written are not the catalog's: nothing was committed
+    └── IndexMissingError        there is no index to query yet
+"""
+
+from engine.errors import ClipmillError
+
+
+class PipelineError(ClipmillError):
+    """Base of the pipelines' errors."""
+
+
+class CatalogError(PipelineError):
+    """The catalog cannot be read, or its schema has faults."""
+
+
+class StoreError(PipelineError):
+    """The store cannot be read or written, or holds something else."""
+
+
+class CommitConflictError(StoreError):
+    """Another run committed this snapshot number first; nothing was changed."""
+
+
+class TooManyRejectsError(PipelineError):
+    """The share of rejected rows passed the stated bound; the rejects are saved."""
+
+
+class IncompleteRunError(PipelineError):
+    """The rows written are not exactly the catalog's rows, so nothing was committed."""
+
+
+class IndexMissingError(PipelineError):
+    """There is no index of the current snapshot to query."""

@@ -1,0 +1,51 @@
+"""Fingerprints: 128-bit hashes of what a row's embedding depends on.
+
+Knows nothing of where rows come from. The hash is XXH3-128: fast, of even quality, and not
+meant to withstand an author who wants two rows to collide.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import pyarrow as pa
+import xxhash
+
+from pipelines import schema
+from pipelines.schema import FINGERPRINT_TYPE, Modality
+
+
+def row_fingerprints(table: pa.Table, *, modality: Modality) -> pa.Array:
+    """Fingerprints binary(16) of one modality of canonical rows; null where there is no content.
+
+    With a version column they hash the key and the version; otherwise the image's bytes (its URI
+    where it has to be fetched) or the text.
+    """
+    if schema.VERSION in table.column_names:
+        keys, versions = table[schema.KEY].to_pylist(), table[schema.VERSION].to_pylist()
+        return _hashes(
+            f"{modality}\0{key}\0{version}".encode()
+            for key, version in zip(keys, versions, strict=True)
+        )
+    if modality == "text":
+        return _hashes(
+            None if text is None else text.encode() for text in table[schema.TEXT].to_pylist()
+        )
+    return _hashes(
+        memoryview(image.as_buffer()) if image.is_valid else _uri_content(uri)
+        for image, uri in zip(table[schema.IMAGE], table[schema.IMAGE_URI].to_pylist(), strict=True)
+    )
+
+
+def plan_id(parts: Sequence[str]) -> str:
+    """A name (16 hex digits) for the work that these strings describe."""
+    return xxhash.xxh3_64_hexdigest("\n".join(parts).encode())
+
+
+def _uri_content(uri: str | None) -> bytes | None:
+    return None if uri is None else f"uri\0{uri}".encode()
+
+
+def _hashes(contents: Iterable[bytes | memoryview | None]) -> pa.Array:
+    return pa.array(
+        [None if content is None else xxhash.xxh3_128_digest(content) for content in contents],
+        FINGERPRINT_TYPE,
+    )

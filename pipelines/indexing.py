@@ -1,0 +1,192 @@
+"""Builds a FAISS index of a snapshot: exact, one for each modality, keys beside it.
+
+Knows nothing of how the embeddings were made or who will query them.
+
+    indexes/00000001/image/
+      index.faiss      inner products of unit vectors: cosine similarity
+      keys.parquet     row i is the key of id i
+      manifest.json    written last
+"""
+
+import dataclasses
+import io
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipelines import schema
+from pipelines.errors import IndexMissingError, StoreError
+from pipelines.schema import Modality
+from pipelines.snapshots import Snapshot, StoredFile, current_snapshot
+from pipelines.store import Store
+
+FORMAT_VERSION = 1
+INDEX_FILE, KEYS_FILE, MANIFEST_FILE = "index.faiss", "keys.parquet", "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IndexConfig:
+    """Which store to index, and within what memory."""
+
+    store_uri: str
+    """A store with at least one snapshot."""
+    max_memory_bytes: int | None = None
+    """For the vectors and their serialized copy; None: half of this machine's memory."""
+
+    def __post_init__(self) -> None:
+        """Check the bounds."""
+        if self.max_memory_bytes is not None and self.max_memory_bytes < 1:
+            raise ValueError(f"max_memory_bytes={self.max_memory_bytes}: expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IndexManifest:
+    """One index, complete."""
+
+    snapshot: int
+    """The snapshot whose embeddings it holds."""
+    engine_id: str
+    """Queries must be encoded by the same engine."""
+    modality: Modality
+    """Of the embeddings."""
+    num_rows: int
+    """Vectors and keys."""
+    embedding_dim: int
+    """D."""
+    factory: str
+    """FAISS's name of the index type."""
+
+
+def build_index(config: IndexConfig) -> list[IndexManifest]:
+    """Index the current snapshot, each modality by itself; an index that is there is kept.
+
+    Raises:
+        StoreError: There is no snapshot, or the store cannot be read or written.
+        ValueError: The vectors do not fit in the memory allowed.
+    """
+    store = Store(config.store_uri)
+    snapshot = current_snapshot(store)
+    if snapshot is None:
+        raise StoreError(f"store {store.uri}: no snapshot yet; run `clipmill embed` first")
+    max_bytes = config.max_memory_bytes or _memory_bytes() // 2
+    return [
+        find_index(store, snapshot, modality=modality)
+        or _build(store, snapshot, modality=modality, max_bytes=max_bytes)
+        for modality in snapshot.modalities
+    ]
+
+
+def index_dir(snapshot: Snapshot, *, modality: Modality) -> str:
+    """Where an index lies, relative to the store's root."""
+    return f"indexes/{snapshot.number:08d}/{modality}"
+
+
+def find_index(store: Store, snapshot: Snapshot, *, modality: Modality) -> IndexManifest | None:
+    """The index of a snapshot's modality, None if it is not (wholly) built."""
+    path = f"{index_dir(snapshot, modality=modality)}/{MANIFEST_FILE}"
+    if path not in store.list(index_dir(snapshot, modality=modality), suffix=MANIFEST_FILE):
+        return None
+    record: dict[str, Any] = json.loads(store.read(path))
+    version = record.pop("format_version")
+    if version > FORMAT_VERSION:
+        raise StoreError(f"{path} is of format {version}; upgrade Clipmill")
+    return IndexManifest(**record)
+
+
+def load_index(store: Store, snapshot: Snapshot, *, modality: Modality) -> tuple[Any, pa.Array]:
+    """Load an index and its keys.
+
+    Returns:
+        The FAISS index, and keys [num_rows] (string or int64) by id.
+
+    Raises:
+        IndexMissingError: It is not built.
+        StoreError: A file is damaged.
+    """
+    manifest = find_index(store, snapshot, modality=modality)
+    if manifest is None:
+        raise IndexMissingError(
+            f"store {store.uri}: no index of {modality} embeddings of snapshot "
+            f"{snapshot.number}; run `clipmill index --store {store.uri}`"
+        )
+    folder = index_dir(snapshot, modality=modality)
+    try:
+        index = faiss.deserialize_index(
+            np.frombuffer(store.read(f"{folder}/{INDEX_FILE}"), dtype=np.uint8)
+        )
+        keys = pq.read_table(io.BytesIO(store.read(f"{folder}/{KEYS_FILE}")))[schema.KEY]
+    except (RuntimeError, pa.ArrowException) as error:
+        raise StoreError(
+            f"store {store.uri}: {folder} is damaged ({str(error).splitlines()[0]}); remove the "
+            "folder and run `clipmill index` again"
+        ) from error
+    if not index.ntotal == len(keys) == manifest.num_rows:
+        raise StoreError(
+            f"store {store.uri}: {folder} has {index.ntotal} vectors, {len(keys)} keys and "
+            f"{manifest.num_rows} rows in its manifest; remove the folder and run "
+            "`clipmill index` again"
+        )
+    return index, keys.combine_chunks()
+
+
+def read_embeddings(
+    store: Store, files: list[StoredFile]
+) -> Iterator[tuple[pa.Array, NDArray[np.float32]]]:
+    """Keys [N] and embeddings float32 [N, D] of each file."""
+    for stored in files:
+        with store.open(stored.path) as file:
+            table = pq.read_table(file, columns=[schema.KEY, schema.EMBEDDING])
+        column = table[schema.EMBEDDING].combine_chunks()
+        vectors = column.flatten().to_numpy().reshape(len(column), column.type.list_size)
+        yield table[schema.KEY].combine_chunks(), np.ascontiguousarray(vectors, dtype=np.float32)
+
+
+def _build(
+    store: Store, snapshot: Snapshot, *, modality: Modality, max_bytes: int
+) -> IndexManifest:
+    num_rows = snapshot.num_rows("embeddings", modality=modality)
+    # The vectors, and once more while they are serialized.
+    needed = 2 * 4 * num_rows * snapshot.embedding_dim
+    if needed > max_bytes:
+        raise ValueError(
+            f"max_memory_bytes={max_bytes}: an exact index of {num_rows} x "
+            f"{snapshot.embedding_dim} needs {needed}; use a machine with more memory or raise "
+            "--max-memory-bytes"
+        )
+    index = faiss.IndexFlatIP(snapshot.embedding_dim)
+    keys = []
+    for file_keys, vectors in read_embeddings(
+        store, snapshot.files_of("embeddings", modality=modality)
+    ):
+        index.add(vectors)
+        keys.append(file_keys)
+    key_type = pa.int64() if snapshot.key_type == "int64" else pa.string()
+    key_table = pa.table({schema.KEY: pa.chunked_array(keys, key_type)})
+    manifest = IndexManifest(
+        snapshot=snapshot.number,
+        engine_id=snapshot.engine.engine_id,
+        modality=modality,
+        num_rows=num_rows,
+        embedding_dim=snapshot.embedding_dim,
+        factory="Flat",
+    )
+    folder = index_dir(snapshot, modality=modality)
+    buffer = io.BytesIO()
+    pq.write_table(key_table, buffer)
+    store.publish(f"{folder}/{INDEX_FILE}", faiss.serialize_index(index).tobytes())
+    store.publish(f"{folder}/{KEYS_FILE}", buffer.getvalue())
+    record = {"format_version": FORMAT_VERSION, **dataclasses.asdict(manifest)}
+    store.publish(f"{folder}/{MANIFEST_FILE}", (json.dumps(record, indent=2) + "\n").encode())
+    return manifest
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,154 @@
+"""Fills a ledger: what the store holds, and what the catalog holds now.
+
+Knows nothing of engines; contents are read only where a key alone cannot tell.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from pipelines import schema
+from pipelines.catalog import Catalog
+from pipelines.fingerprints import plan_id as fingerprint_plan
+from pipelines.fingerprints import row_fingerprints
+from pipelines.ledger import Ledger
+from pipelines.reading import CatalogDatasource, all_rows
+from pipelines.snapshots import CatalogRecord, EngineRecord, Kind, Snapshot, StoredFile
+from pipelines.store import Store
+from pipelines.writing import staging_dir
+
+READ_THREADS = 8
+
+
+def plan_id_of(catalog: Catalog, *, engine: EngineRecord, settings: Iterable[str]) -> str:
+    """The name of the work: the same catalog files, columns, engine and settings give the same.
+
+    What a killed run had written is found again under it.
+    """
+    columns = [f"{role}={column}" for role, column in catalog_columns(catalog).items()]
+    files = [f"{file.path} {file.identity}" for file in catalog.files]
+    return fingerprint_plan([engine.engine_id, *settings, *columns, *files])
+
+
+def catalog_columns(catalog: Catalog) -> dict[str, str | None]:
+    """Role -> column, of all roles."""
+    return {
+        "key": catalog.config.key_column,
+        "image": catalog.image_column,
+        "text": catalog.text_column,
+        "version": catalog.config.version_column,
+    }
+
+
+def catalog_record(catalog: Catalog, *, num_keys: int) -> CatalogRecord:
+    """What a snapshot remembers of its catalog."""
+    return CatalogRecord(
+        uri=catalog.config.uri,
+        num_rows=catalog.num_rows,
+        num_keys=num_keys,
+        columns=catalog_columns(catalog),
+        files={file.path: file.identity for file in catalog.files},
+    )
+
+
+def staged_files(
+    store: Store, *, plan_id: str, committed: Iterable[StoredFile]
+) -> list[StoredFile]:
+    """Files that an earlier, unfinished run of the same plan left, but not those committed."""
+    known = {file.path for file in committed}
+    kinds: tuple[Kind, ...] = ("embeddings", "rejects")
+    files = []
+    for kind in kinds:
+        for path in store.list(staging_dir(kind, plan_id=plan_id), suffix=".parquet"):
+            modality = path.rsplit("/", 1)[-1].split("-", 1)[0]
+            if modality in schema.MODALITIES and path not in known:
+                with store.open(path) as file:
+                    num_rows = pq.read_metadata(file).num_rows
+                    num_bytes = file.seek(0, 2)
+                files.append(
+                    StoredFile(
+                        path=path,
+                        kind=kind,
+                        modality=modality,
+                        num_rows=num_rows,
+                        num_bytes=num_bytes,
+                    )
+                )
+    return files
+
+
+def add_stored(ledger: Ledger, files: Iterable[StoredFile], *, store: Store, staged: bool) -> None:
+    """Read keys and fingerprints of stored files into the ledger."""
+
+    def read(file: StoredFile) -> tuple[StoredFile, pa.Table]:
+        with store.open(file.path) as opened:
+            return file, pq.read_table(opened, columns=[schema.KEY, schema.FINGERPRINT])
+
+    with ThreadPoolExecutor(READ_THREADS) as threads:
+        for file, rows in threads.map(read, [file for file in files if file.modality is not None]):
+            ledger.add_stored_rows(rows, file=file, staged=staged)
+
+
+def add_catalog(
+    ledger: Ledger, catalog: Catalog, *, parent: Snapshot | None, num_cpus: float
+) -> None:
+    """Read the keys of a catalog into the ledger, with fingerprints where they are needed.
+
+    A file that the parent snapshot was made from, unchanged since, is trusted by key. So is
+    everything when there is no parent: nothing is stored that could be out of date.
+    """
+    known: Mapping[str, str] = {}
+    if parent is None:
+        known = {file.path: file.identity for file in catalog.files}
+    elif parent.catalog.columns == catalog_columns(catalog):
+        known = parent.catalog.files
+    trusted = [file.path for file in catalog.files if known.get(file.path) == file.identity]
+    changed = [file.path for file in catalog.files if known.get(file.path) != file.identity]
+    for rows in _read_keys(catalog, paths=trusted):
+        ledger.add_catalog_rows(rows, trusted=True)
+    hashed = _read_keys if catalog.config.version_column else partial(_hash, num_cpus=num_cpus)
+    for rows in hashed(catalog, paths=changed):
+        ledger.add_catalog_rows(rows, trusted=False)
+
+
+def _read_keys(catalog: Catalog, *, paths: Sequence[str]) -> Iterator[pa.Table]:
+    """Keys, and versions if there are any: little to read, so the driver's threads do it."""
+    source = CatalogDatasource(catalog, pieces=all_rows(catalog, paths=paths), content=())
+    reads = source.get_read_tasks(1)
+    with ThreadPoolExecutor(READ_THREADS) as threads:
+        for first in range(0, len(reads), READ_THREADS):
+            for tables in threads.map(
+                lambda read: list(read()), reads[first : first + READ_THREADS]
+            ):
+                for table in tables:
+                    yield _with_fingerprints(table, modalities=catalog.modalities)
+
+
+def _hash(catalog: Catalog, *, paths: Sequence[str], num_cpus: float) -> Iterator[pa.Table]:
+    """Fingerprints of contents: all of them are read, so the cluster does it."""
+    pieces = list(all_rows(catalog, paths=paths))
+    if pieces:
+        source = CatalogDatasource(catalog, pieces=pieces, content=catalog.modalities)
+        hashed = ray.data.read_datasource(source, num_cpus=num_cpus).map_batches(
+            partial(_with_fingerprints, modalities=catalog.modalities),
+            batch_format="pyarrow",
+            num_cpus=num_cpus,
+        )
+        yield from hashed.iter_batches(batch_size=None, batch_format="pyarrow")
+
+
+def _with_fingerprints(table: pa.Table, modalities: Sequence[schema.Modality]) -> pa.Table:
+    rows = table.select([schema.SOURCE_FILE, schema.SOURCE_ROW, schema.KEY])
+    for modality in modalities:
+        is_hashable = schema.VERSION in table.column_names or modality in table.column_names
+        fingerprints = (
+            row_fingerprints(table, modality=modality)
+            if is_hashable
+            else pa.nulls(table.num_rows, schema.FINGERPRINT_TYPE)
+        )
+        rows = rows.append_column(modality, fingerprints)
+    return rows

@@ -1,0 +1,119 @@
+"""Counts what the stages do while they do it, across all workers of a run.
+
+Knows nothing of how progress is shown. The counts serve progress and timing; what is in the
+store is counted from its files.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+STAGES = ("read", "decode", "encode", "write")
+SAMPLE_SECONDS = 1.0
+POLL_SECONDS = 0.5
+# A series beyond this length is thinned to every other sample, so that a long run's stays small.
+MAX_SAMPLES = 2_000
+
+
+@dataclass(slots=True)
+class StageCount:
+    """What one stage has done so far."""
+
+    num_rows: int = 0
+    """Rows that left the stage; a catalog row counts once for each modality after decode."""
+    num_bytes: int = 0
+    """Bytes read, decoded to, or written; 0 where a stage has no such measure."""
+    busy_seconds: float = 0.0
+    """Summed over all workers."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """A run so far."""
+
+    seconds: float
+    """Since the run began."""
+    stages: dict[str, StageCount]
+    """One for each of STAGES."""
+    samples: list[tuple[float, int]] = field(default_factory=list)
+    """(seconds, rows encoded) about once a second, for the plot of the rate."""
+
+
+@ray.remote(num_cpus=0)
+class ProgressBoard:
+    """The actor that workers report to."""
+
+    def __init__(self) -> None:
+        """Start the clock."""
+        self._started = time.monotonic()
+        self._stages = {stage: StageCount() for stage in STAGES}
+        self._samples: list[tuple[float, int]] = [(0.0, 0)]
+        self._sample_seconds = SAMPLE_SECONDS
+
+    def add(self, stage: str, num_rows: int, num_bytes: int, busy_seconds: float) -> None:
+        """Count one batch."""
+        count = self._stages[stage]
+        count.num_rows += num_rows
+        count.num_bytes += num_bytes
+        count.busy_seconds += busy_seconds
+        seconds = time.monotonic() - self._started
+        if stage == "encode" and seconds - self._samples[-1][0] >= self._sample_seconds:
+            self._samples.append((seconds, count.num_rows))
+            if len(self._samples) > MAX_SAMPLES:
+                self._samples = self._samples[::2]
+                self._sample_seconds *= 2
+
+    def progress(self) -> Progress:
+        """All counts."""
+        seconds = time.monotonic() - self._started
+        last = (seconds, self._stages["encode"].num_rows)
+        return Progress(seconds=seconds, stages=self._stages, samples=[*self._samples, last])
+
+
+class StageMeter:
+    """Times one stage in one worker and reports it to the board, without waiting for it."""
+
+    def __init__(self, board: Any, *, stage: str) -> None:
+        """`board` is a handle of a ProgressBoard."""
+        self._board = board
+        self._stage = stage
+
+    @contextmanager
+    def batch(self) -> Iterator[Callable[[int, int], None]]:
+        """Time a batch; call the given function with its rows and bytes before the end."""
+        sizes = (0, 0)
+
+        def size(num_rows: int, num_bytes: int) -> None:
+            nonlocal sizes
+            sizes = (num_rows, num_bytes)
+
+        started = time.perf_counter()
+        yield size
+        self._board.add.remote(self._stage, *sizes, time.perf_counter() - started)
+
+
+@contextmanager
+def polled(board: Any, on_progress: Callable[[Progress], None] | None) -> Iterator[None]:
+    """Hand a board's progress to `on_progress` now and then, and once at the end."""
+    if on_progress is None:
+        yield
+        return
+    stopped = threading.Event()
+
+    def poll() -> None:
+        while not stopped.wait(POLL_SECONDS):
+            on_progress(ray.get(board.progress.remote()))
+
+    thread = threading.Thread(target=poll, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
+        on_progress(ray.get(board.progress.remote()))

@@ -1,0 +1,210 @@
+"""Reads chosen rows of a catalog as a Ray Data source, in one form whatever their layout.
+
+Knows nothing of why the rows were chosen or what becomes of them.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from ray.data import Datasource, ReadTask
+from ray.data.block import BlockMetadata
+
+from pipelines import schema
+from pipelines.catalog import Catalog, ImageLayout
+from pipelines.errors import CatalogError
+from pipelines.progress import StageMeter
+from pipelines.schema import MODALITIES, Modality
+
+ROWS_PER_READ = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowGroupRows:
+    """Some rows of one row group."""
+
+    path: str
+    """The file, as the catalog's file system knows it."""
+    row_group: int
+    """Number of the row group."""
+    first_row: int
+    """Number of the row group's first row within the file."""
+    rows: NDArray[np.int64] | None
+    """Ascending row numbers within the file; None for all."""
+    wanted: dict[Modality, NDArray[np.bool_]] | None
+    """For each of `rows`, whether that modality is to be embedded; None for all."""
+
+
+def all_rows(catalog: Catalog, *, paths: Sequence[str]) -> Iterator[RowGroupRows]:
+    """Every row of the named files."""
+    chosen = set(paths)
+    for file in catalog.files:
+        if file.path in chosen:
+            first_row = 0
+            for row_group, num_rows in enumerate(file.row_groups):
+                yield RowGroupRows(
+                    path=file.path, row_group=row_group, first_row=first_row, rows=None, wanted=None
+                )
+                first_row += num_rows
+
+
+class CatalogDatasource(Datasource):
+    """Rows of a catalog as blocks of canonical columns, with their file and row number.
+
+    `key` string or int64; `image` large_binary and `image_uri` string (either may be null);
+    `text` string; `version`; carried columns; `source_file`, `source_row`; `image_wanted` and
+    `text_wanted` bool. Only the columns asked for are read.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        *,
+        pieces: Iterable[RowGroupRows],
+        content: Sequence[Modality],
+        meter: StageMeter | None = None,
+    ) -> None:
+        """Choose rows and which contents to read with their keys.
+
+        Args:
+            catalog: Opened and checked.
+            pieces: The rows to read.
+            content: Modalities whose images or texts are read; with none, keys and versions.
+            meter: Times the reading, if it is a stage of a run.
+        """
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._catalog = catalog
+        self._meter = meter
+        self._pieces = list(pieces)
+        self._content = tuple(content)
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Unknown before it is read."""
+        return None
+
+    def get_read_tasks(
+        self,
+        parallelism: int,
+        per_task_row_limit: int | None = None,
+        data_context: Any = None,
+    ) -> list[ReadTask]:
+        """One task for each row group."""
+        return [
+            ReadTask(
+                partial(_read, self._catalog, piece, self._content, self._meter),
+                BlockMetadata(
+                    num_rows=None if piece.rows is None else len(piece.rows),
+                    size_bytes=None,
+                    input_files=(piece.path,),
+                    exec_stats=None,
+                ),
+                per_task_row_limit=per_task_row_limit,
+            )
+            for piece in self._pieces
+        ]
+
+
+def _read(
+    catalog: Catalog, piece: RowGroupRows, content: Sequence[Modality], meter: StageMeter | None
+) -> Iterator[pa.Table]:
+    tables = _tables(catalog, piece, content)
+    while True:
+        with meter.batch() if meter else nullcontext(_uncounted) as size:
+            table = next(tables, None)
+            if table is None:
+                return
+            size(table.num_rows, table.nbytes)
+        yield table
+
+
+def _uncounted(num_rows: int, num_bytes: int) -> None:
+    """Stands in for a meter's count."""
+
+
+def _tables(
+    catalog: Catalog, piece: RowGroupRows, content: Sequence[Modality]
+) -> Iterator[pa.Table]:
+    config = catalog.config
+    columns = [config.key_column]
+    columns += [config.version_column] if config.version_column else []
+    columns += [catalog.image_column] if "image" in content and catalog.image_column else []
+    columns += [catalog.text_column] if "text" in content and catalog.text_column else []
+    columns += config.carry_columns if content else ()
+    try:
+        with catalog.fs.open(piece.path, "rb") as file:
+            row = piece.first_row
+            for batch in pq.ParquetFile(file).iter_batches(
+                ROWS_PER_READ, row_groups=[piece.row_group], columns=list(dict.fromkeys(columns))
+            ):
+                first, row = row, row + batch.num_rows
+                table = pa.Table.from_batches([batch])
+                rows, wanted = _chosen(piece, first=first, num_rows=table.num_rows)
+                if len(rows) == 0:
+                    continue
+                if len(rows) < table.num_rows:
+                    table = table.take(rows - first)
+                canonical = _canonical(catalog, table, content)
+                canonical[schema.SOURCE_FILE] = pa.repeat(piece.path, len(rows))
+                canonical[schema.SOURCE_ROW] = rows
+                for modality in content:
+                    canonical[schema.WANTED[modality]] = wanted[modality]
+                yield pa.table(canonical)
+    except (OSError, pa.ArrowException) as error:
+        raise CatalogError(
+            f"{piece.path}: row group {piece.row_group} cannot be read "
+            f"({str(error).splitlines()[0]}). What was embedded is kept; run the same command "
+            "again once the file is whole"
+        ) from error
+
+
+def _chosen(
+    piece: RowGroupRows, *, first: int, num_rows: int
+) -> tuple[NDArray[np.int64], dict[Modality, NDArray[np.bool_]]]:
+    """Of the `num_rows` rows from `first` on: the chosen rows' numbers, and what is wanted."""
+    if piece.rows is None or piece.wanted is None:
+        flags = np.ones(num_rows, dtype=np.bool_)
+        return np.arange(first, first + num_rows), dict.fromkeys(MODALITIES, flags)
+    low, high = np.searchsorted(piece.rows, [first, first + num_rows])
+    return piece.rows[low:high], {name: all_[low:high] for name, all_ in piece.wanted.items()}
+
+
+def _canonical(catalog: Catalog, table: pa.Table, content: Sequence[Modality]) -> dict[str, Any]:
+    config = catalog.config
+    columns: dict[str, Any] = {
+        schema.KEY: _cast(table[config.key_column], catalog.key_type),
+    }
+    if config.version_column:
+        columns[schema.VERSION] = _cast(table[config.version_column], pa.string())
+    if "image" in content and catalog.image_column:
+        images = table[catalog.image_column].combine_chunks()
+        encoded, uris = _image_parts(images, layout=catalog.image_layout)
+        columns[schema.IMAGE] = _cast(encoded, pa.large_binary())
+        columns[schema.IMAGE_URI] = _cast(uris, pa.string())
+    if "text" in content and catalog.text_column:
+        columns[schema.TEXT] = _cast(table[catalog.text_column], pa.string())
+    if content:
+        columns.update({name: table[name] for name in config.carry_columns})
+    return columns
+
+
+def _image_parts(images: Any, *, layout: ImageLayout | None) -> tuple[Any, Any]:
+    nulls = pa.nulls(len(images), pa.string())
+    if layout is ImageLayout.STRUCT:
+        # struct_field gives null for a null struct, unlike `.field`.
+        has_path = images.type.get_field_index("path") >= 0
+        uris = pc.struct_field(images, "path") if has_path else nulls
+        return pc.struct_field(images, "bytes"), uris
+    return (nulls, images) if layout is ImageLayout.URI else (images, nulls)
+
+
+def _cast(column: Any, type_: pa.DataType) -> Any:
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    return column.cast(type_)

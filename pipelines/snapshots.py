@@ -1,0 +1,149 @@
+"""The store's log of snapshots: numbered manifests, each one complete state, committed whole.
+
+Knows nothing of how rows are embedded or which of them changed.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipelines.errors import StoreError
+from pipelines.schema import EmbeddingDtype, Modality
+from pipelines.store import Store
+
+FORMAT_VERSION = 1
+SNAPSHOTS_DIR = "snapshots"
+
+Kind = Literal["embeddings", "rejects"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredFile:
+    """One Parquet file of the store."""
+
+    path: str
+    """Relative to the store's root."""
+    kind: Kind
+    """What its rows are."""
+    modality: Modality | None
+    """Of all its rows; None for rejects of whole rows (null and duplicate keys)."""
+    num_rows: int
+    """Rows."""
+    num_bytes: int
+    """Size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRecord:
+    """Which engine made the embeddings, and how to get it again."""
+
+    engine_id: str
+    """Same id, same embeddings."""
+    checkpoint: str
+    """Hub id or folder it is built from."""
+    revision: str | None
+    """Hub commit, None for a folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CatalogRecord:
+    """Which catalog the rows came from."""
+
+    uri: str
+    """As given."""
+    num_rows: int
+    """Rows, those with null and duplicate keys included."""
+    num_keys: int
+    """Distinct keys: each is in embeddings or in rejects once, for each modality."""
+    columns: Mapping[str, str | None]
+    """Role (key, image, text, version) -> column."""
+    files: Mapping[str, str]
+    """Path -> identity of its content."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """One immutable, complete state of the embeddings."""
+
+    number: int
+    """Counts from 1."""
+    parent: int | None
+    """The snapshot that this one was made from."""
+    created_at: str
+    """UTC, ISO 8601; for people: order is by number."""
+    run_id: str
+    """The run that committed it."""
+    engine: EngineRecord
+    """Of every row."""
+    catalog: CatalogRecord
+    """What it is a state of."""
+    key_type: str
+    """string or int64."""
+    embedding_dim: int
+    """D."""
+    embedding_dtype: EmbeddingDtype
+    """Of the elements."""
+    modalities: tuple[Modality, ...]
+    """What each key has an embedding or a reject of."""
+    files: tuple[StoredFile, ...]
+    """All files; what is in no snapshot does not exist for a reader."""
+
+    @property
+    def path(self) -> str:
+        """Of the manifest, relative to the store's root."""
+        return f"{SNAPSHOTS_DIR}/{self.number:08d}.json"
+
+    def files_of(self, kind: Kind, *, modality: Modality | None = None) -> list[StoredFile]:
+        """The files of one kind, and of one modality if it is given."""
+        return [
+            file
+            for file in self.files
+            if file.kind == kind and (modality is None or file.modality == modality)
+        ]
+
+    def num_rows(self, kind: Kind, *, modality: Modality | None = None) -> int:
+        """Rows of one kind, and of one modality if it is given."""
+        return sum(file.num_rows for file in self.files_of(kind, modality=modality))
+
+
+def current_snapshot(store: Store) -> Snapshot | None:
+    """The snapshot with the highest number, None in an empty store.
+
+    Raises:
+        StoreError: Its manifest cannot be read, is damaged, or is of a newer format.
+    """
+    manifests = store.list(SNAPSHOTS_DIR, suffix=".json")
+    return _read(store, manifests[-1]) if manifests else None
+
+
+def commit(store: Store, snapshot: Snapshot) -> None:
+    """Make a snapshot the current one; CommitConflictError if another run took its number."""
+    record = {"format_version": FORMAT_VERSION, **dataclasses.asdict(snapshot)}
+    store.create(snapshot.path, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def _read(store: Store, path: str) -> Snapshot:
+    try:
+        record: dict[str, Any] = json.loads(store.read(path))
+        version = record.pop("format_version")
+        if version > FORMAT_VERSION:
+            raise StoreError(
+                f"store {store.uri}: {path} is of format {version}, this Clipmill reads "
+                f"{FORMAT_VERSION}; upgrade Clipmill"
+            )
+        return Snapshot(
+            **{
+                **record,
+                "engine": EngineRecord(**record["engine"]),
+                "catalog": CatalogRecord(**record["catalog"]),
+                "modalities": tuple(record["modalities"]),
+                "files": tuple(StoredFile(**file) for file in record["files"]),
+            }
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(
+            f"store {store.uri}: {path} is damaged ({error}); move it away, and the snapshot "
+            "before it is current again"
+        ) from error

@@ -1,0 +1,209 @@
+"""Runs due rows through the stages read, decode, encode and write on Ray Data.
+
+Knows nothing of snapshots or of why the rows are due.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
+
+from engine.manifest import Manifest
+from pipelines import schema
+from pipelines.catalog import Catalog
+from pipelines.decode import RowLimits, decode_batch
+from pipelines.encode import EncodeStage
+from pipelines.ledger import DueRows
+from pipelines.progress import StageMeter
+from pipelines.reading import CatalogDatasource, RowGroupRows
+from pipelines.snapshots import EngineRecord, StoredFile
+from pipelines.writing import stored_files, write_batch
+
+# Blocks between the stages; small, so that what is in flight stays small.
+TARGET_BLOCK_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resources:
+    """What the stages take of the cluster."""
+
+    num_encoders: int | None = None
+    """Encode actors; None: one for every two CPUs of the cluster."""
+    encoder_threads: int = 2
+    """Threads of one encode actor."""
+    encoder_cpus: float = 0.5
+    """CPUs that Ray reserves for an encode actor; below its threads, so that decoding, which is
+    short beside encoding on CPUs, can use the same cores."""
+    decode_cpus: float = 1.0
+    """CPUs for a decode task."""
+    io_cpus: float = 0.25
+    """CPUs for a read or write task; they mostly wait."""
+    batch_rows: int = 32
+    """Rows given to an encode actor at once; also rows of a decode task."""
+    rows_per_file: int = 4096
+    """Rows of a written file; a killed run redoes at most those not yet written."""
+    in_flight_bytes: int = 256 * 2**20
+    """Of the object store, for blocks between the stages; keeps memory flat on long runs."""
+
+    def __post_init__(self) -> None:
+        """Check the bounds."""
+        if self.num_encoders is not None and self.num_encoders < 1:
+            raise ValueError(f"num_encoders={self.num_encoders}: expected at least 1")
+        for name in ("encoder_threads", "batch_rows", "rows_per_file", "in_flight_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
+        for name in ("encoder_cpus", "decode_cpus", "io_cpus"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected more than 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pass:
+    """One pass of rows through the stages: from where, with what, to where."""
+
+    catalog: Catalog
+    """What is read."""
+    engine: EngineRecord
+    """What encodes."""
+    manifest: Manifest
+    """Of that engine."""
+    engines_dir: Path
+    """Where a node keeps its engines."""
+    store_uri: str
+    """Where to."""
+    plan_id: str
+    """Under which the files are found again."""
+    dtype: schema.EmbeddingDtype
+    """Of stored embeddings."""
+    limits: RowLimits
+    """What a row may cost."""
+    resources: Resources
+    """What the stages take of the cluster."""
+
+
+def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Iterator[list[StoredFile]]:
+    """Embed due rows; yields the files as they are written.
+
+    A file that a worker wrote before it died, and did not report, is not among them.
+
+    Args:
+        pass_: From where, with what, to where.
+        due: The rows.
+        board: Handle of the ProgressBoard that the stages report to.
+    """
+    catalog, resources = pass_.catalog, pass_.resources
+    source = CatalogDatasource(
+        catalog,
+        pieces=_pieces(catalog, due),
+        content=catalog.modalities,
+        meter=StageMeter(board, stage="read"),
+    )
+    rows = ray.data.read_datasource(source, num_cpus=resources.io_cpus).repartition(
+        target_num_rows_per_block=resources.batch_rows
+    )
+    decoded = rows.map_batches(
+        partial(
+            decode_batch,
+            modalities=catalog.modalities,
+            preprocessing=pass_.manifest.preprocessing,
+            limits=pass_.limits,
+            carry_columns=catalog.config.carry_columns,
+            meter=StageMeter(board, stage="decode"),
+        ),
+        batch_format="pyarrow",
+        batch_size=resources.batch_rows,
+        num_cpus=resources.decode_cpus,
+    )
+    encoded = decoded.map_batches(
+        EncodeStage,
+        fn_constructor_kwargs={
+            "engine": pass_.engine,
+            "engines_dir": pass_.engines_dir,
+            "num_threads": resources.encoder_threads,
+            "dtype": pass_.dtype,
+            "meter": StageMeter(board, stage="encode"),
+        },
+        batch_format="pyarrow",
+        batch_size=resources.batch_rows,
+        num_cpus=resources.encoder_cpus,
+        compute=ActorPoolStrategy(size=num_workers(resources)["encode"]),
+    )
+    reports = encoded.map_batches(
+        partial(
+            write_batch,
+            store_uri=pass_.store_uri,
+            plan_id=pass_.plan_id,
+            engine_id=pass_.engine.engine_id,
+            embeddings_schema=schema.embeddings_schema(
+                key_type=catalog.key_type,
+                embedding_dim=pass_.manifest.embedding_dim,
+                dtype=pass_.dtype,
+                carried=catalog.carried,
+            ),
+            meter=StageMeter(board, stage="write"),
+        ),
+        batch_format="pyarrow",
+        batch_size=resources.rows_per_file,
+        num_cpus=resources.io_cpus,
+    )
+    for report in reports.iter_batches(batch_size=None, batch_format="pyarrow"):
+        yield stored_files(report)
+
+
+def num_workers(resources: Resources) -> dict[str, int]:
+    """Stage -> how many of its workers the cluster has room for at once."""
+    cpus = float(ray.cluster_resources()["CPU"])
+    io = max(1, int(cpus / resources.io_cpus))
+    return {
+        "read": io,
+        "decode": max(1, int(cpus / resources.decode_cpus)),
+        "encode": resources.num_encoders or max(1, int(cpus) // 2),
+        "write": io,
+    }
+
+
+@contextmanager
+def ray_data_settings(resources: Resources) -> Iterator[None]:
+    """Keep Ray Data quiet and within its share of the object store for the length of a block."""
+    context = DataContext.get_current()
+    settings = {
+        "enable_progress_bars": False,
+        "enable_auto_log_stats": False,
+        "target_max_block_size": TARGET_BLOCK_BYTES,
+        "raise_original_map_exception": True,
+    }
+    before = {name: getattr(context, name) for name in settings}
+    limits = context.execution_options.resource_limits
+    for name, value in settings.items():
+        setattr(context, name, value)
+    context.execution_options.resource_limits = ExecutionResources(
+        object_store_memory=resources.in_flight_bytes
+    )
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(context, name, value)
+        context.execution_options.resource_limits = limits
+
+
+def _pieces(catalog: Catalog, due: Sequence[DueRows]) -> Iterator[RowGroupRows]:
+    by_path = {file.path: file for file in catalog.files}
+    for rows in due:
+        first_row = 0
+        for row_group, num_rows in enumerate(by_path[rows.path].row_groups):
+            low, high = rows.rows.searchsorted([first_row, first_row + num_rows])
+            if low < high:
+                yield RowGroupRows(
+                    path=rows.path,
+                    row_group=row_group,
+                    first_row=first_row,
+                    rows=rows.rows[low:high],
+                    wanted={name: flags[low:high] for name, flags in rows.wanted.items()},
+                )
+            first_row += num_rows
