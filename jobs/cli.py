@@ -1,0 +1,46 @@
+"""The `clipmill` command: picks the command by its first word.
+
+Knows nothing of the commands but their names.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from jobs.command import run
+
+COMMANDS = {
+    "demo": ("jobs.demo.run", "offline, from nothing to a report with pictures"),
+    "embed": ("jobs.embed", "embed what is new or changed in a catalog"),
+    "index": ("jobs.index", "build the index of the current snapshot"),
+    "query": ("jobs.query", "find the nearest rows to a text or an image"),
+    "bench": ("jobs.bench", "measure the pipeline, or the answers of a store"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Hand over to the named command; returns its exit code."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if words[0] not in COMMANDS:
+        print(f"clipmill: no command {words[0]!r}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    # Imported only now: each command brings its own heavy libraries.
+    command = importlib.import_module(COMMANDS[words[0]][0])
+    run(command.main, words[1:])
+
+
+def _usage() -> str:
+    lines = [f"  {name:<8} {what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(["usage: clipmill COMMAND [options]   (clipmill COMMAND --help)", "", *lines])
+
+
+def entry() -> None:
+    """The console script."""
+    run(main)
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,56 @@
+"""Connects to a Ray cluster, or starts Ray on this machine for one command.
+
+Knows nothing of what runs on it.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+import ray.data
+
+# Of the object store of a Ray that a command starts for itself; blocks in flight take less.
+LOCAL_OBJECT_STORE_BYTES = 1 * 2**30
+
+
+@contextmanager
+def ray_cluster(address: str | None) -> Iterator[None]:
+    """Be connected to Ray for the length of a block.
+
+    Args:
+        address: Of a cluster (`auto`, `host:6379`, `ray://host:10001`). None: the one that
+            $RAY_ADDRESS names (Ray sets it within a submitted job), or a new one on this machine.
+    """
+    _quiet_console()
+    if address or os.environ.get("RAY_ADDRESS"):
+        ray.init(address or "auto", log_to_driver=False, logging_level=logging.ERROR)
+    else:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(
+            include_dashboard=False,
+            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            # Workers import the packages from where this process did.
+            runtime_env={"env_vars": {"PYTHONPATH": _python_path()}},
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _quiet_console() -> None:
+    """Leave stderr to the progress; Ray Data's own log file keeps everything."""
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.ERROR)
+
+
+def _python_path() -> str:
+    root = str(Path(__file__).resolve().parent.parent)
+    before = os.environ.get("PYTHONPATH")
+    return os.pathsep.join([root, before] if before else [root])

@@ -1,0 +1,110 @@
+"""What all commands share: options from flags and YAML, exit codes, results on stdout.
+
+Knows nothing of what a command does.
+
+Exit codes: 0 done, 1 environment or data (with the way out), 2 usage.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from ray.exceptions import RayTaskError
+
+from engine.errors import ClipmillError
+
+Main = Callable[[Sequence[str] | None], int]
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argparse parser whose options can also come from a YAML file; flags win."""
+
+    def __init__(self, name: str, *, description: str) -> None:
+        """Begin with the options that every command has."""
+        super().__init__(
+            prog=f"clipmill {name}",
+            description=description,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument("--config", metavar="FILE", help="YAML file of options; flags win")
+        self.add_argument(
+            "--json", action="store_true", help="print the result as one JSON object on stdout"
+        )
+
+    def parse_options(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """Parse flags over YAML over defaults; exits with 2 on unknown or missing options."""
+        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        finder.add_argument("--config")
+        named = finder.parse_known_args(argv)[0].config
+        if named:
+            self._take_defaults(Path(named))
+        return self.parse_args(argv)
+
+    def _take_defaults(self, path: Path) -> None:
+        try:
+            values = yaml.safe_load(path.read_text()) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            self.error(f"--config {path}: {error}")
+        if not isinstance(values, dict):
+            self.error(f"--config {path}: expected a mapping of options to values")
+        actions = {action.dest: action for action in self._actions if action.dest != "help"}
+        for name, value in values.items():
+            dest = str(name).replace("-", "_")
+            if dest not in actions or dest == "config":
+                known = ", ".join(sorted(actions.keys() - {"config"}))
+                self.error(f"--config {path}: no option {name!r} (options: {known})")
+            action = actions[dest]
+            if isinstance(value, list):
+                value = [self._typed(action, entry, path=path) for entry in value]
+            elif not isinstance(action, argparse._StoreTrueAction):
+                value = self._typed(action, value, path=path)
+            action.default, action.required = value, False
+
+    def _typed(self, action: argparse.Action, value: Any, *, path: Path) -> Any:
+        if value is None:
+            return None
+        try:
+            typed = self._get_value(action, str(value))
+            self._check_value(action, typed)
+        except argparse.ArgumentError as error:
+            self.error(f"--config {path}: {error}")
+        return typed
+
+
+def run(main: Main, argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a command and exit with its code; errors meant for people are printed as one text."""
+    try:
+        code = main(argv)
+    except KeyboardInterrupt:
+        code = _fail("stopped; run the same command again to go on", code=130)
+    except RayTaskError as error:
+        if not isinstance(error.cause, ClipmillError):
+            raise
+        code = _fail(str(error.cause), code=1)
+    except ClipmillError as error:
+        code = _fail(str(error), code=1)
+    except ValueError as error:
+        code = _fail(str(error), code=2)
+    sys.exit(code)
+
+
+def print_result(result: Any, *, as_json: bool, text: str) -> None:
+    """Print a dataclass (or list of them) as JSON, or the text."""
+    print(json.dumps(result, default=_jsonable) if as_json else text)
+
+
+def _jsonable(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def _fail(text: str, *, code: int) -> int:
+    print(f"clipmill: {text}", file=sys.stderr)
+    return code

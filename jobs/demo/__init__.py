@@ -1,0 +1,1 @@
+"""A demo that runs offline: drawn scenes with captions, and a small CLIP trained on them."""

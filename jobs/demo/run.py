@@ -1,0 +1,93 @@
+"""`clipmill demo`: a sample catalog, its embeddings, an index, answers and a report with pictures.
+
+Knows nothing that the other commands do not: it calls what they call.
+"""
+
+import sys
+import webbrowser
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.registry import default_engines_dir
+from jobs.command import CommandParser, print_result, run
+from jobs.demo.catalog import heldout_scenes, png, scene_key, write_catalog
+from jobs.embed import run_embed
+from pipelines.catalog import CatalogConfig
+from pipelines.embedding import EmbedConfig
+from pipelines.indexing import IndexConfig, build_index
+from pipelines.report import RunReport, summary
+from pipelines.report_page import Hit, QuerySheet
+from pipelines.retrieval import pair_recall, recall_line
+from pipelines.runs import save_report
+from pipelines.search import Hit as Found
+from pipelines.search import Searcher
+
+CHECKPOINT_DIR = Path(__file__).resolve().parent / "checkpoint"
+NUM_SHEETS = 10
+NUM_HITS = 6
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    parser = CommandParser("demo", description="From nothing to a report with pictures, offline.")
+    parser.add_argument("--out", default="demo-output", metavar="DIR", help="output folder")
+    parser.add_argument("--rows", type=int, default=2_000, help="scenes in the sample catalog")
+    parser.add_argument("--engines", default=str(default_engines_dir()), metavar="DIR")
+    parser.add_argument("--no-open", action="store_true", help="do not open the report")
+    options = parser.parse_options(argv)
+    if options.rows < NUM_SHEETS:
+        raise ValueError(f"--rows {options.rows}: expected at least {NUM_SHEETS}")
+    catalog_dir, store_dir = Path(options.out) / "catalog", Path(options.out) / "store"
+    write_catalog(catalog_dir, num_rows=options.rows, num_scenes=options.rows)
+    config = EmbedConfig(
+        catalog=CatalogConfig(uri=str(catalog_dir)),
+        store_uri=str(store_dir),
+        checkpoint=str(CHECKPOINT_DIR),
+        engines_dir=Path(options.engines),
+    )
+    report, _ = run_embed(config)
+    build_index(IndexConfig(store_uri=config.store_uri))
+    recalls = pair_recall(config.store_uri)
+    page = _save_page(config, report=report, num_rows=options.rows)
+    text = "\n".join([summary(report), *map(recall_line, recalls), f"report: {page}"])
+    print_result({"report": report, "recall": recalls}, as_json=options.json, text=text)
+    if not options.no_open and sys.stdout.isatty():
+        webbrowser.open(Path(page).resolve().as_uri())
+    return 0
+
+
+def _save_page(config: EmbedConfig, *, report: RunReport, num_rows: int) -> str:
+    searcher = Searcher(config.store_uri, engines_dir=config.engines_dir, modality="image")
+    drawn = heldout_scenes(num_rows)
+    images = {scene_key(row): png(scene) for row, scene in enumerate(drawn)}
+    captions = {scene_key(row): scene.caption for row, scene in enumerate(drawn)}
+    asked = list(images)[:: len(images) // NUM_SHEETS][:NUM_SHEETS]
+    by_words, by_picture = asked[:-2], asked[-2:]
+    answers = [
+        *searcher.by_text([captions[key] for key in by_words], num_hits=NUM_HITS),
+        *searcher.by_image([images[key] for key in by_picture], num_hits=NUM_HITS),
+    ]
+
+    def hit(found: Found, *, expected: str) -> Hit:
+        key = str(found.key)
+        return Hit(
+            key=key,
+            score=found.score,
+            image=images[key],
+            caption=captions[key],
+            is_expected=key == expected,
+        )
+
+    sheets = [
+        QuerySheet(
+            query=captions[key],
+            query_image=images[key] if key in by_picture else None,
+            hits=tuple(hit(found, expected=key) for found in hits),
+        )
+        for key, hits in zip(asked, answers, strict=True)
+    ]
+    return save_report(report, sheets=sheets)
+
+
+if __name__ == "__main__":
+    run(main, sys.argv[1:])

@@ -1,0 +1,99 @@
+"""Shows a run's progress: bars in a terminal, a line now and then in a log.
+
+Knows nothing of how the counts come about.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from pipelines.ledger import Counts
+from pipelines.progress import STAGES
+from pipelines.progress import Progress as RunProgress
+
+LOG_SECONDS = 30.0
+
+
+class ProgressSink(Protocol):
+    """What `pipelines.embedding.embed` calls while it runs."""
+
+    def __call__(self, counts: Counts, progress: RunProgress) -> None:
+        """Show the counts of now."""
+        ...
+
+
+@contextmanager
+def shown_progress() -> Iterator[ProgressSink]:
+    """Show progress on stderr for the length of a block."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _Lines()
+        return
+    with Progress(
+        TextColumn("{task.description:>6}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    ) as bars:
+        yield _Bars(bars)
+
+
+class _RateColumn(TextColumn):
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def render(self, task: Task) -> Text:
+        speed = task.speed or task.finished_speed
+        return Text(f"{speed:,.0f} rows/s" if speed else "", style="cyan")
+
+
+class _Bars:
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, counts: Counts, progress: RunProgress) -> None:
+        for stage in STAGES:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._bars.add_task(stage, total=stage_total(counts, stage))
+            self._bars.update(self._tasks[stage], completed=progress.stages[stage].num_rows)
+
+
+class _Lines:
+    def __init__(self) -> None:
+        self._next_seconds = LOG_SECONDS
+
+    def __call__(self, counts: Counts, progress: RunProgress) -> None:
+        if progress.seconds < self._next_seconds:
+            return
+        self._next_seconds = progress.seconds + LOG_SECONDS
+        print(progress_line(counts, progress), file=sys.stderr, flush=True)
+
+
+def stage_total(counts: Counts, stage: str) -> int:
+    """Rows that a stage has to do: rows of the catalog to read, then one for each modality."""
+    return counts.num_due_rows if stage == "read" else sum(counts.num_due.values())
+
+
+def progress_line(counts: Counts, progress: RunProgress) -> str:
+    """Progress in one line for a log."""
+    total, done = stage_total(counts, "encode"), progress.stages["encode"].num_rows
+    rate = done / progress.seconds if progress.seconds else 0.0
+    left = f"{(total - done) / rate:,.0f} s left" if rate else "time left unknown"
+    stages = ", ".join(f"{stage} {progress.stages[stage].num_rows:,}" for stage in STAGES)
+    return f"{progress.seconds:,.0f} s: {stages} of {total:,} rows; {rate:,.1f} rows/s, {left}"
