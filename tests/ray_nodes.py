@@ -1,0 +1,72 @@
+"""A Ray cluster of several nodes on this machine, as a process that a test starts and ends.
+
+Run as a script it prints one JSON line with the addresses, and ends when stdin closes.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CPUS_PER_NODE = 1
+
+
+@contextmanager
+def ray_nodes(num_nodes: int) -> Iterator[dict[str, str]]:
+    """Addresses of a running cluster: `gcs` host:port and `jobs` http://host:port."""
+    process = subprocess.Popen(
+        [sys.executable, __file__, str(num_nodes)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"},
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        assert line, "the cluster did not start"
+        yield json.loads(line)
+    finally:
+        process.stdin.close()
+        process.wait(timeout=60)
+        process.stdout.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _serve(num_nodes: int) -> None:
+    from ray.cluster_utils import Cluster
+
+    printed = os.dup(1)
+    os.dup2(2, 1)  # Ray prints to stdout as it starts
+    port = _free_port()
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": CPUS_PER_NODE,
+            "include_dashboard": True,
+            "dashboard_port": port,
+            "object_store_memory": 256 * 2**20,
+        },
+    )
+    for _ in range(num_nodes - 1):
+        cluster.add_node(num_cpus=CPUS_PER_NODE, object_store_memory=256 * 2**20)
+    cluster.wait_for_nodes()
+    addresses = {"gcs": cluster.address, "jobs": f"http://127.0.0.1:{port}"}
+    os.write(printed, (json.dumps(addresses) + "\n").encode())
+    sys.stdin.read()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]))

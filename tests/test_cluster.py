@@ -1,0 +1,66 @@
+"""The same job on this machine and, submitted, on a Ray cluster of three nodes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import ray
+
+from jobs.cluster import ray_cluster
+from tests.catalogs import scene_rows, stored_embeddings, write_rows
+from tests.ray_nodes import ray_nodes
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def embed_options(catalog_dir: Path, store_dir: Path, *, checkpoint: Path, engines: Path):
+    return [
+        *("--catalog", str(catalog_dir), "--store", str(store_dir)),
+        *("--checkpoint", str(checkpoint), "--engines", str(engines)),
+        *("--batch-rows", "16", "--rows-per-file", "32", "--num-encoders", "2"),
+    ]
+
+
+def test_a_job_submitted_to_three_nodes_gives_what_one_machine_gives(
+    tmp_path: Path, checkpoint_dir: Path, engines_dir: Path
+):
+    rows = scene_rows(120)
+    catalog_dir = write_rows(tmp_path / "catalog", rows, num_files=3)
+    local, cluster = tmp_path / "local", tmp_path / "cluster"
+    common = {"checkpoint": checkpoint_dir, "engines": engines_dir}
+    subprocess.run(
+        [sys.executable, "-m", "jobs.embed", *embed_options(catalog_dir, local, **common)],
+        cwd=ROOT,
+        check=True,
+    )
+    with ray_nodes(3) as addresses:
+        submitted = subprocess.run(
+            [
+                *(str(Path(sys.executable).parent / "ray"), "job", "submit"),
+                *("--address", addresses["jobs"], "--working-dir", str(ROOT), "--"),
+                *("python", "-m", "jobs.embed"),
+                *embed_options(catalog_dir, cluster, **common),
+            ],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    assert "snapshot 1 committed: 120 keys of 120 rows" in submitted.stdout
+    for modality in ("image", "text"):
+        one = stored_embeddings(local, modality=modality)
+        three = stored_embeddings(cluster, modality=modality)
+        assert set(one) == set(three) == {row["key"] for row in rows}
+        assert all(np.allclose(one[key], three[key], atol=1e-5) for key in one)
+
+
+def test_an_address_is_joined_and_left_running():
+    with ray_nodes(1) as addresses:
+        for _ in range(2):
+            with ray_cluster(addresses["gcs"]):
+                assert ray.cluster_resources()["CPU"] == 1
+            assert not ray.is_initialized()
+    assert "RAY_ADDRESS" not in os.environ

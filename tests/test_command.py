@@ -1,0 +1,103 @@
+"""What all commands share: options from YAML, exit codes, JSON on stdout."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from ray.exceptions import RayTaskError
+
+from engine.errors import CheckpointError
+from jobs.command import CommandParser, print_result, run
+
+
+def parser() -> CommandParser:
+    made = CommandParser("sample", description="For the tests.")
+    made.add_argument("--store", required=True)
+    made.add_argument("--rows-per-file", type=int, default=7)
+    made.add_argument("--dtype", choices=("float32", "float16"), default="float32")
+    made.add_argument("--carry", nargs="*", default=[])
+    return made
+
+
+def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path: Path):
+    file = tmp_path / "night.yaml"
+    file.write_text("store: s3://bucket/a\nrows-per-file: 11\ncarry: [price, brand]\njson: true\n")
+    options = parser().parse_options(["--config", str(file), "--dtype", "float16"])
+    assert (options.store, options.rows_per_file, options.dtype) == ("s3://bucket/a", 11, "float16")
+    assert options.carry == ["price", "brand"]
+    assert options.json is True
+    options = parser().parse_options(["--config", str(file), "--store", "b", "--carry", "size"])
+    assert (options.store, options.carry) == ("b", ["size"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("stor: a\n", "no option 'stor' (options: carry, dtype, json, rows_per_file, store)"),
+        ("rows_per_file: many\n", "invalid int value: 'many'"),
+        ("dtype: int8\n", "invalid choice: 'int8'"),
+        ("- a\n- b\n", "expected a mapping"),
+        ("store: [unclosed\n", "night.yaml"),
+    ],
+)
+def test_faulty_yaml_is_a_usage_error(tmp_path: Path, capsys, content: str, message: str):
+    file = tmp_path / "night.yaml"
+    file.write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        parser().parse_options(["--config", str(file), "--store", "a"])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_option_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parser().parse_options([])
+    assert stopped.value.code == 2
+    assert "--store" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (CheckpointError("no such folder"), 1, "clipmill: no such folder\n"),
+        (ValueError("rows=0: expected at least 1"), 2, "clipmill: rows=0: expected at least 1\n"),
+        (
+            RayTaskError("read", "Traceback of a worker", CheckpointError("gone")),
+            1,
+            "clipmill: gone\n",
+        ),
+        (KeyboardInterrupt(), 130, "clipmill: stopped; run the same command again to go on\n"),
+    ],
+)
+def test_errors_meant_for_people_become_one_text_and_an_exit_code(capsys, error, code, text):
+    def main(_):
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        run(main)
+    assert stopped.value.code == code
+    assert capsys.readouterr().err == text
+
+
+def test_a_bug_keeps_its_traceback():
+    def main(_):
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError, match="a bug"):
+        run(main)
+    with pytest.raises(RayTaskError):
+        run(lambda _: (_ for _ in ()).throw(RayTaskError("read", "trace", KeyError("a bug"))))
+
+
+@dataclass(frozen=True)
+class Answer:
+    key: str
+    score: float
+
+
+def test_results_are_json_or_text(capsys):
+    print_result([Answer("a", 0.5)], as_json=True, text="unused")
+    assert json.loads(capsys.readouterr().out) == [{"key": "a", "score": 0.5}]
+    print_result([Answer("a", 0.5)], as_json=False, text="one answer")
+    assert capsys.readouterr().out == "one answer\n"

@@ -1,0 +1,298 @@
+"""Whole runs on a real Ray: every key once, reasons for the rest, nothing done twice."""
+
+import collections
+import http.server
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.catalog import CatalogConfig
+from pipelines.decode import RowLimits
+from pipelines.embedding import EmbedConfig, EmbedResult, embed
+from pipelines.errors import CatalogError, StoreError, TooManyRejectsError
+from pipelines.schema import REASONS
+from pipelines.stages import Resources
+from tests import image_files
+from tests.catalogs import (
+    scene_rows,
+    stored_embeddings,
+    stored_rows,
+    stored_snapshot,
+    write_rows,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def run(checkpoint_dir: Path, engines_dir: Path, local_ray: None):
+    def run_embed(
+        catalog_dir: Path,
+        store_dir: Path,
+        *,
+        checkpoint: Path = checkpoint_dir,
+        columns: dict | None = None,
+        **options,
+    ) -> EmbedResult:
+        return embed(
+            EmbedConfig(
+                catalog=CatalogConfig(uri=str(catalog_dir), **(columns or {})),
+                store_uri=str(store_dir),
+                checkpoint=str(checkpoint),
+                engines_dir=engines_dir,
+                **options,
+            )
+        )
+
+    return run_embed
+
+
+@pytest.fixture(scope="module")
+def web_server() -> Iterator[str]:
+    """Serves one picture at /picture.jpg and nothing else."""
+    content = image_files.jpeg()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            found = self.path == "/picture.jpg"
+            self.send_response(200 if found else 404)
+            self.send_header("Content-Length", str(len(content) if found else 0))
+            self.end_headers()
+            if found:
+                self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_every_kind_of_row_is_embedded_or_rejected_with_its_reason(
+    run, tmp_path: Path, web_server: str
+):
+    good = {
+        "jpeg": image_files.jpeg(),
+        "png": image_files.png(),
+        "webp": image_files.webp(),
+        "bmp": image_files.bmp(),
+        "tiff": image_files.tiff(),
+        "gif-animated": image_files.animated_gif(),
+        "jpeg-cmyk": image_files.cmyk_jpeg(),
+        "jpeg-rotated": image_files.exif_rotated_jpeg(6),
+        "png-16-bit": image_files.png16((40_000,)),
+        "png-palette": image_files.palette_png_with_transparency(),
+    }
+    bad = {
+        "null-image": (None, "null_image"),
+        "zero-bytes": (b"", "empty_image"),
+        "truncated": (image_files.truncated_jpeg(), "truncated_image"),
+        "text-file": (image_files.text_file(), "not_an_image"),
+        "bomb": (image_files.png_bomb(), "image_too_large"),
+    }
+    bad_texts = {
+        "null-text": (None, "null_text"),
+        "empty-text": ("", "empty_text"),
+        "blank-text": (" \n", "empty_text"),
+        "long-text": ("a small red circle " * 6_000, "text_too_long"),
+    }
+    picture = image_files.jpeg()
+
+    def row(key: str | None, content: bytes | None = picture, *, path=None, text="a circle"):
+        return {"key": key, "image": {"bytes": content, "path": path}, "text": text}
+
+    rows = [row(key, content) for key, content in good.items()]
+    rows += [row(key, content) for key, (content, _) in bad.items()]
+    rows += [row(key, text=text) for key, (text, _) in bad_texts.items()]
+    rows += [
+        row("fetched", None, path=f"{web_server}/picture.jpg"),
+        row("not-found", None, path=f"{web_server}/nothing.jpg"),
+        row("unreachable", None, path="http://127.0.0.1:9/picture.jpg"),
+        row("no-file", None, path=str(tmp_path / "nothing.jpg")),
+        row(None),
+        row("jpeg", image_files.png(image_files.flat((0, 0, 255)))),
+        row("null-struct"),
+    ]
+    rows[-1]["image"] = None
+    catalog_dir = write_rows(tmp_path / "catalog", rows, num_files=3)
+    result = run(catalog_dir, tmp_path / "store", limits=RowLimits(max_reject_share=1.0))
+
+    expected = {(key, "image"): reason for key, (_, reason) in bad.items()}
+    expected |= {(key, "text"): reason for key, (_, reason) in bad_texts.items()}
+    expected |= {
+        ("not-found", "image"): "fetch_failed",
+        ("unreachable", "image"): "fetch_failed",
+        ("no-file", "image"): "fetch_failed",
+        ("null-struct", "image"): "null_image",
+        (None, None): "null_key",
+        ("jpeg", None): "duplicate_key",
+    }
+    rejects = stored_rows(tmp_path / "store", kind="rejects")
+    assert {(row["key"], row["modality"]): row["reason"] for row in rejects} == expected
+    assert len(rejects) == len(expected)
+    assert {row["reason"] for row in rejects} <= REASONS
+    assert result.rejects_by_reason == collections.Counter(expected.values())
+
+    keys = {row["key"] for row in rows if row["key"] is not None}
+    for modality in ("image", "text"):
+        embedded = set(stored_embeddings(tmp_path / "store", modality=modality))
+        rejected = {key for key, of in expected if of == modality}
+        assert embedded | rejected == keys
+        assert not embedded & rejected
+    # The first row of a key counts: the red picture, not the blue one after it.
+    images = stored_embeddings(tmp_path / "store", modality="image")
+    assert images["jpeg"] @ images["fetched"] > 0.999
+    duplicate = next(row for row in rejects if row["reason"] == "duplicate_key")
+    assert duplicate["detail"] == f"first in {catalog_dir / 'part-0.parquet'} row 0"
+    assert np.allclose([np.linalg.norm(vector) for vector in images.values()], 1, atol=1e-5)
+
+
+def test_nights_embed_only_what_changed(run, tmp_path: Path):
+    rows = scene_rows(60)
+    catalog_dir, store_dir = tmp_path / "catalog", tmp_path / "store"
+    first = run(write_rows(catalog_dir, rows, num_files=2), store_dir)
+    assert first.num_embedded == {"image": 60, "text": 60}
+    before = stored_embeddings(store_dir, modality="image")
+
+    again = run(catalog_dir, store_dir)
+    assert not again.committed
+    assert again.num_embedded == {"image": 0, "text": 0}
+    assert again.snapshot == first.snapshot
+
+    # Upstream rewrites and re-splits everything; two rows differ, one is gone, one is new.
+    changed = [dict(row) for row in rows]
+    changed[3]["image"] = rows[4]["image"]
+    changed[5]["text"] = "three yellow triangles on a white background"
+    gone = changed.pop(10)
+    changed.append({**gone, "key": "new"})
+    third = run(write_rows(catalog_dir, changed[::-1], num_files=3), store_dir)
+    assert third.num_embedded == {"image": 2, "text": 2}
+    assert third.snapshot.number == 2
+    assert third.snapshot.parent == 1
+    after = stored_embeddings(store_dir, modality="image")
+    assert set(after) == {row["key"] for row in changed}
+    assert np.allclose(after["k0003"], before["k0004"], atol=1e-6)
+    assert np.array_equal(after["k0020"], before["k0020"])
+    # The snapshot before is untouched.
+    assert [Path(store_dir, file.path).exists() for file in first.snapshot.files] == [True] * 2
+
+
+def test_integer_keys_uris_carried_columns_and_half_floats(run, tmp_path: Path, web_server: str):
+    rows = [
+        {"id": row, "url": f"{web_server}/picture.jpg", "price": 1.5 * row, "v": f"v{row}"}
+        for row in range(5)
+    ]
+    columns = {
+        "key_column": "id",
+        "image_column": "url",
+        "version_column": "v",
+        "carry_columns": ("price",),
+    }
+    catalog_dir, store_dir = write_rows(tmp_path / "catalog", rows), tmp_path / "store"
+    run(catalog_dir, store_dir, columns=columns, dtype="float16")
+    stored = sorted(stored_rows(store_dir), key=lambda row: row["key"])
+    assert [row["key"] for row in stored] == list(range(5))
+    assert [row["price"] for row in stored] == [1.5 * row for row in range(5)]
+    table = pq.read_table(store_dir / stored_snapshot(store_dir).files[0].path)
+    assert table.schema.field("embedding").type.value_type == pa.float16()
+    rows[2]["v"] = "v2-new"
+    write_rows(catalog_dir, rows)
+    night = run(catalog_dir, store_dir, columns=columns, dtype="float16")
+    assert night.num_embedded == {"image": 1}
+
+
+def test_too_many_rejects_stop_the_run_and_keep_its_work(run, tmp_path: Path):
+    rows = scene_rows(60)
+    for row in rows[:40]:
+        row["image"] = b"not an image"
+    catalog_dir, store_dir = write_rows(tmp_path / "catalog", rows), tmp_path / "store"
+    with pytest.raises(TooManyRejectsError, match=r"40 of 120 rows rejected: more than 10\.0%"):
+        run(catalog_dir, store_dir)
+    assert not (store_dir / "snapshots").exists()
+    saved = [pq.read_table(path) for path in (store_dir / "rejects").rglob("*.parquet")]
+    assert sum(table.num_rows for table in saved) == 40
+    accepted = run(catalog_dir, store_dir, limits=RowLimits(max_reject_share=0.5))
+    assert accepted.num_embedded == {"image": 0, "text": 0}
+    assert accepted.snapshot.num_rows("embeddings") == 80
+    assert accepted.rejects_by_reason == {"not_an_image": 40}
+
+
+def test_a_store_keeps_to_one_model(run, tmp_path: Path, checkpoint_dir: Path):
+    catalog_dir, store_dir = write_rows(tmp_path / "catalog", scene_rows(4)), tmp_path / "store"
+    first = run(catalog_dir, store_dir)
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in checkpoint_dir.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    config = other / "preprocessor_config.json"
+    config.write_text(config.read_text().replace('"resample": 3', '"resample": 2'))
+    with pytest.raises(StoreError, match=r"holds embeddings of engine .*name another --store"):
+        run(catalog_dir, store_dir, checkpoint=other)
+    with pytest.raises(StoreError, match="float32 embeddings, float16 was asked for"):
+        run(catalog_dir, store_dir, dtype="float16")
+    with pytest.raises(StoreError, match="the catalog has"):
+        run(catalog_dir, store_dir, columns={"text_column": "none"})
+    assert stored_snapshot(store_dir) == first.snapshot
+
+
+def test_an_empty_catalog_or_an_unwritable_store_stops_before_any_work(run, tmp_path: Path):
+    schema = pa.schema({"key": pa.string(), "text": pa.string()})
+    empty = write_rows(tmp_path / "empty", [], schema=schema)
+    with pytest.raises(CatalogError, match="none has a row"):
+        run(empty, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+    catalog_dir = write_rows(tmp_path / "catalog", scene_rows(2))
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    with pytest.raises(StoreError, match="cannot be written"):
+        run(catalog_dir, blocked / "store")
+
+
+def test_a_killed_run_is_finished_by_the_next(
+    run, tmp_path: Path, checkpoint_dir: Path, engines_dir: Path
+):
+    catalog_dir, store_dir = tmp_path / "catalog", tmp_path / "store"
+    rows = scene_rows(400)
+    write_rows(catalog_dir, rows, num_files=4)
+    command = [sys.executable, "-m", "jobs.embed", "--catalog", str(catalog_dir)]
+    command += ["--store", str(store_dir), "--checkpoint", str(checkpoint_dir)]
+    command += ["--engines", str(engines_dir), "--rows-per-file", "64", "--batch-rows", "16"]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list((store_dir / "embeddings").rglob("*.parquet")):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    # Workers that Ray started in sessions of their own end with their raylet.
+    staged = sum(
+        pq.read_metadata(path).num_rows for path in (store_dir / "embeddings").rglob("*.parquet")
+    )
+    assert 0 < staged
+    assert not (store_dir / "snapshots").exists()
+
+    result = run(
+        catalog_dir,
+        store_dir,
+        resources=Resources(rows_per_file=64, batch_rows=16),
+    )
+    assert sum(result.num_embedded.values()) <= 800 - staged
+    assert result.counts.num_live["image"] + result.counts.num_live["text"] >= staged
+    for modality in ("image", "text"):
+        assert set(stored_embeddings(store_dir, modality=modality)) == {r["key"] for r in rows}
