@@ -18,7 +18,6 @@ from engine.errors import EngineError
 from engine.manifest import (
     GRAPH_VERSION,
     IMAGE_ONNX,
-    MANIFEST_FILE,
     TEXT_ONNX,
     TOKENIZER_FILE,
     Manifest,
@@ -50,32 +49,31 @@ def engine_id_of(checkpoint: Checkpoint) -> str:
 
 
 def find_engine(engine_id: str, *, engines_dir: Path) -> Manifest | None:
-    """The manifest of a built engine, None if it is not built."""
+    """The manifest of a whole engine; None if it is not built, or a file fails its checksum."""
     directory = engines_dir / engine_id
-    return read_manifest(directory) if (directory / MANIFEST_FILE).exists() else None
+    try:
+        manifest = read_manifest(directory)
+        verify_files(manifest, directory)
+    except EngineError:
+        return None
+    return manifest
 
 
 def load_or_build(checkpoint: Checkpoint, *, engines_dir: Path) -> Manifest:
     """Find the engine of a checkpoint, or build it; of all who ask at once on a node, one builds.
 
-    The engine lies in `engines_dir / manifest.engine_id`. Its files are compared with their
-    checksums; a damaged engine is built anew.
+    The engine lies in `engines_dir / manifest.engine_id`. A damaged one is built anew.
 
     Raises:
         CheckpointError: The checkpoint cannot be built from.
         EngineError: The folder cannot be written.
     """
     engine_id = engine_id_of(checkpoint)
-    directory = engines_dir / engine_id
     with _lock(engines_dir, engine_id):
-        if directory.exists():
-            try:
-                manifest = read_manifest(directory)
-                verify_files(manifest, directory)
-            except EngineError:
-                shutil.rmtree(directory)
-            else:
-                return manifest
+        found = find_engine(engine_id, engines_dir=engines_dir)
+        if found is not None:
+            return found
+        shutil.rmtree(engines_dir / engine_id, ignore_errors=True)
         return _build(checkpoint, engine_id=engine_id, engines_dir=engines_dir)
 
 

@@ -10,20 +10,22 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from engine.registry import default_engines_dir
 from jobs.command import CommandParser, print_result, run
-from jobs.demo.catalog import write_catalog
+from jobs.demo.catalog import sample_rows, write_catalog
 from jobs.demo.run import CHECKPOINT_DIR
 from pipelines.retrieval import pair_recall, recall_line
 
 SAMPLE_SECONDS = 0.5
-NUM_SCENES = 1_000
+NUM_SCENES = 1_000  # distinct ones; beyond, they come again under other keys
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="pipeline: speed and memory over catalog sizes. query: recall of the pairs "
         "of a store. agreement: cosine of an engine's embeddings to transformers' own.",
     )
-    parser.add_argument("what", choices=("pipeline", "query", "agreement"))
+    parser.add_argument("what", choices=sorted(BENCHES))
     parser.add_argument(
         "--rows",
         type=int,
@@ -61,43 +63,58 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--store", metavar="URI", help="query: an indexed store of pairs")
     parser.add_argument("-k", type=int, nargs="+", default=[1, 5, 10], help="query: cut-offs")
     options = parser.parse_options(argv)
-    if options.what == "query":
-        if options.store is None:
-            raise ValueError("bench query needs --store")
-        recalls = pair_recall(options.store, ks=options.k)
-        print_result(recalls, as_json=options.json, text="\n".join(map(recall_line, recalls)))
-        return 0
-    if options.what == "agreement":
-        # transformers and torch are heavy; only this needs them.
-        from jobs.agreement import agreement_line, measure_agreement
+    figures, lines = BENCHES[options.what](options)
+    print_result(figures, as_json=options.json, text="\n".join(lines))
+    return 0
 
-        if options.catalog is None:
-            raise ValueError("bench agreement needs --catalog")
-        agreements = measure_agreement(
-            options.checkpoint,
-            catalog_uri=options.catalog,
-            num_rows=options.rows[0],
-            engines_dir=Path(options.engines),
-        )
-        text = "\n".join(map(agreement_line, agreements))
-        print_result(agreements, as_json=options.json, text=text)
-        return 0
+
+def _pipeline(options: Namespace) -> tuple[Any, list[str]]:
     figures = [measure_pipeline(rows, checkpoint=options.checkpoint) for rows in options.rows]
-    lines = ["     rows   seconds   rows/s encoded   peak memory MiB"]
-    lines += [
+    head = "     rows   seconds   rows/s encoded   peak memory MiB"
+    lines = [
         f"{figure.num_rows:>9,} {figure.seconds:>9.1f} {figure.rows_per_second:>16,.0f} "
         f"{figure.peak_memory_bytes / 2**20:>17,.0f}"
         for figure in figures
     ]
-    print_result(figures, as_json=options.json, text="\n".join(lines))
-    return 0
+    return figures, [head, *lines]
+
+
+def _query(options: Namespace) -> tuple[Any, list[str]]:
+    if options.store is None:
+        raise ValueError("bench query needs --store")
+    recalls = pair_recall(options.store, ks=options.k)
+    return recalls, [recall_line(recall) for recall in recalls]
+
+
+def _agreement(options: Namespace) -> tuple[Any, list[str]]:
+    # transformers and torch are heavy; only this needs them.
+    from jobs.agreement import agreement_line, measure_agreement
+
+    if options.catalog is None:
+        raise ValueError("bench agreement needs --catalog")
+    agreements = measure_agreement(
+        options.checkpoint,
+        catalog_uri=options.catalog,
+        num_rows=options.rows[0],
+        engines_dir=Path(options.engines),
+    )
+    return agreements, [agreement_line(agreement) for agreement in agreements]
+
+
+BENCHES: dict[str, Callable[[Namespace], tuple[Any, list[str]]]] = {
+    "agreement": _agreement,
+    "pipeline": _pipeline,
+    "query": _query,
+}
 
 
 def measure_pipeline(num_rows: int, *, checkpoint: str) -> PipelineFigures:
     """Embed a sample catalog in a process of its own, watching the memory of all its children."""
     folder = Path(tempfile.mkdtemp(prefix="clipmill-bench-"))
     try:
-        write_catalog(folder / "catalog", num_rows=num_rows, num_scenes=NUM_SCENES)
+        drawn = sample_rows(min(num_rows, NUM_SCENES))
+        rows = [replace(drawn[row % len(drawn)], key=f"{row:09d}") for row in range(num_rows)]
+        write_catalog(folder / "catalog", rows)
         command = [sys.executable, "-m", "jobs.cli", "embed", "--json", "--checkpoint", checkpoint]
         command += ["--catalog", str(folder / "catalog"), "--store", str(folder / "store")]
         started = time.perf_counter()

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import schema
 from pipelines.errors import CatalogError
+from pipelines.file_systems import file_system_errors, open_file_system
 from pipelines.schema import MODALITIES, Modality
 
 NO_COLUMN = "none"
@@ -174,16 +174,15 @@ def open_catalog(config: CatalogConfig) -> Catalog:
 
 def _file_system(uri: str) -> tuple[Any, str]:
     try:
-        fs, root = fsspec.url_to_fs(uri)
+        return open_file_system(uri)
     except (ValueError, ImportError) as error:
         raise CatalogError(f"catalog {uri}: {error}") from error
-    return fs, str(root)
 
 
 def _list_files(uri: str, *, fs: Any, root: str) -> list[dict[str, Any]]:
     try:
         found = fs.find(root, detail=True)
-    except OSError as error:
+    except file_system_errors() as error:
         raise CatalogError(f"catalog {uri}: cannot be listed: {error}") from error
     # Names that begin with _ or . are other programs' markers and unfinished files.
     infos = [
@@ -213,7 +212,7 @@ def _read_footer(fs: Any, path: str) -> pq.FileMetaData:
     try:
         with fs.open(path, "rb") as file:
             return pq.read_metadata(file)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, *file_system_errors()) as error:
         raise CatalogError(
             f"{path}: not a whole Parquet file ({str(error).splitlines()[0]}); write it again or "
             "remove it"
@@ -241,17 +240,23 @@ class _SchemaCheck:
     ) -> Any:
         """The normalized type of a column, or None with a fault noted."""
         missing: list[str] = []
+        repeated: list[str] = []
         wrong: dict[pa.DataType, list[str]] = defaultdict(list)
         kinds: dict[Any, list[str]] = defaultdict(list)
         for path, columns in self._schemas.items():
             if name not in columns.names:
                 missing.append(path)
                 continue
+            if columns.names.count(name) > 1:
+                repeated.append(path)
+                continue
             type_ = columns.field(name).type
             normalized = normalize(type_)
             (wrong[type_] if normalized is None else kinds[normalized]).append(path)
         if missing:
             self.fault(f"{role} column {name!r} is missing in {_some(missing)}")
+        if repeated:
+            self.fault(f"{role} column {name!r} is there more than once in {_some(repeated)}")
         for type_, paths in wrong.items():
             self.fault(f"{role} column {name!r} must be {expected}, is {type_} in {_some(paths)}")
         if len(kinds) > 1:

@@ -15,19 +15,22 @@ from engine.backends.onnx_cpu import OnnxCpuEncoder
 from engine.checkpoint import find_checkpoint
 from engine.errors import EngineError
 from engine.manifest import Manifest
-from engine.registry import load_or_build
+from engine.registry import find_engine, load_or_build
 from pipelines import schema
 from pipelines.progress import StageMeter
 from pipelines.snapshots import EngineRecord
 
 
 def ready_engine(record: EngineRecord, *, engines_dir: Path) -> Manifest:
-    """Find or build the very engine that a record names.
+    """Find the very engine that a record names; build it only if it is not there.
 
     Raises:
         CheckpointError: Its checkpoint cannot be found or built from.
         EngineError: The checkpoint there now gives another engine.
     """
+    found = find_engine(record.engine_id, engines_dir=engines_dir)
+    if found is not None:
+        return found
     checkpoint = find_checkpoint(record.checkpoint, revision=record.revision)
     manifest = load_or_build(checkpoint, engines_dir=engines_dir)
     if manifest.engine_id != record.engine_id:

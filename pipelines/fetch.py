@@ -14,6 +14,8 @@ import fsspec
 FETCH_THREADS = 16  # a fetch waits for the network nearly all its time
 FETCH_TIMEOUT_SECONDS = 30
 _HTTP_OPTIONS = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=FETCH_TIMEOUT_SECONDS)}}
+# One request that streams, whatever the server says of lengths and ranges.
+_HTTP_OPEN_OPTIONS = {"block_size": 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +38,24 @@ def fetch_all(uris: Sequence[str], *, max_bytes: int) -> list[bytes | FetchFailu
 
 
 def _fetch(uri: str, *, max_bytes: int) -> bytes | FetchFailure:
-    options: dict[str, Any] = _HTTP_OPTIONS if uri.startswith(("http:", "https:")) else {}
+    is_http = uri.startswith(("http:", "https:"))
+    options: dict[str, Any] = _HTTP_OPTIONS if is_http else {}
     try:
-        with fsspec.open(uri, "rb", block_size=0 if options else None, **options) as file:
-            content: bytes = file.read(max_bytes + 1)
-    except (OSError, ValueError, ImportError, TimeoutError, aiohttp.ClientError) as error:
+        fs, path = fsspec.url_to_fs(uri, **options)
+        with fs.open(path, "rb", **(_HTTP_OPEN_OPTIONS if is_http else {})) as file:
+            return _read(file, max_bytes=max_bytes)
+    # A URI can lead to any of fsspec's file systems, each with exceptions of its own, and one bad
+    # row never stops a run.
+    except Exception as error:  # noqa: BLE001
         return FetchFailure(f"{type(error).__name__}: {error}".splitlines()[0][:200])
-    return content
+
+
+def _read(file: Any, *, max_bytes: int) -> bytes:
+    """Read to the end, or one byte beyond the bound: a stream gives what has arrived so far."""
+    content = bytearray()
+    while len(content) <= max_bytes:
+        chunk = file.read(max_bytes + 1 - len(content))
+        if not chunk:
+            break
+        content += chunk
+    return bytes(content)

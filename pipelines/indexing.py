@@ -94,11 +94,20 @@ def find_index(store: Store, snapshot: Snapshot, *, modality: Modality) -> Index
     path = f"{index_dir(snapshot, modality=modality)}/{MANIFEST_FILE}"
     if path not in store.list(index_dir(snapshot, modality=modality), suffix=MANIFEST_FILE):
         return None
-    record: dict[str, Any] = json.loads(store.read(path))
-    version = record.pop("format_version")
-    if version > FORMAT_VERSION:
-        raise StoreError(f"{path} is of format {version}; upgrade Clipmill")
-    return IndexManifest(**record)
+    try:
+        record: dict[str, Any] = json.loads(store.read(path))
+        version = record.pop("format_version")
+        if version > FORMAT_VERSION:
+            raise StoreError(
+                f"store {store.uri}: {path} is of format {version}, this Clipmill reads "
+                f"{FORMAT_VERSION}; upgrade Clipmill"
+            )
+        return IndexManifest(**record)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(
+            f"store {store.uri}: {path} is damaged ({error}); remove the folder it is in and run "
+            "`clipmill index` again"
+        ) from error
 
 
 def load_index(store: Store, snapshot: Snapshot, *, modality: Modality) -> tuple[Any, pa.Array]:
@@ -123,7 +132,7 @@ def load_index(store: Store, snapshot: Snapshot, *, modality: Modality) -> tuple
             np.frombuffer(store.read(f"{folder}/{INDEX_FILE}"), dtype=np.uint8)
         )
         keys = pq.read_table(io.BytesIO(store.read(f"{folder}/{KEYS_FILE}")))[schema.KEY]
-    except (RuntimeError, pa.ArrowException) as error:
+    except (RuntimeError, KeyError, pa.ArrowException) as error:
         raise StoreError(
             f"store {store.uri}: {folder} is damaged ({str(error).splitlines()[0]}); remove the "
             "folder and run `clipmill index` again"

@@ -94,18 +94,14 @@ def add_stored(ledger: Ledger, files: Iterable[StoredFile], *, store: Store, sta
 
 
 def add_catalog(
-    ledger: Ledger, catalog: Catalog, *, parent: Snapshot | None, num_cpus: float
+    ledger: Ledger, catalog: Catalog, *, parent: Snapshot | None, store: Store, num_cpus: float
 ) -> None:
     """Read the keys of a catalog into the ledger, with fingerprints where they are needed.
 
     A file that the parent snapshot was made from, unchanged since, is trusted by key. So is
     everything when there is no parent: nothing is stored that could be out of date.
     """
-    known: Mapping[str, str] = {}
-    if parent is None:
-        known = {file.path: file.identity for file in catalog.files}
-    elif parent.catalog.columns == catalog_columns(catalog):
-        known = parent.catalog.files
+    known = _known_files(catalog, parent=parent, store=store)
     trusted = [file.path for file in catalog.files if known.get(file.path) == file.identity]
     changed = [file.path for file in catalog.files if known.get(file.path) != file.identity]
     for rows in _read_keys(catalog, paths=trusted):
@@ -113,6 +109,24 @@ def add_catalog(
     hashed = _read_keys if catalog.config.version_column else partial(_hash, num_cpus=num_cpus)
     for rows in hashed(catalog, paths=changed):
         ledger.add_catalog_rows(rows, trusted=False)
+
+
+def _known_files(
+    catalog: Catalog, *, parent: Snapshot | None, store: Store
+) -> Mapping[str, str]:
+    """Path -> identity of the files whose rows are, key by key, what the store was made from."""
+    if parent is None:
+        return {file.path: file.identity for file in catalog.files}
+    if parent.catalog.columns != catalog_columns(catalog):
+        return {}
+    # A key that was a duplicate in one file is stored with the content of another, which may be
+    # gone by now.
+    shadowed: set[str] = set()
+    for stored in parent.files_of("rejects"):
+        if stored.modality is None:
+            with store.open(stored.path) as file:
+                shadowed |= set(pq.read_table(file)[schema.SOURCE_FILE].to_pylist())
+    return {path: of for path, of in parent.catalog.files.items() if path not in shadowed}
 
 
 def _read_keys(catalog: Catalog, *, paths: Sequence[str]) -> Iterator[pa.Table]:

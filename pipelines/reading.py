@@ -20,6 +20,7 @@ from ray.data.block import BlockMetadata
 from pipelines import schema
 from pipelines.catalog import Catalog, ImageLayout
 from pipelines.errors import CatalogError
+from pipelines.file_systems import file_system_errors
 from pipelines.progress import StageMeter
 from pipelines.schema import MODALITIES, Modality
 
@@ -156,7 +157,8 @@ def _tables(
                 for modality in content:
                     canonical[schema.WANTED[modality]] = wanted[modality]
                 yield pa.table(canonical)
-    except (OSError, pa.ArrowException) as error:
+    # KeyError: the file was replaced by one without a column that it had when it was opened.
+    except (KeyError, pa.ArrowException, *file_system_errors()) as error:
         raise CatalogError(
             f"{piece.path}: row group {piece.row_group} cannot be read "
             f"({str(error).splitlines()[0]}). What was embedded is kept; run the same command "
@@ -207,4 +209,6 @@ def _image_parts(images: Any, *, layout: ImageLayout | None) -> tuple[Any, Any]:
 def _cast(column: Any, type_: pa.DataType) -> Any:
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    return column.cast(type_)
+    column = column.cast(type_)
+    column.validate(full=True)  # Parquet does not keep a writer from strings that are not UTF-8
+    return column

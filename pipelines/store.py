@@ -16,10 +16,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO, cast
 
-import fsspec
+import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.errors import CommitConflictError, StoreError
+from pipelines.file_systems import file_system_errors, open_file_system
 
 
 class Store:
@@ -33,7 +34,7 @@ class Store:
         """
         self.uri = uri
         try:
-            self._fs, self._root = fsspec.url_to_fs(uri)
+            self._fs, self._root = open_file_system(uri)
         except (ValueError, ImportError) as error:
             raise StoreError(f"store {uri}: {error}") from error
 
@@ -71,21 +72,22 @@ class Store:
         """
         path = self.full_path(relative)
         with self._errors(relative, "written"):
+            # Outside the `try` below: a file in the place of the folder "exists" too.
+            aside = self._write_aside(path, content) if self.is_local else None
             try:
-                if not self.is_local:
+                if aside is None:
                     with self._fs.open(path, "xb") as file:
                         file.write(content)
-                    return
-                aside = self._write_aside(path, content)
-                try:
+                else:
                     os.link(aside, path)  # unlike a rename, refuses to replace
-                finally:
-                    os.unlink(aside)
             except FileExistsError:
                 raise CommitConflictError(
                     f"{path} exists: another run committed it first. Nothing was lost; run the "
                     "same command again"
                 ) from None
+            finally:
+                if aside is not None:
+                    os.unlink(aside)
 
     def read(self, relative: str) -> bytes:
         """The content of a file; StoreError if it is missing or cannot be read."""
@@ -94,9 +96,19 @@ class Store:
 
     @contextmanager
     def open(self, relative: str) -> Iterator[BinaryIO]:
-        """Open a file for reading at any position."""
+        """Open a file for reading at any position.
+
+        Raises:
+            StoreError: It is missing, cannot be read, or pyarrow finds it damaged while it is open.
+        """
         with self._errors(relative, "read"), self._fs.open(self.full_path(relative), "rb") as file:
-            yield cast("BinaryIO", file)
+            try:
+                yield cast("BinaryIO", file)
+            except pa.ArrowException as error:
+                raise StoreError(
+                    f"store {self.uri}: {relative} is damaged ({str(error).splitlines()[0]}); put "
+                    "back a copy of it, or embed into another store"
+                ) from error
 
     def list(self, folder: str, *, suffix: str) -> list[str]:
         """The files directly in a folder, by name; empty if there is no such folder."""
@@ -129,8 +141,8 @@ class Store:
             yield
         except StoreError:
             raise
-        except OSError as error:
-            what = error.strerror or str(error) or type(error).__name__
+        except file_system_errors() as error:
+            what = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise StoreError(
                 f"store {self.uri}: {relative} cannot be {verb}: {what}. "
                 "Check the path, its permissions and the free space"

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.demo.catalog import heldout_scenes, png
+from jobs.demo.catalog import sample_rows
 from pipelines.schema import Modality
 from pipelines.snapshots import Snapshot, current_snapshot
 from pipelines.store import Store
@@ -17,8 +17,8 @@ from pipelines.store import Store
 def scene_rows(num_rows: int) -> list[dict[str, Any]]:
     """Rows of `key`, `image` and `text`: distinct drawn scenes and their captions."""
     return [
-        {"key": f"k{row:04d}", "image": png(scene), "text": scene.caption}
-        for row, scene in enumerate(heldout_scenes(num_rows))
+        {"key": f"k{number:04d}", "image": row.image, "text": row.text}
+        for number, row in enumerate(sample_rows(num_rows))
     ]
 
 

@@ -8,6 +8,10 @@ import ray
 
 from jobs.cluster import ray_cluster
 from jobs.demo.run import CHECKPOINT_DIR
+from pipelines.catalog import CatalogConfig
+from pipelines.embedding import EmbedConfig, embed
+from pipelines.indexing import IndexConfig, build_index
+from tests.catalogs import scene_rows, write_rows
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +30,24 @@ def local_ray() -> Iterator[None]:
     with ray_cluster(None):
         yield
     assert not ray.is_initialized()
+
+
+@pytest.fixture(scope="session")
+def scene_store(
+    tmp_path_factory: pytest.TempPathFactory,
+    checkpoint_dir: Path,
+    engines_dir: Path,
+    local_ray: None,
+) -> Path:
+    """A store of 60 scenes with their captions, indexed; tests only read it."""
+    folder = tmp_path_factory.mktemp("scenes")
+    embed(
+        EmbedConfig(
+            catalog=CatalogConfig(uri=str(write_rows(folder / "catalog", scene_rows(60)))),
+            store_uri=str(folder / "store"),
+            checkpoint=str(checkpoint_dir),
+            engines_dir=engines_dir,
+        )
+    )
+    build_index(IndexConfig(store_uri=str(folder / "store")))
+    return folder / "store"

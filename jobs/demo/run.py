@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engine.registry import default_engines_dir
 from jobs.command import CommandParser, print_result, run
-from jobs.demo.catalog import heldout_scenes, png, scene_key, write_catalog
+from jobs.demo.catalog import SampleRow, sample_rows, write_catalog
 from jobs.embed import run_embed
 from pipelines.catalog import CatalogConfig
 from pipelines.embedding import EmbedConfig
@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.rows < NUM_SHEETS:
         raise ValueError(f"--rows {options.rows}: expected at least {NUM_SHEETS}")
     catalog_dir, store_dir = Path(options.out) / "catalog", Path(options.out) / "store"
-    write_catalog(catalog_dir, num_rows=options.rows, num_scenes=options.rows)
+    rows = sample_rows(options.rows)
+    write_catalog(catalog_dir, rows)
     config = EmbedConfig(
         catalog=CatalogConfig(uri=str(catalog_dir)),
         store_uri=str(store_dir),
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report, _ = run_embed(config)
     build_index(IndexConfig(store_uri=config.store_uri))
     recalls = pair_recall(config.store_uri)
-    page = _save_page(config, report=report, num_rows=options.rows)
+    page = _save_page(config, report=report, rows=rows)
     text = "\n".join([summary(report), *map(recall_line, recalls), f"report: {page}"])
     print_result({"report": report, "recall": recalls}, as_json=options.json, text=text)
     if not options.no_open and sys.stdout.isatty():
@@ -56,37 +57,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _save_page(config: EmbedConfig, *, report: RunReport, num_rows: int) -> str:
+def _save_page(config: EmbedConfig, *, report: RunReport, rows: Sequence[SampleRow]) -> str:
     searcher = Searcher(config.store_uri, engines_dir=config.engines_dir, modality="image")
-    drawn = heldout_scenes(num_rows)
-    images = {scene_key(row): png(scene) for row, scene in enumerate(drawn)}
-    captions = {scene_key(row): scene.caption for row, scene in enumerate(drawn)}
-    asked = list(images)[:: len(images) // NUM_SHEETS][:NUM_SHEETS]
+    asked = rows[:: len(rows) // NUM_SHEETS][:NUM_SHEETS]
     by_words, by_picture = asked[:-2], asked[-2:]
     answers = [
-        *searcher.by_text([captions[key] for key in by_words], num_hits=NUM_HITS),
-        *searcher.by_image([images[key] for key in by_picture], num_hits=NUM_HITS),
+        *searcher.by_text([row.text for row in by_words], num_hits=NUM_HITS),
+        *searcher.by_image([row.image for row in by_picture], num_hits=NUM_HITS),
     ]
-
-    def hit(found: Found, *, expected: str) -> Hit:
-        key = str(found.key)
-        return Hit(
-            key=key,
-            score=found.score,
-            image=images[key],
-            caption=captions[key],
-            is_expected=key == expected,
-        )
-
+    by_key = {row.key: row for row in rows}
     sheets = [
         QuerySheet(
-            query=captions[key],
-            query_image=images[key] if key in by_picture else None,
-            hits=tuple(hit(found, expected=key) for found in hits),
+            query=row.text,
+            query_image=row.image if row in by_picture else None,
+            hits=tuple(_hit(found, row=by_key[str(found.key)], expected=row) for found in hits),
         )
-        for key, hits in zip(asked, answers, strict=True)
+        for row, hits in zip(asked, answers, strict=True)
     ]
     return save_report(report, sheets=sheets)
+
+
+def _hit(found: Found, *, row: SampleRow, expected: SampleRow) -> Hit:
+    return Hit(
+        key=row.key,
+        score=found.score,
+        image=row.image,
+        caption=row.text,
+        is_expected=row is expected,
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,29 @@
+"""Finds the file system of a URI, and names what file systems raise.
+
+Knows nothing of what lies there.
+"""
+
+import sys
+from typing import Any
+
+import aiohttp
+import fsspec
+
+
+def open_file_system(uri: str) -> tuple[Any, str]:
+    """The fsspec file system of a URI, and the path within it.
+
+    Raises:
+        ValueError: No such kind of file system.
+        ImportError: The package that reads it is missing.
+    """
+    fs, path = fsspec.url_to_fs(uri)
+    return fs, str(path)
+
+
+def file_system_errors() -> tuple[type[Exception], ...]:
+    """What a file system raises where the place is missing, closed to us or out of reach."""
+    # s3fs passes on botocore's own errors (no credentials, no connection), which are no OSErrors.
+    # Where nothing has imported botocore, nothing raises them.
+    botocore: Any = sys.modules.get("botocore.exceptions")
+    return (OSError, aiohttp.ClientError, *([botocore.BotoCoreError] if botocore else []))

@@ -1,0 +1,93 @@
+"""Counts of the stages on a real Ray, and how they are shown."""
+
+import threading
+import time
+
+import pytest
+import ray
+
+from jobs.progress import progress_line, shown_progress, stage_total
+from pipelines.ledger import Counts
+from pipelines.progress import STAGES, Progress, ProgressBoard, StageCount, StageMeter, polled
+
+COUNTS = Counts(
+    num_rows=100,
+    num_keys=90,
+    num_due={"image": 40, "text": 60},
+    num_due_rows=70,
+    num_live={"image": 50, "text": 30},
+)
+
+
+@pytest.fixture
+def board(local_ray: None):
+    made = ProgressBoard.remote()
+    yield made
+    ray.kill(made)
+
+
+def test_meters_add_up_across_workers(board):
+    @ray.remote(num_cpus=0.1)
+    def work(meter: StageMeter) -> None:
+        for _ in range(3):
+            with meter.batch() as size:
+                size(10, 1_000)
+
+    ray.get([work.remote(StageMeter(board, stage="decode")) for _ in range(2)])
+    deadline = time.monotonic() + 10
+    while ray.get(board.progress.remote()).stages["decode"].num_rows < 60:
+        assert time.monotonic() < deadline
+    counted = ray.get(board.progress.remote())
+    assert counted.stages["decode"].num_bytes == 6_000
+    assert 0 < counted.stages["decode"].busy_seconds < 5
+    assert counted.stages["encode"] == StageCount()
+
+
+def test_a_batch_that_fails_is_not_counted(board):
+    meter = StageMeter(board, stage="encode")
+    with pytest.raises(RuntimeError), meter.batch():
+        raise RuntimeError
+    assert ray.get(board.progress.remote()).stages["encode"].num_rows == 0
+
+
+def test_progress_is_handed_over_from_another_thread_and_at_the_end(board):
+    seen: list[tuple[str, int]] = []
+
+    def on_progress(progress: Progress) -> None:
+        name = threading.current_thread().name
+        seen.append((name, progress.stages["encode"].num_rows))
+
+    with polled(board, on_progress):
+        ray.get(board.add.remote("encode", 7, 0, 0.1))
+        time.sleep(0.8)
+    assert seen[0][0] == "progress"
+    assert seen[-1] == ("MainThread", 7)
+    with polled(board, None):
+        pass
+
+
+def make_progress(*, seconds: float, num_encoded: int) -> Progress:
+    stages = {stage: StageCount() for stage in STAGES}
+    stages["encode"].num_rows = num_encoded
+    return Progress(seconds=seconds, stages=stages)
+
+
+def test_a_log_line_has_rate_and_time_left():
+    line = progress_line(COUNTS, make_progress(seconds=10, num_encoded=20))
+    assert line == (
+        "10 s: read 0, decode 0, encode 20, write 0 of 100 rows; 2.0 rows/s, 40 s left"
+    )
+    assert "time left unknown" in progress_line(COUNTS, make_progress(seconds=1, num_encoded=0))
+
+
+def test_totals_count_rows_to_read_and_then_modalities():
+    assert stage_total(COUNTS, "read") == 70
+    assert stage_total(COUNTS, "write") == 100
+
+
+def test_a_log_gets_a_line_now_and_then(capsys):
+    with shown_progress() as show:
+        for seconds in (1, 20, 31, 45, 62):
+            show(COUNTS, make_progress(seconds=seconds, num_encoded=seconds))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" s:")[0] for line in lines] == ["31", "62"]
