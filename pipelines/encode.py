@@ -88,8 +88,8 @@ class EncodeStage:
 
 
 def pixel_array(column: Any, *, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """The valid pixels of a large_binary column as uint8 [N, H, W, 3], without a copy."""
-    array = column.combine_chunks()
+    """The valid pixels of a large_binary column as uint8 [N, H, W, 3]; one chunk is not copied."""
+    array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     offsets = np.frombuffer(array.buffers()[1], dtype=np.int64)
     offsets = offsets[array.offset : array.offset + len(array) + 1]
     # Nulls take no bytes, so what lies between first and last offset is all valid pixels.

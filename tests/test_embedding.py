@@ -281,6 +281,24 @@ def test_an_empty_catalog_or_an_unwritable_store_stops_before_any_work(run, tmp_
         run(catalog_dir, blocked / "store")
 
 
+def test_a_file_that_breaks_under_the_run_stops_it_and_a_whole_one_lets_it_finish(
+    run, tmp_path: Path
+):
+    rows = scene_rows(40)
+    catalog_dir, store_dir = tmp_path / "catalog", tmp_path / "store"
+    write_rows(catalog_dir, rows, num_files=2)
+    broken = catalog_dir / "part-1.parquet"
+    whole = broken.read_bytes()
+    images = pq.read_metadata(broken).row_group(0).column(1)  # the footer stays readable
+    start = images.data_page_offset
+    broken.write_bytes(whole[:start] + b"\xff" * 1_000 + whole[start + 1_000 :])
+    with pytest.raises(CatalogError, match=r"part-1\.parquet: row group \d+ cannot be read"):
+        run(catalog_dir, store_dir)
+    assert not (store_dir / "snapshots").exists()
+    broken.write_bytes(whole)
+    assert run(catalog_dir, store_dir).snapshot.num_rows("embeddings") == 80
+
+
 def test_a_killed_run_is_finished_by_the_next(
     run, tmp_path: Path, checkpoint_dir: Path, engines_dir: Path
 ):

@@ -24,6 +24,8 @@ BLOCK_NAMES = (
 )
 IMAGE_NAMES = (
     (r"^visual_projection", "projection"),
+    # Dual encoders saved before transformers 5 say it twice.
+    (r"^vision_model\.vision_model\.", "vision_model."),
     (r"^vision_model\.embeddings", "backbone"),
     (r"^vision_model\.pre_layrnorm", "backbone.pre_norm"),  # the spelling of the format
     (r"^vision_model\.post_layernorm", "backbone.post_norm"),
@@ -100,8 +102,8 @@ class TextBackbone(nn.Module):
         bias = self.causal_bias[:length, :length]
         for block in self.blocks:
             x = block(x, bias)
-        rows = torch.arange(token_ids.shape[0], device=token_ids.device)
-        return self.final_norm(x[rows, self._end_of_text(token_ids)])
+        last = self._end_of_text(token_ids)[:, None, None].expand(-1, 1, x.shape[2])
+        return self.final_norm(x.gather(1, last)[:, 0])
 
     def _end_of_text(self, token_ids: Tensor) -> Tensor:
         if self.eos_token_id == _LEGACY_EOS_TOKEN_ID:

@@ -1,0 +1,43 @@
+"""What the stages may take, and that Ray Data's settings are put back."""
+
+import pytest
+from ray.data import DataContext
+
+from pipelines.stages import Resources, num_workers, ray_data_settings
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_encoders", 0),
+        ("encoder_threads", 0),
+        ("batch_rows", 0),
+        ("rows_per_file", -1),
+        ("in_flight_bytes", 0),
+        ("encoder_cpus", 0.0),
+        ("decode_cpus", -1.0),
+        ("io_cpus", 0.0),
+    ],
+)
+def test_resources_out_of_bounds_name_field_and_value(name: str, value: float):
+    with pytest.raises(ValueError, match=f"{name}={value}: expected"):
+        Resources(**{name: value})
+
+
+def test_workers_follow_the_cluster(local_ray: None):
+    workers = num_workers(Resources(io_cpus=0.5, decode_cpus=1, num_encoders=3))
+    assert workers["encode"] == 3
+    assert workers["read"] == workers["write"] == 2 * workers["decode"]
+    assert num_workers(Resources())["encode"] == max(1, workers["decode"] // 2)
+
+
+def test_ray_data_settings_are_of_the_block_only():
+    context = DataContext.get_current()
+    before = context.target_max_block_size, context.enable_progress_bars
+    limits = context.execution_options.resource_limits
+    with pytest.raises(RuntimeError), ray_data_settings(Resources(in_flight_bytes=123)):
+        assert not context.enable_progress_bars
+        assert context.execution_options.resource_limits.object_store_memory == 123
+        raise RuntimeError
+    assert (context.target_max_block_size, context.enable_progress_bars) == before
+    assert context.execution_options.resource_limits == limits
