@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ from transformers import AutoConfig
 from engine.checkpoint import Checkpoint
 from engine.errors import CheckpointError
 from engine.families import bert, clip
-from engine.preprocess import Preprocessing, preprocessing_from_config
+from engine.preprocess import Preprocessing
+from engine.preprocessor_config import preprocessing_from_config
 from engine.towers import ImageTower, Normalize, TextTower
 
 NameRules = Sequence[tuple[str, str]]
@@ -58,21 +60,20 @@ def load_model(checkpoint: Checkpoint) -> Model:
         CheckpointError: The family is not supported, or tensors or settings are missing or
             have other shapes than the config says; all of them are named.
     """
-    try:
-        config = AutoConfig.from_pretrained(str(checkpoint.directory))
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {checkpoint.name}: malformed config: {error}") from error
     model_type = checkpoint.model_type
-    if model_type in DUAL_MODELS:
-        image_config, text_config = config.vision_config, config.text_config
-    elif model_type in IMAGE_MODELS:
-        image_config, text_config = config, None
-    else:
+    if model_type not in (*DUAL_MODELS, *IMAGE_MODELS):
         supported = ", ".join((*DUAL_MODELS, *IMAGE_MODELS))
         raise CheckpointError(
             f"checkpoint {checkpoint.name}: models of type {model_type!r} are not supported "
             f"(supported: {supported})"
         )
+    try:
+        config = AutoConfig.from_pretrained(str(checkpoint.directory))
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise CheckpointError(f"checkpoint {checkpoint.name}: malformed config: {error}") from error
+    image_config, text_config = config, None
+    if model_type in DUAL_MODELS:
+        image_config, text_config = config.vision_config, config.text_config
     embedding_dim = config.projection_dim
     weights = _load_weights(checkpoint)
 

@@ -8,7 +8,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.preprocess import ImageLimits
+from engine.images import ImageLimits
 from engine.registry import default_engines_dir
 from jobs.cluster import ray_cluster
 from jobs.command import CommandParser, print_result, run

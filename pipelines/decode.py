@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from engine.preprocess import ImageLimits, ImageRejected, Preprocessing, decode_pixels
+from engine.images import ImageLimits, ImageRejected
+from engine.preprocess import Preprocessing, decode_pixels
 from pipelines import schema
 from pipelines.fetch import FetchFailure, fetch_all
 from pipelines.fingerprints import row_fingerprints

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
-from engine.preprocess import ImageLimits, ImageRejected, rgb_image
+from engine.images import ImageLimits, ImageRejected, rgb_image
 from pipelines.report import RunReport
 
 MAX_THUMBNAIL_PIXELS = 160

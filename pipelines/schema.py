@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 import pyarrow as pa
 
-from engine.preprocess import REASONS as IMAGE_REASONS
+from engine.images import REASONS as IMAGE_REASONS
 
 Modality = Literal["image", "text"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
@@ -60,7 +60,7 @@ class Stage(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why a row was rejected, besides the reasons that `engine.preprocess` gives for images."""
+    """Why a row was rejected, besides the reasons that `engine.images` gives."""
 
     NULL_KEY = "null_key"
     DUPLICATE_KEY = "duplicate_key"

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.backends.onnx_cpu import OnnxCpuEncoder
-from engine.preprocess import ImageLimits, decode_pixels
+from engine.images import ImageLimits
+from engine.preprocess import decode_pixels
 from pipelines.encode import ready_engine
 from pipelines.errors import StoreError
 from pipelines.indexing import load_index

@@ -25,7 +25,7 @@ from pipelines.report_page import (
     thumbnail_uri,
 )
 from pipelines.schema import REASONS
-from tests import images
+from tests import image_files
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 HOSTILE = """</bdi></p><script>alert("x")</script><img src=x onerror='alert(1)'>&lt;{{ 7*7 }}"""
@@ -231,7 +231,7 @@ class TestSafety:
             rejects_by_reason={HOSTILE: 3, "$x": 1, "$y$": 1},
             stages=[dataclasses.replace(REPORT.stages[0], stage=HOSTILE)],
         )
-        picture = images.jpeg()
+        picture = image_files.jpeg()
         sheets = [sheet(hit(HOSTILE, caption=HOSTILE, image=picture), query=HOSTILE)]
         page = Page(render_page(report, sheets=sheets))
         assert page.all("script") == []
@@ -249,7 +249,7 @@ class TestSafety:
         assert "$y$" in page.text("text"), "not read as a formula"
 
     def test_loads_nothing(self):
-        html = render_page(REPORT, sheets=[sheet(hit(image=images.png()))])
+        html = render_page(REPORT, sheets=[sheet(hit(image=image_files.png()))])
         page = Page(html)
         assert page.all("link") == page.all("script") == page.all("iframe") == []
         for tag, attributes in page.elements:
@@ -271,7 +271,7 @@ class TestSafety:
 
 class TestMarkup:
     def test_same_report_same_bytes(self):
-        sheets = [sheet(hit(image=images.jpeg(images.photo(400, 300))))]
+        sheets = [sheet(hit(image=image_files.jpeg(image_files.photo(400, 300))))]
         first = render_page(REPORT, sheets=sheets)
         with matplotlib.rc_context({"font.size": 30, "svg.fonttype": "path"}):
             assert render_page(REPORT, sheets=sheets) == first
@@ -289,7 +289,7 @@ class TestMarkup:
         assert set(references) <= set(ids)
 
     def test_is_accessible(self):
-        page = Page(render_page(REPORT, sheets=[sheet(hit(image=images.png()))]))
+        page = Page(render_page(REPORT, sheets=[sheet(hit(image=image_files.png()))]))
         assert page.all("html") == [{"lang": "en"}]
         assert all(header.get("scope") in ("row", "col") for header in page.all("th"))
         assert all(picture["alt"] for picture in page.all("img"))
@@ -398,18 +398,20 @@ class TestRejects:
 class TestContactSheet:
     def test_pictures(self):
         hits = (
-            hit("wide", image=images.jpeg(images.photo(640, 320)), score=0.3456),
-            hit("small", image=images.png(images.flat()), caption="a red field"),
+            hit("wide", image=image_files.jpeg(image_files.photo(640, 320)), score=0.3456),
+            hit("small", image=image_files.png(image_files.flat()), caption="a red field"),
             hit("text-only", caption="words"),
         )
         page = Page(
-            render_page(REPORT, sheets=[sheet(*hits, query_image=images.webp(images.flat()))])
+            render_page(
+                REPORT, sheets=[sheet(*hits, query_image=image_files.webp(image_files.flat()))]
+            )
         )
         query, wide, small = (decoded(picture["src"]) for picture in page.all("img"))
-        assert (query[0], query[1].size) == ("image/webp", images.SIZE)
+        assert (query[0], query[1].size) == ("image/webp", image_files.SIZE)
         assert (wide[0], wide[1].size) == ("image/jpeg", (160, 80))
-        assert (small[0], small[1].size) == ("image/png", images.SIZE)
-        assert small[1].convert("RGB").getpixel((5, 5)) == images.RED
+        assert (small[0], small[1].size) == ("image/png", image_files.SIZE)
+        assert small[1].convert("RGB").getpixel((5, 5)) == image_files.RED
         assert len(page.all("li")) == 3
         assert page.text("h3", "bdi").endswith(
             "a red bicycle wide a red field small words text-only"
@@ -425,7 +427,7 @@ class TestContactSheet:
         assert page.text().count("✓ expected match") == 1
 
     def test_damaged_picture_does_not_stop_the_report(self):
-        broken = [b"", b"no image", images.truncated_jpeg()]
+        broken = [b"", b"no image", image_files.truncated_jpeg()]
         page = Page(
             render_page(
                 REPORT, sheets=[sheet(*(hit(str(i), image=b) for i, b in enumerate(broken)))]
@@ -440,16 +442,16 @@ class TestContactSheet:
         assert "Example queries" not in Page(render_page(REPORT)).text("h2")
 
     def test_sizes_of_many_large_pictures(self):
-        large = images.png(images.photo(1000, 800))
+        large = image_files.png(image_files.photo(1000, 800))
         assert len(large) > 10**6
         html = render_page(REPORT, sheets=[sheet(*(hit(str(i), image=large) for i in range(6)))])
         assert len(html) < 200_000
 
 
 class TestThumbnail:
-    @pytest.mark.parametrize("name", sorted(images.VALID))
+    @pytest.mark.parametrize("name", sorted(image_files.VALID))
     def test_every_format_becomes_one_that_browsers_show(self, name):
-        uri, reason = thumbnail_uri(images.VALID[name]())
+        uri, reason = thumbnail_uri(image_files.VALID[name]())
         assert reason == ""
         assert uri is not None
         mime_type, image = decoded(uri)
@@ -458,7 +460,7 @@ class TestThumbnail:
         assert max(image.size) <= 160
 
     def test_rotated_photo_is_upright(self):
-        uri, _ = thumbnail_uri(images.exif_rotated_jpeg(6, images.four_corners(400, 200)))
+        uri, _ = thumbnail_uri(image_files.exif_rotated_jpeg(6, image_files.four_corners(400, 200)))
         assert uri is not None
         _, image = decoded(uri)
         assert image.size == (160, 80)
@@ -469,7 +471,7 @@ class TestThumbnail:
     def test_small_but_heavy_picture_is_made_lighter(self):
         exif = Image.Exif()
         exif[0x010E] = "x" * 40_000
-        heavy = images.jpeg(exif=exif)
+        heavy = image_files.jpeg(exif=exif)
         assert len(heavy) > MAX_INLINE_BYTES
         uri, _ = thumbnail_uri(heavy)
         assert uri is not None

@@ -6,9 +6,10 @@ Knows nothing of how Clipmill decodes them.
 import io
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from hypothesis import strategies as st
 from PIL import Image
 
 Color = tuple[int, int, int]
@@ -245,3 +246,17 @@ VALID: dict[str, Callable[[], bytes]] = {
     "bmp": bmp,
 }
 """Makers of small valid images by name, to damage or to count on."""
+
+# Mostly in headers, where the parsers are.
+PATCHES = st.lists(
+    st.tuples(st.integers(0, 400) | st.integers(0, 20_000), st.binary(min_size=1, max_size=4))
+)
+"""Where to damage a file, and the bytes to put there."""
+
+
+def patched(encoded: bytes, patches: Sequence[tuple[int, bytes]]) -> bytes:
+    damaged = bytearray(encoded)
+    for position, patch in patches:
+        start = position % len(damaged)
+        damaged[start : start + len(patch)] = patch
+    return bytes(damaged)

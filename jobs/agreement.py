@@ -1,0 +1,143 @@
+"""Compares an engine with transformers' own model, image processor and tokenizer.
+
+Knows nothing of how either is executed.
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import transformers
+from numpy.typing import NDArray
+from PIL import Image
+
+from engine.backends.onnx_cpu import OnnxCpuEncoder
+from engine.checkpoint import Checkpoint, find_checkpoint
+from engine.images import ImageLimits
+from engine.preprocess import decode_pixels
+from engine.registry import load_or_build
+from pipelines.catalog import CatalogConfig, open_catalog
+from pipelines.reading import CatalogDatasource, all_rows
+
+ROWS_PER_CALL = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Agreement:
+    """Cosine between an engine's embeddings and transformers' of the same rows."""
+
+    modality: str
+    """image or text."""
+    num_rows: int
+    """Rows compared."""
+    mean: float
+    """Of the cosines."""
+    p1: float
+    """1st percentile."""
+    minimum: float
+    """Worst row."""
+
+
+def measure_agreement(
+    name: str, *, catalog_uri: str, num_rows: int, engines_dir: Path
+) -> list[Agreement]:
+    """Embed the first rows of a catalog both ways.
+
+    Args:
+        name: Checkpoint, a hub id or a folder.
+        catalog_uri: With `image` bytes, and `text` if the checkpoint has a text tower.
+        num_rows: How many rows.
+        engines_dir: Where this machine keeps its engines.
+    """
+    checkpoint = find_checkpoint(name)
+    manifest = load_or_build(checkpoint, engines_dir=engines_dir)
+    encoder = OnnxCpuEncoder(engines_dir / manifest.engine_id, num_threads=2)
+    images, texts = _first_rows(catalog_uri, num_rows=num_rows)
+    pixels = [
+        decode_pixels(image, preprocessing=manifest.preprocessing, limits=ImageLimits())
+        for image in images
+    ]
+    reference = _Reference(checkpoint)
+    results = [_compare("image", encoder.encode_images(np.stack(pixels)), reference.images(images))]
+    if "text" in manifest.modalities:
+        results.append(_compare("text", encoder.encode_texts(texts), reference.texts(texts)))
+    return results
+
+
+def agreement_line(result: Agreement) -> str:
+    """One modality in one line."""
+    return (
+        f"{result.modality}: cosine to transformers mean {result.mean:.7f}, "
+        f"1st percentile {result.p1:.7f}, minimum {result.minimum:.7f} ({result.num_rows} rows)"
+    )
+
+
+def _first_rows(catalog_uri: str, *, num_rows: int) -> tuple[list[bytes], list[str]]:
+    catalog = open_catalog(CatalogConfig(uri=catalog_uri))
+    pieces = all_rows(catalog, paths=[file.path for file in catalog.files])
+    source = CatalogDatasource(catalog, pieces=pieces, content=catalog.modalities)
+    tables: list[pa.Table] = []
+    for read in source.get_read_tasks(1):
+        tables += read()
+        if sum(table.num_rows for table in tables) >= num_rows:
+            break
+    rows = pa.concat_tables(tables).slice(0, num_rows)
+    return rows["image"].to_pylist(), rows["text"].to_pylist()
+
+
+def _compare(modality: str, ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> Agreement:
+    cosines = np.sum(ours.astype(np.float64) * theirs, axis=1)
+    return Agreement(
+        modality=modality,
+        num_rows=len(cosines),
+        mean=float(cosines.mean()),
+        p1=float(np.percentile(cosines, 1)),
+        minimum=float(cosines.min()),
+    )
+
+
+class _Reference:
+    """transformers alone, in float32 on the CPU, images through Pillow."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        folder = str(checkpoint.directory)
+        self._is_dual = checkpoint.model_type != "clip_vision_model"
+        kind = (
+            transformers.AutoModel if self._is_dual else transformers.CLIPVisionModelWithProjection
+        )
+        self._model: Any = kind.from_pretrained(folder, dtype=torch.float32).eval()
+        # With torchvision installed the default is another resize than the one trained with.
+        self._processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+        if checkpoint.has_tokenizer:
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+
+    def images(self, encoded: Sequence[bytes]) -> NDArray[np.float32]:
+        def embed(part: Sequence[bytes]) -> Any:
+            pictures = [Image.open(io.BytesIO(image)) for image in part]
+            pixels = self._processor(images=pictures, return_tensors="pt")
+            if self._is_dual:
+                return self._model.get_image_features(**pixels).pooler_output
+            return self._model(**pixels).image_embeds
+
+        return self._in_calls(encoded, embed)
+
+    def texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        def embed(part: Sequence[str]) -> Any:
+            tokens = self._tokenizer(list(part), padding=True, truncation=True, return_tensors="pt")
+            return self._model.get_text_features(**tokens).pooler_output
+
+        return self._in_calls(texts, embed)
+
+    def _in_calls(self, rows: Sequence[Any], embed: Any) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            parts = [
+                torch.nn.functional.normalize(embed(rows[first : first + ROWS_PER_CALL]), dim=-1)
+                for first in range(0, len(rows), ROWS_PER_CALL)
+            ]
+        joined: NDArray[np.float32] = torch.cat(parts).numpy()
+        return joined

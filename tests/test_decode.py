@@ -1,0 +1,233 @@
+"""Tests of pipelines/decode.py."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from engine.images import ImageLimits
+from engine.preprocess import Preprocessing, decode_pixels
+from pipelines.decode import RowLimits, decode_batch
+from pipelines.fingerprints import row_fingerprints
+from pipelines.schema import REASONS, Reason
+from tests import image_files
+from tests.meters import ListMeter
+
+PREPROCESSING = Preprocessing(
+    height=8,
+    width=8,
+    resize=8,
+    crop=(8, 8),
+    resample=3,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+)
+RED = np.full((8, 8, 3), image_files.RED, dtype=np.uint8)
+LIMITS = RowLimits(image=ImageLimits(max_image_bytes=100_000), max_text_chars=10)
+# A file of its type's first bytes, which is enough to see that it is not supported.
+PDF = b"%PDF-1.7\n"
+
+BAD_IMAGES = {
+    "null_image": (None, None),
+    "fetch_failed": (None, "file:///nowhere/image.jpg"),
+    "empty_image": (b"", None),
+    "not_an_image": (image_files.text_file(), None),
+    "truncated_image": (image_files.truncated_jpeg(), None),
+    "image_too_large": (image_files.png() + bytes(100_000), None),
+    "unsupported_image": (PDF, None),
+}
+BAD_TEXTS = {"null_text": None, "empty_text": " \n\t\u3000", "text_too_long": "x" * 11}
+OF_WHOLE_ROWS = {Reason.NULL_KEY.value, Reason.DUPLICATE_KEY.value}  # found before decoding
+
+
+def image_rows(*contents, **columns):
+    """Rows of (bytes, uri), all of them wanted."""
+    num_rows = len(contents)
+    return pa.table(
+        {
+            "key": [f"k{row}" for row in range(num_rows)],
+            "image": pa.array([encoded for encoded, _ in contents], pa.large_binary()),
+            "image_uri": pa.array([uri for _, uri in contents], pa.string()),
+            "source_file": ["a.parquet"] * num_rows,
+            "source_row": pa.array(range(10, 10 + num_rows), pa.int64()),
+            "image_wanted": [True] * num_rows,
+            **columns,
+        }
+    )
+
+
+def text_rows(*texts, **columns):
+    num_rows = len(texts)
+    return pa.table(
+        {
+            "key": [f"k{row}" for row in range(num_rows)],
+            "text": pa.array(texts, pa.string()),
+            "source_file": ["a.parquet"] * num_rows,
+            "source_row": pa.array(range(10, 10 + num_rows), pa.int64()),
+            "text_wanted": [True] * num_rows,
+            **columns,
+        }
+    )
+
+
+def decoded(table, *, modalities=None, limits=LIMITS, carry_columns=(), meter=None):
+    if modalities is None:
+        modalities = ["image"] if "image" in table.column_names else ["text"]
+    return decode_batch(
+        table,
+        modalities=modalities,
+        preprocessing=PREPROCESSING,
+        limits=limits,
+        carry_columns=carry_columns,
+        meter=meter or ListMeter(),
+    )
+
+
+def test_every_reason_of_the_closed_set_is_given_by_some_row():
+    assert set(BAD_IMAGES) | set(BAD_TEXTS) | OF_WHOLE_ROWS == REASONS
+
+
+@pytest.mark.parametrize("reason", BAD_IMAGES)
+def test_a_bad_image_is_rejected_with_its_reason(reason):
+    (row,) = decoded(image_rows(BAD_IMAGES[reason])).to_pylist()
+    assert (row["reason"], row["stage"], row["pixels"]) == (reason, "decode", None)
+    assert row["detail"] or reason == "null_image"
+
+
+@pytest.mark.parametrize("reason", BAD_TEXTS)
+def test_a_bad_text_is_rejected_with_its_reason(reason):
+    (row,) = decoded(text_rows(BAD_TEXTS[reason])).to_pylist()
+    assert (row["reason"], row["stage"], row["text"]) == (reason, "decode", None)
+    assert row["detail"] or reason == "null_text"
+
+
+def test_an_image_of_too_many_pixels_is_rejected_by_its_header():
+    limits = RowLimits(image=ImageLimits(max_image_pixels=48 * 32 - 1))
+    (row,) = decoded(image_rows((image_files.png(), None)), limits=limits).to_pylist()
+    assert row["reason"] == "image_too_large"
+    limits = RowLimits(image=ImageLimits(max_image_pixels=48 * 32))
+    (row,) = decoded(image_rows((image_files.png(), None)), limits=limits).to_pylist()
+    assert row["reason"] is None
+
+
+def test_bad_images_do_not_disturb_their_neighbours():
+    good = image_files.png()
+    contents = [content for bad in BAD_IMAGES.values() for content in (bad, (good, None))]
+    rows = decoded(image_rows(*contents)).to_pylist()
+    assert [row["reason"] for row in rows[::2]] == list(BAD_IMAGES)
+    for row in rows[1::2]:
+        assert (row["stage"], row["reason"], row["detail"]) == (None, None, None)
+        assert row["pixels"] == RED.tobytes()
+    assert [row["key"] for row in rows] == [f"k{number}" for number in range(len(contents))]
+    assert [row["source_row"] for row in rows] == list(range(10, 10 + len(contents)))
+
+
+@pytest.mark.parametrize("name", image_files.VALID)
+def test_pixels_are_those_of_the_one_preprocessing(name):
+    encoded = image_files.VALID[name]()
+    (row,) = decoded(image_rows((encoded, None))).to_pylist()
+    pixels = np.frombuffer(row["pixels"], np.uint8).reshape(8, 8, 3)
+    expected = decode_pixels(encoded, preprocessing=PREPROCESSING, limits=LIMITS.image)
+    assert np.array_equal(pixels, expected)
+
+
+def test_an_image_without_bytes_is_fetched_and_one_with_bytes_is_not(tmp_path):
+    path = tmp_path / "red.png"
+    path.write_bytes(image_files.png())
+    table = image_rows(
+        (None, f"file://{path}"),
+        (image_files.png(), "file:///nowhere"),
+        (None, ""),
+        (None, str(path)),
+    )
+    rows = decoded(table).to_pylist()
+    assert [row["reason"] for row in rows] == [None, None, "null_image", None]
+    assert {row["pixels"] for row in rows} == {RED.tobytes(), None}
+
+
+def test_a_file_beyond_the_bound_is_too_large_after_fetching_too(tmp_path):
+    path = tmp_path / "large.png"
+    path.write_bytes(image_files.png() + bytes(100_000))
+    (row,) = decoded(image_rows((None, f"file://{path}"))).to_pylist()
+    assert row["reason"] == "image_too_large"
+
+
+def test_texts_pass_as_they_are_up_to_the_bound():
+    texts = [" kept as it is "[:10], "x" * 10, "\U0001f600" * 10, "\0"]
+    rows = decoded(text_rows(*texts)).to_pylist()
+    assert [row["text"] for row in rows] == texts
+    assert [row["reason"] for row in rows] == [None] * 4
+    assert [row["pixels"] for row in rows] == [None] * 4
+
+
+def test_only_what_is_wanted_comes_out_once_for_each_modality():
+    table = image_rows(
+        *[(image_files.png(), None)] * 3,
+        image_wanted=[True, False, True],
+        text=pa.array(["a", "b", None]),
+        text_wanted=[True, True, True],
+    )
+    rows = decoded(table, modalities=["image", "text"]).to_pylist()
+    assert [(row["key"], row["modality"], row["reason"]) for row in rows] == [
+        ("k0", "image", None),
+        ("k2", "image", None),
+        ("k0", "text", None),
+        ("k1", "text", None),
+        ("k2", "text", "null_text"),
+    ]
+
+
+def test_nothing_wanted_gives_no_rows():
+    table = image_rows(
+        (image_files.png(), None), image_wanted=[False], text=["a"], text_wanted=[False]
+    )
+    assert decoded(table, modalities=["image", "text"]).num_rows == 0
+
+
+def test_fingerprints_are_of_the_catalogs_rows_rejected_or_not():
+    table = text_rows("one", None, "x" * 11)
+    assert decoded(table)["fingerprint"].combine_chunks() == row_fingerprints(
+        table, modality="text"
+    )
+
+
+def test_carried_columns_come_along_with_good_and_bad_rows():
+    table = text_rows("one", None, price=[1.5, None], tags=[["a"], []])
+    out = decoded(table, carry_columns=("price", "tags"))
+    assert out["price"].to_pylist() == [1.5, None]
+    assert out["tags"].to_pylist() == [["a"], []]
+
+
+def test_the_columns_are_those_that_the_next_stages_read():
+    assert decoded(text_rows("one")).schema == pa.schema(
+        {
+            "key": pa.string(),
+            "modality": pa.string(),
+            "pixels": pa.large_binary(),
+            "text": pa.string(),
+            "fingerprint": pa.binary(16),
+            "stage": pa.string(),
+            "reason": pa.string(),
+            "detail": pa.string(),
+            "source_file": pa.string(),
+            "source_row": pa.int64(),
+        }
+    )
+
+
+def test_the_meter_counts_what_comes_out():
+    meter = ListMeter()
+    out = decoded(text_rows("one", None), meter=meter)
+    assert meter.batches == [(2, out.nbytes)]
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"max_text_chars": 0}, "max_text_chars=0: expected at least 1"),
+        ({"max_reject_share": 1.1}, "max_reject_share=1.1: expected 0 to 1"),
+        ({"max_reject_share": -0.1}, "max_reject_share=-0.1: expected 0 to 1"),
+    ],
+)
+def test_limits_out_of_bounds_are_refused(limits, message):
+    with pytest.raises(ValueError, match=message):
+        RowLimits(**limits)
