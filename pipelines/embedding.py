@@ -123,15 +123,13 @@ def embed(
     written: list[StoredFile] = []
     progress = None
     with (
-        ray_data_settings(config.resources),
+        ray_data_settings(config.resources, modalities=catalog.modalities),
         Ledger(key_type=catalog.key_type, modalities=catalog.modalities) as ledger,
     ):
         staged = staged_files(store, plan_id=plan_id, committed=before)
         add_stored(ledger, before, store=store, staged=False)
         add_stored(ledger, staged, store=store, staged=True)
-        add_catalog(
-            ledger, catalog, parent=parent, store=store, num_cpus=config.resources.io_cpus
-        )
+        add_catalog(ledger, catalog, parent=parent, store=store, num_cpus=config.resources.io_cpus)
         ledger.settle()
         counts = ledger.counts()
         manifest = _ready_manifest(config, engine=engine, catalog=catalog)

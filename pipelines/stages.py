@@ -24,8 +24,10 @@ from pipelines.reading import CatalogDatasource, RowGroupRows
 from pipelines.snapshots import EngineRecord, StoredFile
 from pipelines.writing import stored_files, write_batch
 
-# Blocks between the stages; small, so that what is in flight stays small.
-TARGET_BLOCK_BYTES = 16 * 2**20
+# Blocks between the stages: a task takes one block, so they are large enough that starting tasks
+# costs little, and small enough that few rows are in flight. Texts are short.
+IMAGE_BLOCK_BYTES = 16 * 2**20
+TEXT_BLOCK_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,10 +105,7 @@ def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Iterator[l
         content=catalog.modalities,
         meter=StageMeter(board, stage="read"),
     )
-    rows = ray.data.read_datasource(source, num_cpus=resources.io_cpus).repartition(
-        target_num_rows_per_block=resources.batch_rows
-    )
-    decoded = rows.map_batches(
+    decoded = ray.data.read_datasource(source, num_cpus=resources.io_cpus).map_batches(
         partial(
             decode_batch,
             modalities=catalog.modalities,
@@ -168,13 +167,15 @@ def num_workers(resources: Resources) -> dict[str, int]:
 
 
 @contextmanager
-def ray_data_settings(resources: Resources) -> Iterator[None]:
+def ray_data_settings(
+    resources: Resources, *, modalities: Sequence[schema.Modality]
+) -> Iterator[None]:
     """Keep Ray Data quiet and within its share of the object store for the length of a block."""
     context = DataContext.get_current()
     settings = {
         "enable_progress_bars": False,
         "enable_auto_log_stats": False,
-        "target_max_block_size": TARGET_BLOCK_BYTES,
+        "target_max_block_size": IMAGE_BLOCK_BYTES if "image" in modalities else TEXT_BLOCK_BYTES,
         "raise_original_map_exception": True,
     }
     before = {name: getattr(context, name) for name in settings}

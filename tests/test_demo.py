@@ -32,4 +32,3 @@ def test_the_demo_retrieves_scenes_that_it_never_trained_on(
 def test_too_few_rows_for_the_contact_sheet_is_a_value_error(tmp_path: Path):
     with pytest.raises(ValueError, match="--rows 3: expected at least 10"):
         main(["--out", str(tmp_path), "--rows", "3"])
-

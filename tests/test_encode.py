@@ -22,8 +22,7 @@ def test_pixels_of_a_column_with_nulls_and_an_offset_come_without_a_copy():
     column = pa.chunked_array(
         [
             pa.array(
-                [b"x" * 12, pictures[0].tobytes(), None, pictures[1].tobytes(), None]
-                + [pictures[2].tobytes()],
+                [b"x" * 12, *(part for picture in pictures for part in (picture.tobytes(), None))],
                 pa.large_binary(),
             )
         ]

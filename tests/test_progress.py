@@ -74,9 +74,7 @@ def make_progress(*, seconds: float, num_encoded: int) -> Progress:
 
 def test_a_log_line_has_rate_and_time_left():
     line = progress_line(COUNTS, make_progress(seconds=10, num_encoded=20))
-    assert line == (
-        "10 s: read 0, decode 0, encode 20, write 0 of 100 rows; 2.0 rows/s, 40 s left"
-    )
+    assert line == ("10 s: read 0, decode 0, encode 20, write 0 of 100 rows; 2.0 rows/s, 40 s left")
     assert "time left unknown" in progress_line(COUNTS, make_progress(seconds=1, num_encoded=0))
 
 

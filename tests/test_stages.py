@@ -35,9 +35,9 @@ def test_ray_data_settings_are_of_the_block_only():
     context = DataContext.get_current()
     before = context.target_max_block_size, context.enable_progress_bars
     limits = context.execution_options.resource_limits
-    with pytest.raises(RuntimeError), ray_data_settings(Resources(in_flight_bytes=123)):
+    resources = Resources(in_flight_bytes=123)
+    with ray_data_settings(resources, modalities=["text"]):
         assert not context.enable_progress_bars
         assert context.execution_options.resource_limits.object_store_memory == 123
-        raise RuntimeError
     assert (context.target_max_block_size, context.enable_progress_bars) == before
     assert context.execution_options.resource_limits == limits
