@@ -16,6 +16,7 @@ from engine.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
+PROCESSOR_FILE = "processor_config.json"
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
@@ -49,12 +50,23 @@ class Checkpoint:
         single = self.directory / WEIGHTS_FILE
         if single.exists():
             return [single]
-        index = _read_json(self.directory / WEIGHTS_INDEX_FILE)
-        return [self.directory / name for name in sorted(set(index["weight_map"].values()))]
+        path = self.directory / WEIGHTS_INDEX_FILE
+        weight_map = _read_json(path).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{path}: no 'weight_map'; fetch it again")
+        return [self.directory / name for name in sorted(set(weight_map.values()))]
 
     @property
     def preprocessor_config(self) -> Mapping[str, Any]:
-        """The parsed `preprocessor_config.json`; CheckpointError if there is none."""
+        """The image processor's parsed settings; CheckpointError if there are none.
+
+        They lie in `processor_config.json` where transformers 5 saved a whole processor, as
+        `image_processor`, or else in `preprocessor_config.json`; transformers prefers the first.
+        """
+        path = self.directory / PROCESSOR_FILE
+        nested = _read_json(path).get("image_processor") if path.exists() else None
+        if isinstance(nested, dict):
+            return nested
         return _read_json(self.directory / PREPROCESSOR_FILE)
 
     @property
@@ -65,8 +77,8 @@ class Checkpoint:
     @cached_property
     def digest(self) -> str:
         """SHA-256 (64 hex digits) of every file that an embedding depends on."""
-        names = [CONFIG_FILE, PREPROCESSOR_FILE, "tokenizer_config.json", "merges.txt"]
-        names += ["special_tokens_map.json", "added_tokens.json", *TOKENIZER_FILES]
+        names = [CONFIG_FILE, PREPROCESSOR_FILE, PROCESSOR_FILE, "tokenizer_config.json"]
+        names += ["merges.txt", "special_tokens_map.json", "added_tokens.json", *TOKENIZER_FILES]
         paths = [self.directory / name for name in names] + self.weight_paths
         digest = hashlib.sha256()
         for path in sorted(path for path in paths if path.exists()):
@@ -84,9 +96,8 @@ def find_checkpoint(name: str, *, revision: str | None = None) -> Checkpoint:
         revision: A hub branch, tag or commit; the commit it stands for is what is recorded.
 
     Raises:
-        CheckpointError: No such folder or hub id, or files are missing; says which.
-        ValueError: `name` is neither a folder nor of the form of a hub id, or a folder was
-            given a revision.
+        CheckpointError: No such folder or hub id, or files are missing or malformed; says which.
+        ValueError: A folder was given a revision.
     """
     directory = Path(name).expanduser()
     if directory.is_dir():
@@ -110,10 +121,10 @@ def _download(name: str, *, revision: str | None) -> Path:
         found = snapshot_download(name, revision=revision, allow_patterns=list(HUB_PATTERNS))
     except (OSError, HFValidationError) as error:  # all of the hub's HTTP errors are OSErrors
         at = f" at revision {revision}" if revision else ""
+        reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
         raise CheckpointError(
             f"checkpoint {name!r}{at}: no such folder here, and the hub did not give it "
-            f"({type(error).__name__}: {str(error).strip().splitlines()[0]}). Check the id and the "
-            "network, or name a local folder."
+            f"({reason}). Check the id and the network, or name a local folder."
         ) from error
     return Path(found)
 

@@ -85,6 +85,6 @@ def export_tokenizer(checkpoint: Checkpoint, *, max_tokens: int, path: Path) -> 
     length = min(max_tokens, int(tokenizer.model_max_length))
     backend: Tokenizer = tokenizer.backend_tokenizer
     backend.no_padding()
-    backend.enable_truncation(length)
+    backend.enable_truncation(length, direction=tokenizer.truncation_side)
     backend.save(str(path))
     return length, int(tokenizer.pad_token_id)

@@ -9,7 +9,7 @@ import struct
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -31,10 +31,6 @@ REASONS: frozenset[str] = frozenset(get_args(RejectReason))
 
 Size = tuple[int, int]
 """(width, height) in pixels."""
-Box = tuple[float, float, float, float]
-"""(left, top, right, bottom) in pixels."""
-
-_Number = TypeVar("_Number", int, float)
 
 # Pillow holds a resize box in float32, which counts every pixel only up to here.
 _MAX_SIDE_PIXELS = 2**24
@@ -66,18 +62,16 @@ _OPAQUE_MODES = frozenset({"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr"})
 _ALPHA_MODES = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
 _DEEP_GREY_MODES = frozenset({"I;16", "I;16B", "I;16L", "I;16N", "I"})
 
-# EXIF 2.32, tag 0x0112: the transposition that shows an image upright, and whether its right and
-# its bottom edge come from an edge that was at the left or at the top.
-_ORIENTATIONS: Mapping[int, tuple[Image.Transpose, bool, bool]] = {
-    2: (Image.Transpose.FLIP_LEFT_RIGHT, True, False),
-    3: (Image.Transpose.ROTATE_180, True, True),
-    4: (Image.Transpose.FLIP_TOP_BOTTOM, False, True),
-    5: (Image.Transpose.TRANSPOSE, False, False),
-    6: (Image.Transpose.ROTATE_270, True, False),
-    7: (Image.Transpose.TRANSVERSE, True, True),
-    8: (Image.Transpose.ROTATE_90, False, True),
+# EXIF 2.32, tag 0x0112: the transposition that shows an image upright.
+_ORIENTATIONS: Mapping[int, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }
-_FIRST_SIDEWAYS_ORIENTATION = 5
 # What Pillow's EXIF parser lets through on damaged bytes.
 _EXIF_ERRORS = (
     ArithmeticError,
@@ -125,38 +119,12 @@ class ImageLimits:
                 raise ValueError(f"{name}={value!r}: expected an integer of at least 1")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class UprightImage:
-    """A decoded RGB image the way a person sees it."""
-
-    image: Image.Image
-    size: Size
-    """(width, height) at full scale, of which `image` may hold a half, a quarter or an eighth."""
-    box: Box
-    """The part of `image`, in its own pixels, that the full-scale image covers."""
-
-
 def rgb_image(encoded: bytes | memoryview, *, limits: ImageLimits) -> Image.Image:
-    """Decode one image at its full size: upright, mode RGB, transparency over white.
-
-    Raises:
-        ImageRejected: The bytes are no usable image; nothing else is raised, whatever they are.
-    """
-    return upright_image(encoded, limits=limits).image
-
-
-def upright_image(
-    encoded: bytes | memoryview,
-    *,
-    limits: ImageLimits,
-    least_size: Callable[[Size], Size] | None = None,
-) -> UprightImage:
-    """Decode one image, a JPEG at 1/2, 1/4 or 1/8 where `least_size` allows it.
+    """Decode one image: upright, mode RGB, transparency over white.
 
     Args:
         encoded: A JPEG, PNG, WebP, GIF, TIFF or BMP file; of several frames, the first counts.
         limits: Above these the image is rejected unseen.
-        least_size: From the upright size at full scale to the least that a JPEG may come out with.
 
     Raises:
         ImageRejected: The bytes are no usable image; nothing else is raised, whatever they are.
@@ -181,7 +149,7 @@ def upright_image(
         # Not a subclass: Pillow has moved on in the stream of a file with several frames.
         if type(image) is JpegImageFile:
             strip_end_marker(stream, image)
-        upright = _load_upright(image, least_size=least_size)
+        upright = _load_upright(image)
         if isinstance(image, PngImageFile) and has_missing_rows(stream, image):
             raise ImageRejected("truncated_image", "PNG: fewer rows than its header says")
         return upright
@@ -225,37 +193,14 @@ def _check_size(size: Size, *, limits: ImageLimits) -> None:
         )
 
 
-def _load_upright(image: ImageFile, *, least_size: Callable[[Size], Size] | None) -> UprightImage:
-    size, box = image.size, None
-    if isinstance(image, JpegImageFile):
-        orientation = _exif_orientation(image)
-        if least_size is not None:
-            least = least_size(_turned(size, orientation))
-            drafted = image.draft(None, _turned(least, orientation))
-            box = drafted[1] if drafted else None
-        image.load()
-    else:
-        if isinstance(image, PngImageFile):
-            _scale_transparent_color(image)
-        image.load()
-        # A PNG may hold its EXIF block behind its pixels; a TIFF has been turned by Pillow.
-        orientation, size = _exif_orientation(image), image.size
+def _load_upright(image: ImageFile) -> Image.Image:
+    if isinstance(image, PngImageFile):
+        _scale_transparent_color(image)
+    image.load()
+    # After the load: a PNG may hold its EXIF behind its pixels, a TIFF was turned by Pillow.
+    orientation = _exif_orientation(image)
     rgb = _to_rgb(image)
-    right, bottom = box[2:] if box else rgb.size
-    if orientation == 1:
-        return UprightImage(image=rgb, size=size, box=(0, 0, right, bottom))
-    method, flips_x, flips_y = _ORIENTATIONS[orientation]
-    rgb = rgb.transpose(method)
-    right, bottom = _turned((right, bottom), orientation)
-    left = rgb.width - right if flips_x else 0.0
-    top = rgb.height - bottom if flips_y else 0.0
-    return UprightImage(
-        image=rgb, size=_turned(size, orientation), box=(left, top, left + right, top + bottom)
-    )
-
-
-def _turned(size: tuple[_Number, _Number], orientation: int) -> tuple[_Number, _Number]:
-    return (size[1], size[0]) if orientation >= _FIRST_SIDEWAYS_ORIENTATION else size
+    return rgb if orientation == 1 else rgb.transpose(_ORIENTATIONS[orientation])
 
 
 def _exif_orientation(image: ImageFile) -> int:

@@ -87,7 +87,7 @@ def read_manifest(directory: Path) -> Manifest:
             text=None if text is None else TextInput(**text),
             **record,
         )
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise EngineError(f"{directory}: no engine there ({MANIFEST_FILE} is missing)") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise EngineError(

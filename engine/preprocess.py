@@ -5,19 +5,12 @@ Knows no torch, Ray or Parquet, nor which model reads the pixels.
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from engine.images import ImageLimits, Size, UprightImage, upright_image
-
-# Of 1, 1.5, 2 and 3 the smallest whose p1 cosine to exact decoding, over the photos it touches, is
-# above 0.995: 0.978, 0.991, 0.998, 0.999. CLIP ViT-B/16 at 224, 100 Flickr8k photos enlarged 2 and
-# 3 times (LANCZOS, JPEG quality 92), 2 cores of an AMD EPYC.
-JPEG_DRAFT_MARGIN = 2.0
-"""A JPEG is decoded at 1/2, 1/4 or 1/8 while it stays this many times larger than its target."""
+from engine.images import ImageLimits, Size, rgb_image
 
 _MAX_ORDINARY_ASPECT = 20
 
@@ -92,9 +85,8 @@ def decode_pixels(
 ) -> npt.NDArray[np.uint8]:
     """Decode, turn upright, resize and crop one image.
 
-    The geometry is that of transformers' image processors on Pillow, pixel for pixel, with two
-    exceptions: a large JPEG is decoded at a reduced scale (JPEG_DRAFT_MARGIN), and an image over
-    20 times longer than wide is cropped while it is resized, so that no long strip is made.
+    The geometry is that of transformers' image processors on Pillow, pixel for pixel; but an image
+    over 20 times longer than wide is cropped while it is resized, so that no long strip is made.
 
     Args:
         encoded: A JPEG, PNG, WebP, GIF, TIFF or BMP file; of several frames, the first counts.
@@ -107,17 +99,8 @@ def decode_pixels(
     Raises:
         ImageRejected: The bytes are no usable image; nothing else is raised, whatever they are.
     """
-    upright = upright_image(
-        encoded,
-        limits=limits,
-        least_size=partial(_draft_size, preprocessing) if preprocessing.resize else None,
-    )
-    return np.array(_fit(upright, preprocessing), dtype=np.uint8)
-
-
-def _draft_size(preprocessing: Preprocessing, size: Size) -> Size:
-    width, height = _resized_size(size, preprocessing)
-    return math.ceil(width * JPEG_DRAFT_MARGIN), math.ceil(height * JPEG_DRAFT_MARGIN)
+    image = rgb_image(encoded, limits=limits)
+    return np.array(_fit(image, preprocessing), dtype=np.uint8)
 
 
 def _resized_size(size: Size, preprocessing: Preprocessing) -> Size:
@@ -133,17 +116,15 @@ def _resized_size(size: Size, preprocessing: Preprocessing) -> Size:
     return int(resize * width / height), resize
 
 
-def _fit(upright: UprightImage, preprocessing: Preprocessing) -> Image.Image:
+def _fit(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     """Resize and crop; offsets and black padding as in transformers' `center_crop`."""
-    image = upright.image
-    width, height = _resized_size(upright.size, preprocessing)
+    width, height = _resized_size(image.size, preprocessing)
     if preprocessing.resize is not None:
-        if max(upright.size) > _MAX_ORDINARY_ASPECT * min(upright.size):
-            image, width, height = _resize_strip(upright, preprocessing)
+        if max(image.size) > _MAX_ORDINARY_ASPECT * min(image.size):
+            image = _resize_strip(image, preprocessing)
+            width, height = image.size
         else:
-            image = image.resize(
-                (width, height), Image.Resampling(preprocessing.resample), upright.box
-            )
+            image = image.resize((width, height), Image.Resampling(preprocessing.resample))
     if preprocessing.crop is None:
         return image
     crop_height, crop_width = preprocessing.crop
@@ -151,16 +132,14 @@ def _fit(upright: UprightImage, preprocessing: Preprocessing) -> Image.Image:
     return image.crop((left, top, left + crop_width, top + crop_height))
 
 
-def _resize_strip(
-    upright: UprightImage, preprocessing: Preprocessing
-) -> tuple[Image.Image, int, int]:
+def _resize_strip(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     """Resize an image of extreme aspect: only what the crop keeps, and its long edge first.
 
     The long edge comes first because Pillow starts with the width, and would make the whole
     height of a narrow image as wide as the output.
     """
-    image, (left, top, right, bottom) = upright.image, upright.box
-    width, height = _resized_size(upright.size, preprocessing)
+    left, top, right, bottom = 0.0, 0.0, float(image.width), float(image.height)
+    width, height = _resized_size(image.size, preprocessing)
     resample = Image.Resampling(preprocessing.resample)
     crop_height, crop_width = preprocessing.crop or (height, width)
     if height > width and height > crop_height:
@@ -174,4 +153,4 @@ def _resize_strip(
     if bottom - top > right - left:
         image = image.resize((image.width, height), resample, (0, top, image.width, bottom))
         top, bottom = 0, height
-    return image.resize((width, height), resample, (left, top, right, bottom)), width, height
+    return image.resize((width, height), resample, (left, top, right, bottom))

@@ -74,7 +74,8 @@ def load_or_build(checkpoint: Checkpoint, *, engines_dir: Path) -> Manifest:
         if found is not None:
             return found
         shutil.rmtree(engines_dir / engine_id, ignore_errors=True)
-        return _build(checkpoint, engine_id=engine_id, engines_dir=engines_dir)
+        with _published(engine_id, engines_dir=engines_dir) as building:
+            return _build(checkpoint, engine_id=engine_id, building=building)
 
 
 @contextmanager
@@ -93,14 +94,26 @@ def _lock(engines_dir: Path, engine_id: str) -> Iterator[None]:
         yield
 
 
-def _build(checkpoint: Checkpoint, *, engine_id: str, engines_dir: Path) -> Manifest:
+@contextmanager
+def _published(engine_id: str, *, engines_dir: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes the engine's own once all is in it, or goes."""
+    for left_by_a_killed_builder in engines_dir.glob(f".{engine_id}.building-*"):
+        shutil.rmtree(left_by_a_killed_builder)
+    building = Path(tempfile.mkdtemp(prefix=f".{engine_id}.building-", dir=engines_dir))
+    try:
+        yield building
+        building.chmod(0o755)  # mkdtemp makes it private; other users' actors may share the folder
+        building.rename(engines_dir / engine_id)
+    except BaseException:
+        shutil.rmtree(building)
+        raise
+
+
+def _build(checkpoint: Checkpoint, *, engine_id: str, building: Path) -> Manifest:
     # torch and transformers are needed to build an engine, not to find or run one.
     from engine.export import export_image_tower, export_text_tower, export_tokenizer
     from engine.model import load_model
 
-    for stale in engines_dir.glob(f".{engine_id}.building-*"):
-        shutil.rmtree(stale)
-    building = Path(tempfile.mkdtemp(prefix=f".{engine_id}.building-", dir=engines_dir))
     model = load_model(checkpoint)
     export_image_tower(
         model.image_tower,
@@ -128,6 +141,4 @@ def _build(checkpoint: Checkpoint, *, engine_id: str, engines_dir: Path) -> Mani
         versions={name: version(name) for name in ("clipmill", "torch", "transformers", "onnx")},
     )
     manifest.write(building)
-    building.chmod(0o755)  # mkdtemp makes it private; other users' actors may share the folder
-    building.rename(engines_dir / engine_id)
     return manifest

@@ -87,7 +87,7 @@ def _first_rows(catalog_uri: str, *, num_rows: int) -> tuple[list[bytes], list[s
         if sum(table.num_rows for table in tables) >= num_rows:
             break
     rows = pa.concat_tables(tables).slice(0, num_rows)
-    return rows["image"].to_pylist(), rows["text"].to_pylist()
+    return rows["image"].to_pylist(), [text.decode() for text in rows["text"].to_pylist()]
 
 
 def _compare(modality: str, ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> Agreement:

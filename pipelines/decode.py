@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from engine.images import ImageLimits, ImageRejected
 from engine.preprocess import Preprocessing, decode_pixels
@@ -131,21 +130,26 @@ def _image(
     return np.ascontiguousarray(pixels).tobytes(), None
 
 
-def _texts(table: pa.Table, *, limits: RowLimits) -> tuple[Any, list[Verdict]]:
-    texts = table[schema.TEXT]
-    verdicts = [_text_verdict(text, limits=limits) for text in texts.to_pylist()]
-    fine = pa.array([verdict is None for verdict in verdicts], pa.bool_())
-    return pc.if_else(fine, texts, pa.scalar(None, pa.string())), verdicts
+def _texts(table: pa.Table, *, limits: RowLimits) -> tuple[pa.Array, list[Verdict]]:
+    texts: list[str | None] = []
+    verdicts: list[Verdict] = []
+    for content in table[schema.TEXT].to_pylist():
+        text, verdict = _text(content, limits=limits)
+        texts.append(text)
+        verdicts.append(verdict)
+    return pa.array(texts, pa.string()), verdicts
 
 
-def _text_verdict(text: str | None, *, limits: RowLimits) -> Verdict:
-    if text is None:
-        return Reason.NULL_TEXT.value, None
+def _text(content: bytes | None, *, limits: RowLimits) -> tuple[str | None, Verdict]:
+    if content is None:
+        return None, (Reason.NULL_TEXT.value, None)
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        return None, (Reason.INVALID_TEXT.value, f"not UTF-8: {error.reason} at {error.start}")
     if not text.strip():
-        return Reason.EMPTY_TEXT.value, f"{len(text)} characters, all of them white space"
+        return None, (Reason.EMPTY_TEXT.value, f"{len(text)} characters, all of them white space")
     if len(text) > limits.max_text_chars:
-        return (
-            Reason.TEXT_TOO_LONG.value,
-            f"{len(text)} characters, more than {limits.max_text_chars}",
-        )
-    return None
+        detail = f"{len(text)} characters, more than {limits.max_text_chars}"
+        return None, (Reason.TEXT_TOO_LONG.value, detail)
+    return text, None

@@ -14,8 +14,8 @@ import fsspec
 FETCH_THREADS = 16  # a fetch waits for the network nearly all its time
 FETCH_TIMEOUT_SECONDS = 30
 _HTTP_OPTIONS = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=FETCH_TIMEOUT_SECONDS)}}
-# One request that streams, whatever the server says of lengths and ranges.
-_HTTP_OPEN_OPTIONS = {"block_size": 0}
+# Without a block size fsspec streams; with any size it does not ask the server for one first.
+_HTTP_OPEN_OPTIONS = {"block_size": 0, "size": 1}
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,9 +26,7 @@ def row_fingerprints(table: pa.Table, *, modality: Modality) -> pa.Array:
             for key, version in zip(keys, versions, strict=True)
         )
     if modality == "text":
-        return _hashes(
-            None if text is None else text.encode() for text in table[schema.TEXT].to_pylist()
-        )
+        return _hashes(table[schema.TEXT].to_pylist())
     return _hashes(
         memoryview(image.as_buffer()) if image.is_valid else _uri_content(uri)
         for image, uri in zip(table[schema.IMAGE], table[schema.IMAGE_URI].to_pylist(), strict=True)

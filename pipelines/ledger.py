@@ -105,11 +105,19 @@ class Ledger:
         columns = ", ".join((SOURCE_FILE, SOURCE_ROW, KEY, TRUSTED, *self._modalities))
         self._insert("catalog", rows, columns=columns)
 
-    def add_stored_rows(self, rows: pa.Table, *, file: StoredFile, staged: bool = False) -> None:
-        """Add the rows of one stored file, in the file's order.
+    def add_stored_rows(
+        self,
+        rows: pa.Table,
+        *,
+        file: StoredFile,
+        positions: NDArray[np.int64] | None = None,
+        staged: bool = False,
+    ) -> None:
+        """Add rows of one stored file; those that are left out count as dead.
 
         Args:
             rows: `key` and `fingerprint`.
+            positions: Where in the file they are, ascending; None: they are all of it.
             file: Where they lie; files of whole-row rejects do not belong here.
             staged: Written for this very catalog and not yet committed: the key alone tells.
         """
@@ -117,7 +125,7 @@ class Ledger:
         table = pa.table(
             {
                 "path": pa.repeat(file.path, num_rows),
-                "position": np.arange(num_rows),
+                "position": np.arange(num_rows) if positions is None else positions,
                 "modality": pa.repeat(pa.scalar(file.modality, pa.string()), num_rows),
                 KEY: rows[KEY],
                 FINGERPRINT: rows[FINGERPRINT],

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 
@@ -17,6 +19,7 @@ from pipelines.fingerprints import plan_id as fingerprint_plan
 from pipelines.fingerprints import row_fingerprints
 from pipelines.ledger import Ledger
 from pipelines.reading import CatalogDatasource, all_rows
+from pipelines.schema import Reason
 from pipelines.snapshots import CatalogRecord, EngineRecord, Kind, Snapshot, StoredFile
 from pipelines.store import Store
 from pipelines.writing import staging_dir
@@ -82,15 +85,25 @@ def staged_files(
 
 
 def add_stored(ledger: Ledger, files: Iterable[StoredFile], *, store: Store, staged: bool) -> None:
-    """Read keys and fingerprints of stored files into the ledger."""
+    """Read keys and fingerprints of stored files into the ledger.
+
+    Fetches that failed in an earlier run are left out, so that this one tries them again.
+    """
 
     def read(file: StoredFile) -> tuple[StoredFile, pa.Table]:
+        columns = [schema.KEY, schema.FINGERPRINT]
+        columns += [schema.REASON] if file.kind == "rejects" else []
         with store.open(file.path) as opened:
-            return file, pq.read_table(opened, columns=[schema.KEY, schema.FINGERPRINT])
+            return file, pq.read_table(opened, columns=columns)
 
     with ThreadPoolExecutor(READ_THREADS) as threads:
         for file, rows in threads.map(read, [file for file in files if file.modality is not None]):
-            ledger.add_stored_rows(rows, file=file, staged=staged)
+            positions = None
+            if file.kind == "rejects" and not staged:
+                kept = pc.not_equal(rows[schema.REASON], Reason.FETCH_FAILED.value)
+                positions = np.flatnonzero(kept.to_numpy())
+                rows = rows.filter(kept)
+            ledger.add_stored_rows(rows, file=file, positions=positions, staged=staged)
 
 
 def add_catalog(
@@ -111,9 +124,7 @@ def add_catalog(
         ledger.add_catalog_rows(rows, trusted=False)
 
 
-def _known_files(
-    catalog: Catalog, *, parent: Snapshot | None, store: Store
-) -> Mapping[str, str]:
+def _known_files(catalog: Catalog, *, parent: Snapshot | None, store: Store) -> Mapping[str, str]:
     """Path -> identity of the files whose rows are, key by key, what the store was made from."""
     if parent is None:
         return {file.path: file.identity for file in catalog.files}

@@ -60,8 +60,8 @@ class CatalogDatasource(Datasource):
     """Rows of a catalog as blocks of canonical columns, with their file and row number.
 
     `key` string or int64; `image` large_binary and `image_uri` string (either may be null);
-    `text` string; `version`; carried columns; `source_file`, `source_row`; `image_wanted` and
-    `text_wanted` bool. Only the columns asked for are read.
+    `text` binary (UTF-8, unchecked); `version`; carried columns; `source_file`, `source_row`;
+    `image_wanted` and `text_wanted` bool. Only the columns asked for are read.
     """
 
     def __init__(
@@ -190,7 +190,8 @@ def _canonical(catalog: Catalog, table: pa.Table, content: Sequence[Modality]) -
         columns[schema.IMAGE] = _cast(encoded, pa.large_binary())
         columns[schema.IMAGE_URI] = _cast(uris, pa.string())
     if "text" in content and catalog.text_column:
-        columns[schema.TEXT] = _cast(table[catalog.text_column], pa.string())
+        # As bytes: one text that is not UTF-8 is a reject, not the end of the run.
+        columns[schema.TEXT] = _cast(table[catalog.text_column], pa.binary())
     if content:
         columns.update({name: table[name] for name in config.carry_columns})
     return columns

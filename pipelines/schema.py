@@ -69,6 +69,7 @@ class Reason(StrEnum):
     NULL_TEXT = "null_text"
     EMPTY_TEXT = "empty_text"
     TEXT_TOO_LONG = "text_too_long"
+    INVALID_TEXT = "invalid_text"
 
 
 # The closed set of what `reason` may be.

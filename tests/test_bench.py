@@ -44,9 +44,7 @@ def test_the_pipeline_is_measured_in_a_process_of_its_own(
     assert 200 * 2**20 < figures.peak_memory_bytes < 16 * 2**30
 
 
-@pytest.mark.parametrize(
-    ("what", "option"), [("query", "--store"), ("agreement", "--catalog")]
-)
+@pytest.mark.parametrize(("what", "option"), [("query", "--store"), ("agreement", "--catalog")])
 def test_what_to_measure_must_be_named(what: str, option: str):
     with pytest.raises(ValueError, match=f"bench {what} needs {option}"):
         main([what])

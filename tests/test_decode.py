@@ -36,6 +36,7 @@ BAD_IMAGES = {
     "unsupported_image": (PDF, None),
 }
 BAD_TEXTS = {"null_text": None, "empty_text": " \n\t\u3000", "text_too_long": "x" * 11}
+BAD_TEXTS["invalid_text"] = b"caf\xe9"
 OF_WHOLE_ROWS = {Reason.NULL_KEY.value, Reason.DUPLICATE_KEY.value}  # found before decoding
 
 
@@ -60,7 +61,7 @@ def text_rows(*texts, **columns):
     return pa.table(
         {
             "key": [f"k{row}" for row in range(num_rows)],
-            "text": pa.array(texts, pa.string()),
+            "text": pa.array(texts, pa.binary()),
             "source_file": ["a.parquet"] * num_rows,
             "source_row": pa.array(range(10, 10 + num_rows), pa.int64()),
             "text_wanted": [True] * num_rows,
@@ -163,7 +164,7 @@ def test_only_what_is_wanted_comes_out_once_for_each_modality():
     table = image_rows(
         *[(image_files.png(), None)] * 3,
         image_wanted=[True, False, True],
-        text=pa.array(["a", "b", None]),
+        text=pa.array([b"a", b"b", None]),
         text_wanted=[True, True, True],
     )
     rows = decoded(table, modalities=["image", "text"]).to_pylist()
@@ -178,7 +179,7 @@ def test_only_what_is_wanted_comes_out_once_for_each_modality():
 
 def test_nothing_wanted_gives_no_rows():
     table = image_rows(
-        (image_files.png(), None), image_wanted=[False], text=["a"], text_wanted=[False]
+        (image_files.png(), None), image_wanted=[False], text=[b"a"], text_wanted=[False]
     )
     assert decoded(table, modalities=["image", "text"]).num_rows == 0
 

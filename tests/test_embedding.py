@@ -192,6 +192,19 @@ def test_nights_embed_only_what_changed(run, tmp_path: Path):
     assert [Path(store_dir, file.path).exists() for file in first.snapshot.files] == [True] * 2
 
 
+def test_a_failed_fetch_is_tried_again_by_the_next_run(run, tmp_path: Path):
+    late, there = tmp_path / "late.png", tmp_path / "there.png"
+    there.write_bytes(image_files.png())
+    rows = [{"key": path.stem, "image": str(path)} for path in (late, there)]
+    catalog_dir, store_dir = write_rows(tmp_path / "catalog", rows), tmp_path / "store"
+    assert run(catalog_dir, store_dir).rejects_by_reason == {"fetch_failed": 1}
+    late.write_bytes(image_files.png(image_files.flat((0, 0, 255))))
+    night = run(catalog_dir, store_dir)
+    assert night.num_embedded == {"image": 1}
+    assert night.rejects_by_reason == {}
+    assert set(stored_embeddings(store_dir, modality="image")) == {"late", "there"}
+
+
 def test_a_duplicate_steps_in_when_the_first_row_of_its_key_goes(run, tmp_path: Path):
     rows = scene_rows(3)
     twin = {**rows[1], "key": "k0000"}

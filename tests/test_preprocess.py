@@ -17,9 +17,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from engine import preprocess
-from engine.images import ImageLimits, ImageRejected, UprightImage, rgb_image, upright_image
-from engine.preprocess import Preprocessing, decode_pixels
+from engine.images import ImageLimits, ImageRejected, rgb_image
+from engine.preprocess import decode_pixels
 from engine.preprocessor_config import preprocessing_from_config
 from tests import image_files
 
@@ -187,73 +186,13 @@ def test_an_extreme_aspect_takes_little_memory() -> None:
             assert int(done.stdout) * 1024 < 100 * 2**20
 
 
-# --- Reduced decoding of large JPEGs ---
-
-
-def exact(encoded: bytes, config: Preprocessing, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
-    with monkeypatch.context() as patch:
-        patch.setattr(preprocess, "JPEG_DRAFT_MARGIN", 1e6)
-        return decode_pixels(encoded, preprocessing=config, limits=LIMITS).astype(int)
-
-
-@pytest.fixture(scope="module")
-def large_photo() -> Image.Image:
-    """Of odd sides, so that a reduced image covers more than the full one at two edges."""
-    return image_files.photo(311, 203).resize((1401, 915), Image.Resampling.BICUBIC)
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("processor", ["CLIPImageProcessor", "SiglipImageProcessor"])
-def test_reduced_decoding_matches_the_exact_path(
-    orientation: int, processor: str, large_photo: Image.Image, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    encoded = image_files.exif_rotated_jpeg(orientation, large_photo)
-    config = preprocessing_from_config({"image_processor_type": processor}, image_size=224)
-    pixels = decode_pixels(encoded, preprocessing=config, limits=LIMITS).astype(int)
-    difference = np.abs(pixels - exact(encoded, config, monkeypatch))
-    assert difference.max() > 0
-    assert difference.mean() < 0.6
-
-
-@pytest.mark.parametrize(
-    "size", [(3000, 2000), (2000, 3000), (1200, 900), (900, 900), (450, 450)], ids=str
-)
-def test_reduced_decoding_keeps_the_margin(
-    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    uprights = []
-
-    def recorded(*arguments: Any, **options: Any) -> UprightImage:
-        uprights.append(upright_image(*arguments, **options))
-        return uprights[-1]
-
-    monkeypatch.setattr(preprocess, "upright_image", recorded)
-    encoded = image_files.jpeg(image_files.flat(size=size))
-    decode_pixels(encoded, preprocessing=CLIP, limits=LIMITS)
-    (upright,) = uprights
-    least = 224 * preprocess.JPEG_DRAFT_MARGIN
-    assert upright.size == size
-    assert min(least, *size) <= min(upright.image.size) < 2 * least + 1
-
-
-def test_no_resize_means_no_reduced_decoding() -> None:
+def test_no_resize_means_a_crop_of_the_full_image() -> None:
     config = dataclasses.replace(CLIP, resize=None)
     image = image_files.photo(1200, 900)
     encoded = image_files.jpeg(image)
     pixels = decode_pixels(encoded, preprocessing=config, limits=LIMITS)
     full = np.asarray(rgb_image(encoded, limits=LIMITS))
     np.testing.assert_array_equal(pixels, full[338:562, 488:712])
-
-
-def test_large_mpo_and_cmyk_are_decoded_reduced(monkeypatch: pytest.MonkeyPatch) -> None:
-    photo = image_files.photo(300, 200).resize((2400, 1600))
-    for encoded in (
-        image_files.encode(photo, "MPO", save_all=True, append_images=[photo.rotate(180)]),
-        image_files.encode(photo.convert("CMYK"), "JPEG", quality=95),
-    ):
-        pixels = decode_pixels(encoded, preprocessing=CLIP, limits=LIMITS).astype(int)
-        difference = np.abs(pixels - exact(encoded, CLIP, monkeypatch))
-        assert 0 < difference.mean() < 1
 
 
 # --- Any bytes whatsoever; tests/test_images.py has more of them ---

@@ -21,6 +21,7 @@ ROWS_PER_CALL = 16
 
 _LOAD_ERRORS = (
     runtime_errors.Fail,
+    runtime_errors.InvalidArgument,
     runtime_errors.InvalidGraph,
     runtime_errors.InvalidProtobuf,
     runtime_errors.NoSuchFile,
@@ -46,7 +47,7 @@ class OnnxCpuEncoder:
         self._image = _session(engine_dir / IMAGE_ONNX, num_threads=num_threads)
         if self.manifest.text is not None:
             self._text = _session(engine_dir / TEXT_ONNX, num_threads=num_threads)
-            self._tokenizer = Tokenizer.from_file(str(engine_dir / TOKENIZER_FILE))
+            self._tokenizer = _tokenizer(engine_dir / TOKENIZER_FILE)
 
     def encode_images(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Pixels uint8 [N, H, W, 3], RGB, HWC -> float32 [N, D], unit norm."""
@@ -92,6 +93,16 @@ class OnnxCpuEncoder:
             rows = slice(first, min(first + ROWS_PER_CALL, num_rows))
             embeddings[rows] = encode(rows)
         return embeddings
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:
+        raise EngineError(
+            f"{path}: cannot be loaded ({error}); remove the engine's folder, the next run builds "
+            "it anew"
+        ) from error
 
 
 def _session(path: Path, *, num_threads: int) -> onnxruntime.InferenceSession:

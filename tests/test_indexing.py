@@ -1,0 +1,222 @@
+"""Tests of pipelines/indexing.py, with a real FAISS and answers from numpy."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import indexing
+from pipelines.errors import IndexMissingError, StoreError
+from pipelines.indexing import (
+    FORMAT_VERSION,
+    IndexConfig,
+    build_index,
+    find_index,
+    load_index,
+    read_embeddings,
+)
+from pipelines.snapshots import Snapshot, commit, current_snapshot
+from pipelines.store import Store
+from tests.stored import ENGINE_ID, commit_vectors, make_snapshot
+
+DIM = 16
+FOLDER = "indexes/00000001/image"
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(str(tmp_path / "store"))
+
+
+def unit_vectors(num_rows: int, *, seed: int = 0) -> np.ndarray:
+    vectors = np.random.default_rng(seed).normal(size=(num_rows, DIM)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def keyed(vectors: np.ndarray, *, first: int = 0) -> dict[str, np.ndarray]:
+    return {f"k{first + row}": vector for row, vector in enumerate(vectors)}
+
+
+def small_index(store: Store) -> Snapshot:
+    """Three vectors, indexed."""
+    snapshot = commit_vectors(store, image=[keyed(unit_vectors(3))])
+    build_index(IndexConfig(store_uri=store.uri))
+    return snapshot
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_finds_what_an_exact_search_in_numpy_finds(store, dtype):
+    vectors = unit_vectors(300)
+    parts = [keyed(vectors[first : first + 100], first=first) for first in (0, 100, 200)]
+    snapshot = commit_vectors(store, image=parts, dtype=dtype)
+    (manifest,) = build_index(IndexConfig(store_uri=store.uri))
+    assert (manifest.num_rows, manifest.embedding_dim, manifest.modality) == (300, DIM, "image")
+    assert (manifest.snapshot, manifest.engine_id, manifest.factory) == (1, ENGINE_ID, "Flat")
+
+    index, keys = load_index(store, snapshot, modality="image")
+    queries = unit_vectors(20, seed=1)
+    scores, ids = index.search(queries, 10)
+    stored = vectors.astype(dtype).astype(np.float32)
+    exact = np.argsort(-queries @ stored.T, axis=1)[:, :10]
+    assert [[keys[id_].as_py() for id_ in row] for row in ids.tolist()] == [
+        [f"k{row}" for row in rows] for rows in exact
+    ]
+    assert np.allclose(scores, np.take_along_axis(queries @ stored.T, exact, 1), atol=1e-6)
+
+
+def test_each_modality_has_an_index_of_its_own_and_keys_keep_their_type(store):
+    images, texts = unit_vectors(2), unit_vectors(3, seed=1)
+    snapshot = commit_vectors(
+        store,
+        image=[dict(zip([7, -1], images, strict=True))],
+        text=[dict(zip([-1, 7, 2**62], texts, strict=True))],
+    )
+    manifests = build_index(IndexConfig(store_uri=store.uri))
+    assert [(manifest.modality, manifest.num_rows) for manifest in manifests] == [
+        ("image", 2),
+        ("text", 3),
+    ]
+    index, keys = load_index(store, snapshot, modality="text")
+    assert keys.type == pa.int64()
+    assert keys.to_pylist() == [-1, 7, 2**62]
+    assert index.search(texts[2:], 1)[1].tolist() == [[2]]
+
+
+def test_a_modality_of_which_all_rows_were_rejected_has_an_empty_index(store):
+    commit(store, make_snapshot([], embedding_dim=DIM))
+    (manifest,) = build_index(IndexConfig(store_uri=store.uri))
+    assert manifest.num_rows == 0
+    snapshot = current_snapshot(store)
+    assert snapshot is not None
+    index, keys = load_index(store, snapshot, modality="image")
+    assert (index.ntotal, len(keys)) == (0, 0)
+
+
+def test_an_index_that_is_there_is_kept(store, tmp_path):
+    small_index(store)
+    path = tmp_path / "store" / FOLDER / "index.faiss"
+    before = path.stat().st_ino
+    assert build_index(IndexConfig(store_uri=store.uri))[0].num_rows == 3
+    assert path.stat().st_ino == before
+
+    (tmp_path / "store" / FOLDER / "manifest.json").unlink()
+    build_index(IndexConfig(store_uri=store.uri))
+    assert path.stat().st_ino != before
+
+
+def test_a_new_snapshot_has_a_new_index_and_the_old_one_stays(store):
+    first = small_index(store)
+    second = commit_vectors(store, number=2, image=[keyed(unit_vectors(5))])
+    with pytest.raises(IndexMissingError, match=f"clipmill index --store {store.uri}"):
+        load_index(store, second, modality="image")
+    build_index(IndexConfig(store_uri=store.uri))
+    assert load_index(store, second, modality="image")[0].ntotal == 5
+    assert load_index(store, first, modality="image")[0].ntotal == 3
+
+
+class FillsUp(Store):
+    """A store whose disk is full when a file of a certain name is written."""
+
+    full_at = ""
+
+    def publish(self, relative: str, content: bytes) -> None:
+        if relative.endswith(self.full_at):
+            raise StoreError(f"no space for {relative}")
+        super().publish(relative, content)
+
+
+@pytest.mark.parametrize("full_at", ["index.faiss", "keys.parquet", "manifest.json"])
+def test_a_half_written_index_is_not_found_and_is_built_again(store, monkeypatch, full_at):
+    snapshot = commit_vectors(store, image=[keyed(unit_vectors(3))])
+    with monkeypatch.context() as patch:
+        patch.setattr(FillsUp, "full_at", full_at)
+        patch.setattr(indexing, "Store", FillsUp)
+        with pytest.raises(StoreError, match="no space"):
+            build_index(IndexConfig(store_uri=store.uri))
+    assert find_index(store, snapshot, modality="image") is None
+    assert build_index(IndexConfig(store_uri=store.uri))[0].num_rows == 3
+    assert load_index(store, snapshot, modality="image")[0].ntotal == 3
+
+
+@pytest.mark.parametrize("name", ["index.faiss", "keys.parquet", "manifest.json"])
+@pytest.mark.parametrize("share", [0, 0.5, 0.99])
+def test_a_truncated_file_is_an_error_with_the_way_out(store, tmp_path, name, share):
+    snapshot = small_index(store)
+    path: Path = tmp_path / "store" / FOLDER / name
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content.rstrip()))])
+    with pytest.raises(StoreError, match=r"(?s)is damaged.*remove the folder.*`clipmill index`"):
+        load_index(store, snapshot, modality="image")
+
+
+@pytest.mark.parametrize("name", ["index.faiss", "keys.parquet", "manifest.json"])
+def test_a_file_of_something_else_is_an_error_with_the_way_out(store, name):
+    snapshot = small_index(store)
+    store.publish(f"{FOLDER}/{name}", b"this is something else entirely" * 10)
+    with pytest.raises(StoreError, match=r"(?s)is damaged.*remove the folder.*`clipmill index`"):
+        load_index(store, snapshot, modality="image")
+
+
+def test_a_file_that_is_missing_is_an_error(store, tmp_path):
+    snapshot = small_index(store)
+    (tmp_path / "store" / FOLDER / "keys.parquet").unlink()
+    with pytest.raises(StoreError, match=r"keys\.parquet cannot be read"):
+        load_index(store, snapshot, modality="image")
+
+
+@pytest.mark.parametrize("columns", [{"key": ["k0", "k1"]}, {"id": ["k0", "k1", "k2"]}])
+def test_keys_that_are_not_those_of_the_vectors_are_an_error(store, tmp_path, columns):
+    snapshot = small_index(store)
+    pq.write_table(pa.table(columns), tmp_path / "store" / FOLDER / "keys.parquet")
+    with pytest.raises(StoreError, match="remove the folder and run `clipmill index` again"):
+        load_index(store, snapshot, modality="image")
+
+
+def test_an_index_of_a_newer_format_is_refused(store):
+    snapshot = small_index(store)
+    record = json.loads(store.read(f"{FOLDER}/manifest.json"))
+    record |= {"format_version": FORMAT_VERSION + 1, "unknown": "field"}
+    store.publish(f"{FOLDER}/manifest.json", json.dumps(record).encode())
+    with pytest.raises(StoreError, match="is of format 2, this Clipmill reads 1; upgrade"):
+        find_index(store, snapshot, modality="image")
+
+
+def test_vectors_that_do_not_fit_are_refused_before_they_are_read(store, tmp_path):
+    snapshot = commit_vectors(store, image=[keyed(unit_vectors(100))])
+    needed = 2 * 4 * 100 * DIM
+    config = IndexConfig(store_uri=store.uri, max_memory_bytes=needed - 1)
+    with pytest.raises(ValueError, match=f"max_memory_bytes={needed - 1}: .* needs {needed}"):
+        build_index(config)
+    assert find_index(store, snapshot, modality="image") is None
+    build_index(IndexConfig(store_uri=store.uri, max_memory_bytes=needed))
+    assert find_index(store, snapshot, modality="image") is not None
+
+
+def test_a_store_without_a_snapshot_is_refused(store):
+    with pytest.raises(StoreError, match="run `clipmill embed` first"):
+        build_index(IndexConfig(store_uri=store.uri))
+
+
+def test_a_damaged_file_of_embeddings_is_named(store, tmp_path):
+    snapshot = commit_vectors(store, image=[keyed(unit_vectors(3))])
+    (file,) = snapshot.files
+    (tmp_path / "store" / file.path).write_bytes(b"PAR1 damaged PAR1")
+    with pytest.raises(StoreError, match=f"{file.path} is damaged"):
+        build_index(IndexConfig(store_uri=store.uri))
+
+
+def test_embeddings_are_read_as_float32_with_their_keys(store):
+    vectors = unit_vectors(5)
+    snapshot = commit_vectors(store, image=[keyed(vectors[:2]), keyed(vectors[2:], first=2)])
+    (first_keys, first), (keys, rest) = read_embeddings(store, list(snapshot.files))
+    assert (first_keys.to_pylist(), keys.to_pylist()) == (["k0", "k1"], ["k2", "k3", "k4"])
+    assert first.dtype == rest.dtype == np.float32
+    assert np.array_equal(np.concatenate([first, rest]), vectors)
+
+
+def test_memory_out_of_bounds_is_refused():
+    with pytest.raises(ValueError, match="max_memory_bytes=0: expected at least 1"):
+        IndexConfig(store_uri="store", max_memory_bytes=0)
