@@ -4,6 +4,7 @@ Knows nothing of where an engine is kept or who runs it.
 """
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,19 +59,23 @@ def _export(
         )
 
 
-def export_tokenizer(checkpoint: Checkpoint, *, max_tokens: int, path: Path) -> tuple[int, int]:
+def export_tokenizer(
+    checkpoint: Checkpoint, *, max_tokens: int, special_token_ids: Mapping[str, int], path: Path
+) -> tuple[int, int]:
     """Write a `tokenizer.json` that cuts at the text tower's length and does not pad.
 
     Args:
         checkpoint: Where the tokenizer files lie.
         max_tokens: The text tower's longest row.
+        special_token_ids: Roles (`eos`, `pad`) that the text tower knows by id.
         path: The file to write, for `tokenizers.Tokenizer.from_file`.
 
     Returns:
         Tokens after which a text is cut (special tokens included), and the padding id.
 
     Raises:
-        CheckpointError: The tokenizer is missing, malformed or has no padding token.
+        CheckpointError: The tokenizer is missing, malformed, has no padding token, or gives a
+            special token another id than the text tower looks for.
     """
     if not checkpoint.has_tokenizer:
         raise CheckpointError(f"checkpoint {checkpoint.name}: tokenizer.json is missing")
@@ -82,6 +87,14 @@ def export_tokenizer(checkpoint: Checkpoint, *, max_tokens: int, path: Path) -> 
         ) from error
     if tokenizer.pad_token_id is None:
         raise CheckpointError(f"checkpoint {checkpoint.name}: its tokenizer has no padding token")
+    for role, token_id in special_token_ids.items():
+        found = getattr(tokenizer, f"{role}_token_id")
+        if found != token_id:
+            raise CheckpointError(
+                f"checkpoint {checkpoint.name}: {role}_token_id is {token_id} in its config and "
+                f"{found} in its tokenizer, so that texts would be misread; bring the tokenizer "
+                "and the config of the same model"
+            )
     length = min(max_tokens, int(tokenizer.model_max_length))
     backend: Tokenizer = tokenizer.backend_tokenizer
     backend.no_padding()

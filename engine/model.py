@@ -4,7 +4,7 @@ Knows nothing of how towers are quantized, exported or executed.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,8 @@ class Model:
     """int32 [N, T] -> float32 [N, D]; None for an image-only checkpoint."""
     max_tokens: int | None
     """Longest T of the text tower, special tokens included."""
+    special_token_ids: Mapping[str, int]
+    """Roles (`eos`, `pad`) that the text tower knows by id; its tokenizer must agree."""
     embedding_dim: int
     """D."""
 
@@ -95,7 +97,7 @@ def load_model(checkpoint: Checkpoint) -> Model:
     )
     _fill(image_tower, weights, names=names, checkpoint=checkpoint)
 
-    text_tower = None
+    text_tower, special_token_ids = None, {}
     if text_config is not None:
         backbone, names = _backbone(TEXT_BACKBONES, text_config, checkpoint=checkpoint)
         text_tower = TextTower(
@@ -103,18 +105,20 @@ def load_model(checkpoint: Checkpoint) -> Model:
             projection=nn.Linear(text_config.hidden_size, embedding_dim, bias=False),
         )
         _fill(text_tower, weights, names=names, checkpoint=checkpoint)
+        special_token_ids = backbone.special_token_ids
     return Model(
         image_tower=image_tower.eval(),
         preprocessing=preprocessing,
         text_tower=None if text_tower is None else text_tower.eval(),
         max_tokens=None if text_config is None else text_config.max_position_embeddings,
+        special_token_ids=special_token_ids,
         embedding_dim=embedding_dim,
     )
 
 
 def _backbone(
     backbones: dict[str, tuple[type[nn.Module], NameRules]], config: Any, *, checkpoint: Checkpoint
-) -> tuple[nn.Module, NameRules]:
+) -> tuple[Any, NameRules]:
     if config.model_type not in backbones:
         raise CheckpointError(
             f"checkpoint {checkpoint.name}: a {config.model_type!r} half is not supported "

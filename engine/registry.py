@@ -125,7 +125,10 @@ def _build(checkpoint: Checkpoint, *, engine_id: str, building: Path) -> Manifes
     if model.text_tower is not None and model.max_tokens is not None:
         export_text_tower(model.text_tower, path=building / TEXT_ONNX)
         max_tokens, pad_token_id = export_tokenizer(
-            checkpoint, max_tokens=model.max_tokens, path=building / TOKENIZER_FILE
+            checkpoint,
+            max_tokens=model.max_tokens,
+            special_token_ids=model.special_token_ids,
+            path=building / TOKENIZER_FILE,
         )
         text = TextInput(max_tokens=max_tokens, pad_token_id=pad_token_id)
     manifest = Manifest(

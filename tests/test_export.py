@@ -130,7 +130,9 @@ def test_tokenizer_gives_the_ids_of_transformers(
 ) -> None:
     path = tmp_path / "tokenizer.json"
     checkpoint = find_checkpoint(str(exported.directory))
-    length, pad_token_id = export_tokenizer(checkpoint, max_tokens=max_tokens, path=path)
+    length, pad_token_id = export_tokenizer(
+        checkpoint, max_tokens=max_tokens, special_token_ids={}, path=path
+    )
     theirs = AutoTokenizer.from_pretrained(str(exported.directory))
     assert (length, pad_token_id) == (max_tokens, theirs.pad_token_id)
     ours = Tokenizer.from_file(str(path))
@@ -145,7 +147,9 @@ def test_tokenizer_has_the_shorter_limit(exported: Exported, tmp_path: Path) -> 
     directory = shutil.copytree(exported.directory, tmp_path / "copy")
     change_tokenizer_config(directory, model_max_length=5)
     checkpoint = find_checkpoint(str(directory))
-    length, _ = export_tokenizer(checkpoint, max_tokens=MAX_TOKENS, path=tmp_path / "t.json")
+    length, _ = export_tokenizer(
+        checkpoint, max_tokens=MAX_TOKENS, special_token_ids={}, path=tmp_path / "t.json"
+    )
     assert length == 5
     ids = (
         Tokenizer.from_file(str(tmp_path / "t.json")).encode("a red circle on the green square").ids
@@ -157,7 +161,7 @@ def test_tokenizer_that_cuts_at_the_left(exported: Exported, tmp_path: Path) -> 
     directory = shutil.copytree(exported.directory, tmp_path / "copy")
     change_tokenizer_config(directory, truncation_side="left")
     checkpoint = find_checkpoint(str(directory))
-    export_tokenizer(checkpoint, max_tokens=6, path=tmp_path / "t.json")
+    export_tokenizer(checkpoint, max_tokens=6, special_token_ids={}, path=tmp_path / "t.json")
     text = "a red circle on the green square"
     expected = AutoTokenizer.from_pretrained(str(directory))(text, truncation=True, max_length=6)
     assert Tokenizer.from_file(str(tmp_path / "t.json")).encode(text).ids == expected["input_ids"]
@@ -168,12 +172,26 @@ def change_tokenizer_config(directory: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def error_of(directory: Path) -> str:
+def error_of(directory: Path, *, special_token_ids: Mapping[str, int] | None = None) -> str:
     checkpoint = find_checkpoint(str(directory))
     with pytest.raises(CheckpointError) as caught:
-        export_tokenizer(checkpoint, max_tokens=MAX_TOKENS, path=directory / "exported.json")
+        export_tokenizer(
+            checkpoint,
+            max_tokens=MAX_TOKENS,
+            special_token_ids=special_token_ids or {},
+            path=directory / "exported.json",
+        )
     assert checkpoint.name in str(caught.value)
     return str(caught.value)
+
+
+def test_tokenizer_of_another_model(exported: Exported) -> None:
+    for role in ("eos", "pad"):
+        message = error_of(exported.directory, special_token_ids={role: 12_345})
+        assert f"{role}_token_id is 12345 in its config" in message
+    relied_on = load_model(find_checkpoint(str(exported.directory))).special_token_ids
+    assert set(relied_on) <= {"eos", "pad"}
+    assert relied_on
 
 
 def test_tokenizer_is_missing(tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ class TextBackbone(nn.Module):
             norm_eps=config.layer_norm_eps,
         )
         self.pad_token_id = config.pad_token_id
+        self.special_token_ids = {"pad": self.pad_token_id}
         self.word_embedding = nn.Embedding(config.vocab_size, shape.width)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, shape.width)
         self.token_type_embedding = nn.Embedding(config.type_vocab_size, shape.width)

@@ -87,6 +87,8 @@ class TextBackbone(nn.Module):
         shape = block_shape(config)
         length = config.max_position_embeddings
         self.eos_token_id = config.eos_token_id
+        is_legacy = self.eos_token_id == _LEGACY_EOS_TOKEN_ID
+        self.special_token_ids = {} if is_legacy else {"eos": self.eos_token_id}
         self.token_embedding = nn.Embedding(config.vocab_size, shape.width)
         self.position_embedding = nn.Embedding(length, shape.width)
         self.blocks = nn.ModuleList(PreNormBlock(shape) for _ in range(config.num_hidden_layers))
