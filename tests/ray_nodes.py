@@ -24,7 +24,13 @@ def ray_nodes(num_nodes: int) -> Iterator[dict[str, str]]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            # A submitted job's `python` is the one with the packages, as on a real node.
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "RAY_USAGE_STATS_ENABLED": "0",
+        },
     )
     assert process.stdin is not None
     assert process.stdout is not None

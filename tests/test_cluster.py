@@ -1,14 +1,11 @@
 """The same job on this machine and, submitted, on a Ray cluster of three nodes."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
-import ray
 
-from jobs.cluster import ray_cluster
 from tests.catalogs import scene_rows, stored_embeddings, write_rows
 from tests.ray_nodes import ray_nodes
 
@@ -57,10 +54,26 @@ def test_a_job_submitted_to_three_nodes_gives_what_one_machine_gives(
         assert all(np.allclose(one[key], three[key], atol=1e-5) for key in one)
 
 
+JOIN_AND_LEAVE = """
+import sys
+import ray
+from jobs.cluster import ray_cluster
+
+for _ in range(2):
+    with ray_cluster(sys.argv[1]):
+        print(int(ray.cluster_resources()["CPU"]))
+    assert not ray.is_initialized()
+"""
+
+
 def test_an_address_is_joined_and_left_running():
     with ray_nodes(1) as addresses:
-        for _ in range(2):
-            with ray_cluster(addresses["gcs"]):
-                assert ray.cluster_resources()["CPU"] == 1
-            assert not ray.is_initialized()
-    assert "RAY_ADDRESS" not in os.environ
+        joined = subprocess.run(
+            [sys.executable, "-c", JOIN_AND_LEAVE, addresses["gcs"]],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert joined.returncode == 0, joined.stderr
+    assert joined.stdout.split() == ["1", "1"]
