@@ -15,9 +15,9 @@ from engine.preprocess import Preprocessing
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
-# Part of every engine_id. Raised whenever the exported graph of the same weights changes, so that
-# an engine of the older form is not taken for the new one.
-GRAPH_VERSION = 1
+# Part of every engine_id. Raised whenever the same checkpoint would give other embeddings than
+# before: by decoding, resizing, tokenizing or the exported graph.
+RECIPE_VERSION = 1
 IMAGE_ONNX, TEXT_ONNX, TOKENIZER_FILE = "image.onnx", "text.onnx", "tokenizer.json"
 
 Precision = Literal["fp32"]

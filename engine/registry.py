@@ -16,8 +16,8 @@ from pathlib import Path
 from engine.checkpoint import Checkpoint
 from engine.errors import EngineError
 from engine.manifest import (
-    GRAPH_VERSION,
     IMAGE_ONNX,
+    RECIPE_VERSION,
     TEXT_ONNX,
     TOKENIZER_FILE,
     Manifest,
@@ -44,7 +44,7 @@ def engine_id_of(checkpoint: Checkpoint) -> str:
     Same id, same embeddings: it hashes the checkpoint's files, the precision and the form of
     the export.
     """
-    recipe = f"{checkpoint.digest} {PRECISION} graph-{GRAPH_VERSION}"
+    recipe = f"{checkpoint.digest} {PRECISION} recipe-{RECIPE_VERSION}"
     return f"{PRECISION}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
 
 

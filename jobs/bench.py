@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from engine.errors import ClipmillError
 from engine.registry import default_engines_dir
 from jobs.command import CommandParser, print_result, run
 from jobs.demo.catalog import sample_rows, write_catalog
@@ -125,7 +126,7 @@ def measure_pipeline(num_rows: int, *, checkpoint: str) -> PipelineFigures:
         seconds = time.perf_counter() - started
         watch.stop()
         if process.returncode:
-            raise ValueError(f"{' '.join(command)} ended with {process.returncode}")
+            raise ClipmillError(f"{' '.join(command)} ended with {process.returncode}")
         report = json.loads(output)
     finally:
         shutil.rmtree(folder)

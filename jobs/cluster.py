@@ -12,6 +12,8 @@ from pathlib import Path
 import ray
 import ray.data
 
+from engine.errors import ClipmillError
+
 # Of the object store of a Ray that a command starts for itself; blocks in flight take less.
 LOCAL_OBJECT_STORE_BYTES = 1 * 2**30
 
@@ -26,10 +28,17 @@ def ray_cluster(address: str | None) -> Iterator[None]:
     """
     _quiet_console()
     if address or os.environ.get("RAY_ADDRESS"):
-        ray.init(address or "auto", log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            ray.init(address or "auto", log_to_driver=False, logging_level=logging.ERROR)
+        except ConnectionError as error:
+            raise ClipmillError(
+                f"no Ray cluster answers at {address or os.environ['RAY_ADDRESS']} ({error}); "
+                "check the address, or leave it out to start Ray on this machine"
+            ) from error
     else:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(
+            "local",
             include_dashboard=False,
             object_store_memory=LOCAL_OBJECT_STORE_BYTES,
             log_to_driver=False,

@@ -17,6 +17,7 @@ import yaml
 from ray.exceptions import RayTaskError
 
 from engine.errors import ClipmillError
+from engine.images import ImageRejected
 
 Main = Callable[[Sequence[str] | None], int]
 
@@ -43,10 +44,10 @@ class CommandParser(argparse.ArgumentParser):
         finder.add_argument("--config")
         named = finder.parse_known_args(argv)[0].config
         if named:
-            self._take_defaults(Path(named))
+            self._take_defaults(Path(named), argv=sys.argv[1:] if argv is None else argv)
         return self.parse_args(argv)
 
-    def _take_defaults(self, path: Path) -> None:
+    def _take_defaults(self, path: Path, *, argv: Sequence[str]) -> None:
         try:
             values = yaml.safe_load(path.read_text()) or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -60,11 +61,32 @@ class CommandParser(argparse.ArgumentParser):
                 known = ", ".join(sorted(actions.keys() - {"config"}))
                 self.error(f"--config {path}: no option {name!r} (options: {known})")
             action = actions[dest]
+            if self._is_overruled(action, argv):
+                continue
+            takes_list = action.nargs in ("*", "+")
+            if takes_list != isinstance(value, list):
+                expected = "a list" if takes_list else "one value"
+                self.error(f"--config {path}: {name}: expected {expected}, found {value!r}")
             if isinstance(value, list):
                 value = [self._typed(action, entry, path=path) for entry in value]
             elif not isinstance(action, argparse._StoreTrueAction):
                 value = self._typed(action, value, path=path)
+            elif not isinstance(value, bool):
+                self.error(f"--config {path}: {name}: expected true or false, found {value!r}")
             action.default, action.required = value, False
+            for group in self._mutually_exclusive_groups:
+                if action in group._group_actions:
+                    group.required = False
+
+    def _is_overruled(self, action: argparse.Action, argv: Sequence[str]) -> bool:
+        """Whether a flag says otherwise: of options that exclude each other, the flag's counts."""
+        given = {word.split("=", 1)[0] for word in argv}
+        return any(
+            given & set(other.option_strings)
+            for group in self._mutually_exclusive_groups
+            if action in group._group_actions
+            for other in group._group_actions
+        )
 
     def _typed(self, action: argparse.Action, value: Any, *, path: Path) -> Any:
         if value is None:
@@ -90,6 +112,9 @@ def run(main: Main, argv: Sequence[str] | None = None) -> NoReturn:
     except ClipmillError as error:
         code = _fail(str(error), code=1)
     except ValueError as error:
+        # Libraries derive their own errors from it; those are no fault of the user.
+        if type(error) not in (ValueError, ImageRejected):
+            raise
         code = _fail(str(error), code=2)
     sys.exit(code)
 

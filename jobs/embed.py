@@ -68,7 +68,10 @@ def config_from(options: Namespace) -> EmbedConfig:
             encoder_threads=options.encoder_threads,
             batch_rows=options.batch_rows,
             rows_per_file=options.rows_per_file,
+            encoder_cpus=options.encoder_cpus,
+            decode_cpus=options.decode_cpus,
         ),
+        retry=tuple(options.retry),
     )
 
 
@@ -101,10 +104,15 @@ def _parser() -> CommandParser:
     bounds.add_argument(
         "--max-reject-share", type=float, default=limits.max_reject_share, metavar="SHARE"
     )
+    bounds.add_argument(
+        "--retry", nargs="*", default=[], metavar="REASON", help="try rows rejected for it again"
+    )
     where = parser.add_argument_group("resources")
     where.add_argument("--address", help="of a Ray cluster; otherwise Ray is started here")
     where.add_argument("--num-encoders", type=int, help="one for every two CPUs if left out")
     where.add_argument("--encoder-threads", type=int, default=resources.encoder_threads)
+    where.add_argument("--encoder-cpus", type=float, default=resources.encoder_cpus)
+    where.add_argument("--decode-cpus", type=float, default=resources.decode_cpus)
     where.add_argument("--batch-rows", type=int, default=resources.batch_rows)
     where.add_argument("--rows-per-file", type=int, default=resources.rows_per_file)
     return parser

@@ -200,7 +200,7 @@ def _identity(info: dict[str, Any]) -> str:
     stamp = next(
         (
             info[name]
-            for name in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created")
+            for name in ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "created")
             if info.get(name) is not None
         ),
         "",

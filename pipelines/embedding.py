@@ -4,7 +4,7 @@ Knows nothing of the command line or of how progress and reports are shown.
 """
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from engine.checkpoint import find_checkpoint
 from engine.errors import EngineError
 from engine.manifest import Manifest
 from engine.registry import default_engines_dir, engine_id_of, find_engine
+from pipelines import schema
 from pipelines.assembly import count_rejects, next_files
 from pipelines.catalog import Catalog, CatalogConfig, open_catalog
 from pipelines.decode import RowLimits
@@ -26,6 +28,7 @@ from pipelines.ledger import Counts, Ledger
 from pipelines.planning import (
     add_catalog,
     add_stored,
+    catalog_columns,
     catalog_record,
     plan_id_of,
     staged_files,
@@ -60,6 +63,8 @@ class EmbedConfig:
     """What a row may cost and how many may fail."""
     resources: Resources = field(default_factory=Resources)
     """What the stages take of the cluster."""
+    retry: tuple[str, ...] = ()
+    """Reject reasons: rows rejected for them in earlier runs are tried again."""
 
     def __post_init__(self) -> None:
         """Check the bounds."""
@@ -67,6 +72,11 @@ class EmbedConfig:
             raise ValueError("store uri is empty; name a folder")
         if self.dtype not in ("float32", "float16"):
             raise ValueError(f"dtype={self.dtype!r}: expected float32 or float16")
+        unknown = set(self.retry) - schema.REASONS
+        if unknown:
+            raise ValueError(
+                f"retry={sorted(unknown)}: no such reasons; expected of {sorted(schema.REASONS)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,8 +137,8 @@ def embed(
         Ledger(key_type=catalog.key_type, modalities=catalog.modalities) as ledger,
     ):
         staged = staged_files(store, plan_id=plan_id, committed=before)
-        add_stored(ledger, before, store=store, staged=False)
-        add_stored(ledger, staged, store=store, staged=True)
+        add_stored(ledger, before, store=store, staged=False, retried=config.retry)
+        add_stored(ledger, staged, store=store, staged=True, retried=config.retry)
         add_catalog(ledger, catalog, parent=parent, store=store, num_cpus=config.resources.io_cpus)
         ledger.settle()
         counts = ledger.counts()
@@ -139,13 +149,15 @@ def embed(
                 engine=engine,
                 manifest=manifest,
                 engines_dir=config.engines_dir,
-                store_uri=config.store_uri,
+                store=store,
                 plan_id=plan_id,
                 dtype=config.dtype,
                 limits=config.limits,
                 resources=config.resources,
             )
-            written, progress = _run(pass_, ledger=ledger, counts=counts, on_progress=on_progress)
+            written, progress = _run(
+                pass_, ledger=ledger, counts=counts, staged=staged, on_progress=on_progress
+            )
             add_stored(ledger, written, store=store, staged=True)
             ledger.settle()
             still_due = ledger.counts().num_due
@@ -235,27 +247,36 @@ def _run(
     *,
     ledger: Ledger,
     counts: Counts,
+    staged: Sequence[StoredFile],
     on_progress: Callable[[Counts, Progress], None] | None,
 ) -> tuple[list[StoredFile], Progress]:
-    board = ProgressBoard.remote()  # type: ignore[attr-defined]
+    # On the driver's node: a worker that may be lost at any time would take the counts along.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ProgressBoard.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     written: list[StoredFile] = []
+    num_planned = sum(counts.num_due.values()) + sum(file.num_rows for file in staged)
+    num_rejected = _num_rejects(staged)
     with polled(board, partial(on_progress, counts) if on_progress else None):
         for files in run_stages(pass_, due=ledger.due(), board=board):
             written += files
-            _check_rejects(written, pass_=pass_, num_due=sum(counts.num_due.values()))
+            num_rejected += _num_rejects(files)
+            _check_rejects(num_rejected, pass_=pass_, num_planned=num_planned)
     progress: Progress = ray.get(board.progress.remote())
     ray.kill(board)
     return written, progress
 
 
-def _check_rejects(written: list[StoredFile], *, pass_: Pass, num_due: int) -> None:
-    num_rejected = sum(file.num_rows for file in written if file.kind == "rejects")
+def _num_rejects(files: Sequence[StoredFile]) -> int:
+    return sum(file.num_rows for file in files if file.kind == "rejects")
+
+
+def _check_rejects(num_rejected: int, *, pass_: Pass, num_planned: int) -> None:
     bound = pass_.limits.max_reject_share
-    # Against all due rows, not those seen so far: the bad ones may come first.
-    if num_rejected > max(bound * num_due, MIN_REJECTS_TO_STOP - 1):
-        folder = Store(pass_.store_uri).full_path(f"rejects/{pass_.plan_id}")
+    # Against all rows of the plan, not those seen so far: the bad ones may come first.
+    if num_rejected > max(bound * num_planned, MIN_REJECTS_TO_STOP - 1):
+        folder = pass_.store.full_path(f"rejects/{pass_.plan_id}")
         raise TooManyRejectsError(
-            f"{num_rejected} of {num_due} rows rejected: more than {bound:.1%}. Nothing was "
+            f"{num_rejected} of {num_planned} rows rejected: more than {bound:.1%}. Nothing was "
             f"committed; the rejects with their reasons are in {folder}. Mend the catalog, or "
             "accept more with --max-reject-share; what was embedded is kept"
         )
@@ -279,6 +300,11 @@ def _check_parent(
         )
     if parent.key_type != str(catalog.key_type):
         faults.append(f"keys of type {parent.key_type}, the catalog's are {catalog.key_type}")
+    carried = catalog_columns(catalog)["carry"]
+    if parent.catalog.columns["carry"] != carried:
+        faults.append(
+            f"carried columns {parent.catalog.columns['carry']}, {carried} were asked for"
+        )
     if parent.modalities != catalog.modalities:
         faults.append(f"{parent.modalities} of each key, the catalog has {catalog.modalities}")
     if parent.embedding_dtype != config.dtype:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from engine.backends.encoder import Encoder
 from engine.backends.onnx_cpu import OnnxCpuEncoder
 from engine.checkpoint import find_checkpoint
-from engine.errors import EngineError
+from engine.errors import ClipmillError, EngineError
 from engine.manifest import Manifest
 from engine.registry import find_engine, load_or_build
 from pipelines import schema
@@ -54,16 +54,26 @@ class EncodeStage:
         dtype: schema.EmbeddingDtype,
         meter: StageMeter,
     ) -> None:
-        """Load the engine, building it first if nobody has."""
-        manifest = ready_engine(engine, engines_dir=engines_dir)
-        self._encoder: Encoder = OnnxCpuEncoder(
-            engines_dir / manifest.engine_id, num_threads=num_threads
-        )
+        """Load the engine, building it first if nobody has.
+
+        What goes wrong is raised by the first call: Ray reports an actor that fails to start only
+        as dead, without its error.
+        """
+        self._error: ClipmillError | None = None
+        try:
+            manifest = ready_engine(engine, engines_dir=engines_dir)
+            self._encoder: Encoder = OnnxCpuEncoder(
+                engines_dir / manifest.engine_id, num_threads=num_threads
+            )
+        except ClipmillError as error:
+            self._error = error
         self._dtype = np.dtype(dtype)
         self._meter = meter
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Replace `pixels` and `text` by `embedding`, null for rejected rows."""
+        if self._error is not None:
+            raise self._error
         manifest = self._encoder.manifest
         with self._meter.batch() as size:
             embeddings = np.zeros((table.num_rows, manifest.embedding_dim), dtype=self._dtype)

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines import schema
-from pipelines.errors import IndexMissingError, StoreError
+from pipelines.errors import IndexMissingError, PipelineError, StoreError
 from pipelines.schema import Modality
 from pipelines.snapshots import Snapshot, StoredFile, current_snapshot
 from pipelines.store import Store
@@ -70,7 +70,7 @@ def build_index(config: IndexConfig) -> list[IndexManifest]:
 
     Raises:
         StoreError: There is no snapshot, or the store cannot be read or written.
-        ValueError: The vectors do not fit in the memory allowed.
+        PipelineError: The vectors do not fit in the memory allowed.
     """
     store = Store(config.store_uri)
     snapshot = current_snapshot(store)
@@ -162,10 +162,10 @@ def _build(
     store: Store, snapshot: Snapshot, *, modality: Modality, max_bytes: int
 ) -> IndexManifest:
     num_rows = snapshot.num_rows("embeddings", modality=modality)
-    # The vectors, and once more while they are serialized.
-    needed = 2 * 4 * num_rows * snapshot.embedding_dim
+    # The vectors, and twice more while they are serialized and handed over.
+    needed = 3 * 4 * num_rows * snapshot.embedding_dim
     if needed > max_bytes:
-        raise ValueError(
+        raise PipelineError(
             f"max_memory_bytes={max_bytes}: an exact index of {num_rows} x "
             f"{snapshot.embedding_dim} needs {needed}; use a machine with more memory or raise "
             "--max-memory-bytes"

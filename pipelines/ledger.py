@@ -185,7 +185,7 @@ class Ledger:
             f"SELECT {SOURCE_FILE}, {SOURCE_ROW}, {flags} FROM due "
             f"GROUP BY {SOURCE_FILE}, {SOURCE_ROW} ORDER BY {SOURCE_FILE}, {SOURCE_ROW}"
         ).to_arrow_table()
-        files = table[SOURCE_FILE].combine_chunks().dictionary_encode()
+        files = table[SOURCE_FILE].dictionary_encode().combine_chunks()
         codes = files.indices.to_numpy()
         rows = table[SOURCE_ROW].to_numpy()
         wanted = {modality: table[modality].to_numpy() for modality in self._modalities}

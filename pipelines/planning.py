@@ -3,7 +3,7 @@
 Knows nothing of engines; contents are read only where a key alone cannot tell.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -19,7 +19,6 @@ from pipelines.fingerprints import plan_id as fingerprint_plan
 from pipelines.fingerprints import row_fingerprints
 from pipelines.ledger import Ledger
 from pipelines.reading import CatalogDatasource, all_rows
-from pipelines.schema import Reason
 from pipelines.snapshots import CatalogRecord, EngineRecord, Kind, Snapshot, StoredFile
 from pipelines.store import Store
 from pipelines.writing import staging_dir
@@ -44,6 +43,7 @@ def catalog_columns(catalog: Catalog) -> dict[str, str | None]:
         "image": catalog.image_column,
         "text": catalog.text_column,
         "version": catalog.config.version_column,
+        "carry": ", ".join(sorted(catalog.config.carry_columns)) or None,
     }
 
 
@@ -84,10 +84,22 @@ def staged_files(
     return files
 
 
-def add_stored(ledger: Ledger, files: Iterable[StoredFile], *, store: Store, staged: bool) -> None:
+def add_stored(
+    ledger: Ledger,
+    files: Iterable[StoredFile],
+    *,
+    store: Store,
+    staged: bool,
+    retried: Collection[str] = (),
+) -> None:
     """Read keys and fingerprints of stored files into the ledger.
 
-    Fetches that failed in an earlier run are left out, so that this one tries them again.
+    Args:
+        ledger: To be filled.
+        files: Those with a modality; rejects of whole rows are found anew each time.
+        store: Where they lie.
+        staged: Whether they are of this very plan.
+        retried: Rejects of these reasons are left out, so that their rows are due again.
     """
 
     def read(file: StoredFile) -> tuple[StoredFile, pa.Table]:
@@ -99,8 +111,8 @@ def add_stored(ledger: Ledger, files: Iterable[StoredFile], *, store: Store, sta
     with ThreadPoolExecutor(READ_THREADS) as threads:
         for file, rows in threads.map(read, [file for file in files if file.modality is not None]):
             positions = None
-            if file.kind == "rejects" and not staged:
-                kept = pc.not_equal(rows[schema.REASON], Reason.FETCH_FAILED.value)
+            if file.kind == "rejects" and retried:
+                kept = pc.invert(pc.is_in(rows[schema.REASON], pa.array(retried, pa.string())))
                 positions = np.flatnonzero(kept.to_numpy())
                 rows = rows.filter(kept)
             ledger.add_stored_rows(rows, file=file, positions=positions, staged=staged)

@@ -5,7 +5,7 @@ Knows nothing of why the rows were chosen or what becomes of them.
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -81,7 +81,8 @@ class CatalogDatasource(Datasource):
             meter: Times the reading, if it is a stage of a run.
         """
         super().__init__()  # type: ignore[no-untyped-call]
-        self._catalog = catalog
+        # The list of files can be long, and every read task carries a copy.
+        self._catalog = replace(catalog, files=())
         self._meter = meter
         self._pieces = list(pieces)
         self._content = tuple(content)

@@ -58,7 +58,7 @@ class CatalogRecord:
     num_keys: int
     """Distinct keys: each is in embeddings or in rejects once, for each modality."""
     columns: Mapping[str, str | None]
-    """Role (key, image, text, version) -> column."""
+    """Role (key, image, text, version, carry) -> column, or columns joined by commas."""
     files: Mapping[str, str]
     """Path -> identity of its content."""
 

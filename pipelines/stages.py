@@ -22,6 +22,7 @@ from pipelines.ledger import DueRows
 from pipelines.progress import StageMeter
 from pipelines.reading import CatalogDatasource, RowGroupRows
 from pipelines.snapshots import EngineRecord, StoredFile
+from pipelines.store import Store
 from pipelines.writing import stored_files, write_batch
 
 # Blocks between the stages: a task takes one block, so they are large enough that starting tasks
@@ -41,16 +42,18 @@ class Resources:
     encoder_cpus: float = 0.5
     """CPUs that Ray reserves for an encode actor; below its threads, so that decoding, which is
     short beside encoding on CPUs, can use the same cores."""
-    decode_cpus: float = 1.0
-    """CPUs for a decode task."""
+    decode_cpus: float = 0.5
+    """CPUs that Ray reserves for a decode task; it uses one, but also has to fit beside an encode
+    actor on a node of one CPU."""
     io_cpus: float = 0.25
     """CPUs for a read or write task; they mostly wait."""
     batch_rows: int = 32
     """Rows given to an encode actor at once; also rows of a decode task."""
     rows_per_file: int = 4096
     """Rows of a written file; a killed run redoes at most those not yet written."""
-    in_flight_bytes: int = 256 * 2**20
-    """Of the object store, for blocks between the stages; keeps memory flat on long runs."""
+    in_flight_bytes: int = 128 * 2**20
+    """Of the object store, for blocks between the stages, for each CPU of the cluster; keeps memory
+    flat on long runs."""
 
     def __post_init__(self) -> None:
         """Check the bounds."""
@@ -76,7 +79,7 @@ class Pass:
     """Of that engine."""
     engines_dir: Path
     """Where a node keeps its engines."""
-    store_uri: str
+    store: Store
     """Where to."""
     plan_id: str
     """Under which the files are found again."""
@@ -91,7 +94,8 @@ class Pass:
 def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Iterator[list[StoredFile]]:
     """Embed due rows; yields the files as they are written.
 
-    A file that a worker wrote before it died, and did not report, is not among them.
+    A file that a worker wrote before it died, and did not report, is not among them. On a cluster
+    with less room than the stages need it would wait forever; that is a ValueError.
 
     Args:
         pass_: From where, with what, to where.
@@ -99,6 +103,8 @@ def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Iterator[l
         board: Handle of the ProgressBoard that the stages report to.
     """
     catalog, resources = pass_.catalog, pass_.resources
+    workers = num_workers(resources)
+    _check_room(resources, num_encoders=workers["encode"])
     source = CatalogDatasource(
         catalog,
         pieces=_pieces(catalog, due),
@@ -130,12 +136,12 @@ def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Iterator[l
         batch_format="pyarrow",
         batch_size=resources.batch_rows,
         num_cpus=resources.encoder_cpus,
-        compute=ActorPoolStrategy(size=num_workers(resources)["encode"]),
+        compute=ActorPoolStrategy(size=workers["encode"]),
     )
     reports = encoded.map_batches(
         partial(
             write_batch,
-            store_uri=pass_.store_uri,
+            store=pass_.store,
             plan_id=pass_.plan_id,
             engine_id=pass_.engine.engine_id,
             embeddings_schema=schema.embeddings_schema(
@@ -156,11 +162,11 @@ def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Iterator[l
 
 def num_workers(resources: Resources) -> dict[str, int]:
     """Stage -> how many of its workers the cluster has room for at once."""
-    cpus = float(ray.cluster_resources()["CPU"])
+    cpus = _num_cpus()
     io = max(1, int(cpus / resources.io_cpus))
     return {
         "read": io,
-        "decode": max(1, int(cpus / resources.decode_cpus)),
+        "decode": max(1, int(cpus / max(1.0, resources.decode_cpus))),
         "encode": resources.num_encoders or max(1, int(cpus) // 2),
         "write": io,
     }
@@ -183,7 +189,7 @@ def ray_data_settings(
     for name, value in settings.items():
         setattr(context, name, value)
     context.execution_options.resource_limits = ExecutionResources(
-        object_store_memory=resources.in_flight_bytes
+        object_store_memory=resources.in_flight_bytes * max(1, int(_num_cpus()))
     )
     try:
         yield
@@ -191,6 +197,23 @@ def ray_data_settings(
         for name, value in before.items():
             setattr(context, name, value)
         context.execution_options.resource_limits = limits
+
+
+def _num_cpus() -> float:
+    # The key is missing where no node has a CPU for work yet (autoscaling from zero).
+    return float(ray.cluster_resources().get("CPU", 0))
+
+
+def _check_room(resources: Resources, *, num_encoders: int) -> None:
+    cpus = _num_cpus()
+    encoders = num_encoders * resources.encoder_cpus
+    needed = encoders + max(resources.decode_cpus, resources.io_cpus)
+    if 0 < cpus < needed:
+        raise ValueError(
+            f"num_encoders={num_encoders}, encoder_cpus={resources.encoder_cpus:g}, "
+            f"decode_cpus={resources.decode_cpus:g}: the stages need {needed:g} CPUs at once, the "
+            f"cluster has {cpus:g}; use fewer encoders or lower --encoder-cpus, --decode-cpus"
+        )
 
 
 def _pieces(catalog: Catalog, due: Sequence[DueRows]) -> Iterator[RowGroupRows]:

@@ -50,14 +50,13 @@ def write_table(
 def write_batch(
     table: pa.Table,
     *,
-    store_uri: str,
+    store: Store,
     plan_id: str,
     engine_id: str,
     embeddings_schema: pa.Schema,
     meter: StageMeter,
 ) -> pa.Table:
     """Write a batch of encoded rows, and report one row for each file that was written."""
-    store = Store(store_uri)
     key_type = embeddings_schema.field(schema.KEY).type
     rejects_schema = schema.rejects_schema(key_type=key_type)
     files = []

@@ -8,12 +8,17 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ray.cluster_utils import Cluster
+from ray.job_submission import JobSubmissionClient
+
 ROOT = Path(__file__).resolve().parent.parent
 CPUS_PER_NODE = 1
+START_SECONDS = 60
 
 
 @contextmanager
@@ -50,9 +55,21 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _serve(num_nodes: int) -> None:
-    from ray.cluster_utils import Cluster
+def _wait_until_jobs_are_taken(address: str) -> None:
+    """The agent that starts jobs comes up some seconds after the node."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            JobSubmissionClient(address).submit_job(entrypoint="true")
+        except (RuntimeError, ConnectionError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)
+        else:
+            return
 
+
+def _serve(num_nodes: int) -> None:
     printed = os.dup(1)
     os.dup2(2, 1)  # Ray prints to stdout as it starts
     port = _free_port()
@@ -62,13 +79,20 @@ def _serve(num_nodes: int) -> None:
             "num_cpus": CPUS_PER_NODE,
             "include_dashboard": True,
             "dashboard_port": port,
+            "dashboard_agent_listen_port": _free_port(),
             "object_store_memory": 256 * 2**20,
         },
     )
     for _ in range(num_nodes - 1):
-        cluster.add_node(num_cpus=CPUS_PER_NODE, object_store_memory=256 * 2**20)
+        cluster.add_node(
+            num_cpus=CPUS_PER_NODE,
+            object_store_memory=256 * 2**20,
+            # The default port can be taken: by another node, or by a test's own Ray.
+            dashboard_agent_listen_port=_free_port(),
+        )
     cluster.wait_for_nodes()
     addresses = {"gcs": cluster.address, "jobs": f"http://127.0.0.1:{port}"}
+    _wait_until_jobs_are_taken(addresses["jobs"])
     os.write(printed, (json.dumps(addresses) + "\n").encode())
     sys.stdin.read()
     cluster.shutdown()

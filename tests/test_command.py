@@ -39,6 +39,9 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path: Path):
         ("dtype: int8\n", "invalid choice: 'int8'"),
         ("- a\n- b\n", "expected a mapping"),
         ("store: [unclosed\n", "night.yaml"),
+        ("store: [a]\n", "store: expected one value, found ['a']"),
+        ("carry: price\n", "carry: expected a list, found 'price'"),
+        ("json: maybe\n", "json: expected true or false, found 'maybe'"),
     ],
 )
 def test_faulty_yaml_is_a_usage_error(tmp_path: Path, capsys, content: str, message: str):
@@ -48,6 +51,21 @@ def test_faulty_yaml_is_a_usage_error(tmp_path: Path, capsys, content: str, mess
         parser().parse_options(["--config", str(file), "--store", "a"])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_of_options_that_exclude_each_other_the_flag_counts(tmp_path: Path):
+    def parse(*argv: str) -> tuple[str | None, str | None]:
+        made = CommandParser("sample", description="For the tests.")
+        asked = made.add_mutually_exclusive_group(required=True)
+        asked.add_argument("--text")
+        asked.add_argument("--image")
+        options = made.parse_options(argv)
+        return options.text, options.image
+
+    file = tmp_path / "query.yaml"
+    file.write_text("text: a red bicycle\n")
+    assert parse("--config", str(file)) == ("a red bicycle", None)
+    assert parse("--config", str(file), "--image=a.jpg") == (None, "a.jpg")
 
 
 def test_a_missing_option_is_a_usage_error(capsys):
@@ -86,6 +104,8 @@ def test_a_bug_keeps_its_traceback():
 
     with pytest.raises(KeyError, match="a bug"):
         run(main)
+    with pytest.raises(UnicodeDecodeError):
+        run(lambda _: int(b"\xff".decode()))
     with pytest.raises(RayTaskError):
         run(lambda _: (_ for _ in ()).throw(RayTaskError("read", "trace", KeyError("a bug"))))
 

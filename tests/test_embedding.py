@@ -192,16 +192,20 @@ def test_nights_embed_only_what_changed(run, tmp_path: Path):
     assert [Path(store_dir, file.path).exists() for file in first.snapshot.files] == [True] * 2
 
 
-def test_a_failed_fetch_is_tried_again_by_the_next_run(run, tmp_path: Path):
+def test_a_failed_fetch_is_tried_again_when_asked_for(run, tmp_path: Path):
     late, there = tmp_path / "late.png", tmp_path / "there.png"
     there.write_bytes(image_files.png())
     rows = [{"key": path.stem, "image": str(path)} for path in (late, there)]
     catalog_dir, store_dir = write_rows(tmp_path / "catalog", rows), tmp_path / "store"
     assert run(catalog_dir, store_dir).rejects_by_reason == {"fetch_failed": 1}
     late.write_bytes(image_files.png(image_files.flat((0, 0, 255))))
-    night = run(catalog_dir, store_dir)
+    assert not run(catalog_dir, store_dir).committed
+    night = run(catalog_dir, store_dir, retry=("fetch_failed",))
     assert night.num_embedded == {"image": 1}
     assert night.rejects_by_reason == {}
+    assert not run(catalog_dir, store_dir).committed
+    with pytest.raises(ValueError, match=r"retry=\['bad_luck'\]: no such reasons"):
+        run(catalog_dir, store_dir, retry=("bad_luck",))
     assert set(stored_embeddings(store_dir, modality="image")) == {"late", "there"}
 
 
@@ -278,7 +282,16 @@ def test_a_store_keeps_to_one_model(run, tmp_path: Path, checkpoint_dir: Path):
         run(catalog_dir, store_dir, dtype="float16")
     with pytest.raises(StoreError, match="the catalog has"):
         run(catalog_dir, store_dir, columns={"text_column": "none"})
+    priced = write_rows(tmp_path / "priced", [{**row, "price": 1} for row in scene_rows(4)])
+    with pytest.raises(StoreError, match="carried columns None, price were asked for"):
+        run(priced, store_dir, columns={"carry_columns": ("price",)})
     assert stored_snapshot(store_dir) == first.snapshot
+
+
+def test_a_cluster_without_room_for_the_stages_is_an_error_and_no_wait(run, tmp_path: Path):
+    catalog_dir = write_rows(tmp_path / "catalog", scene_rows(2))
+    with pytest.raises(ValueError, match=r"num_encoders=500, .* use fewer encoders"):
+        run(catalog_dir, tmp_path / "store", resources=Resources(num_encoders=500))
 
 
 def test_an_empty_catalog_or_an_unwritable_store_stops_before_any_work(run, tmp_path: Path):

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import indexing
-from pipelines.errors import IndexMissingError, StoreError
+from pipelines.errors import IndexMissingError, PipelineError, StoreError
 from pipelines.indexing import (
     FORMAT_VERSION,
     IndexConfig,
@@ -186,9 +186,9 @@ def test_an_index_of_a_newer_format_is_refused(store):
 
 def test_vectors_that_do_not_fit_are_refused_before_they_are_read(store, tmp_path):
     snapshot = commit_vectors(store, image=[keyed(unit_vectors(100))])
-    needed = 2 * 4 * 100 * DIM
+    needed = 3 * 4 * 100 * DIM
     config = IndexConfig(store_uri=store.uri, max_memory_bytes=needed - 1)
-    with pytest.raises(ValueError, match=f"max_memory_bytes={needed - 1}: .* needs {needed}"):
+    with pytest.raises(PipelineError, match=f"max_memory_bytes={needed - 1}: .* needs {needed}"):
         build_index(config)
     assert find_index(store, snapshot, modality="image") is None
     build_index(IndexConfig(store_uri=store.uri, max_memory_bytes=needed))

@@ -69,6 +69,12 @@ def test_staged_files_are_those_of_the_plan_and_not_committed(tmp_path: Path):
 def test_a_snapshot_remembers_its_catalog(catalog_dir: Path):
     catalog = opened(catalog_dir)
     record = catalog_record(catalog, num_keys=2)
-    assert record.columns == {"key": "key", "image": None, "text": "text", "version": None}
+    assert record.columns == {
+        "key": "key",
+        "image": None,
+        "text": "text",
+        "version": None,
+        "carry": None,
+    }
     assert (record.num_rows, record.num_keys) == (2, 2)
     assert record.files == {str(catalog_dir / "part-0.parquet"): catalog.files[0].identity}

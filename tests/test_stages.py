@@ -1,6 +1,7 @@
 """What the stages may take, and that Ray Data's settings are put back."""
 
 import pytest
+import ray
 from ray.data import DataContext
 
 from pipelines.stages import Resources, num_workers, ray_data_settings
@@ -31,13 +32,14 @@ def test_workers_follow_the_cluster(local_ray: None):
     assert num_workers(Resources())["encode"] == max(1, workers["decode"] // 2)
 
 
-def test_ray_data_settings_are_of_the_block_only():
+def test_ray_data_settings_are_of_the_block_only(local_ray: None):
     context = DataContext.get_current()
     before = context.target_max_block_size, context.enable_progress_bars
     limits = context.execution_options.resource_limits
     resources = Resources(in_flight_bytes=123)
     with ray_data_settings(resources, modalities=["text"]):
         assert not context.enable_progress_bars
-        assert context.execution_options.resource_limits.object_store_memory == 123
+        limit = context.execution_options.resource_limits.object_store_memory
+        assert limit == 123 * int(ray.cluster_resources()["CPU"])
     assert (context.target_max_block_size, context.enable_progress_bars) == before
     assert context.execution_options.resource_limits == limits

@@ -52,7 +52,7 @@ def written(table, *, store, dtype="float32", meter=None):
     """The report's files, each with its rows."""
     report = write_batch(
         table,
-        store_uri=store.uri,
+        store=store,
         plan_id="plan",
         engine_id="engine",
         embeddings_schema=schema.embeddings_schema(
