@@ -5,6 +5,11 @@ Knows nothing of where they are raised.
     ClipmillError
     ├── CheckpointError      a checkpoint is missing, malformed or of a family that is not supported
     ├── EngineError          an engine is missing, damaged, or cannot be built or run here
+    │   ├── QuantizationError    the sample or a layer does not allow FP8
+    │   ├── GateError            an engine may not be promoted or used: its gate failed or never ran
+    │   ├── PlanError            a plan cannot be built, is damaged, or fits another card or version
+    │   └── DeviceError          the GPU is missing, or a call to it failed
+    │       └── DeviceMemoryError    the GPU has too little free memory
     └── PipelineError        see pipelines/errors.py
 
 A value that a caller could have checked (an option out of bounds) is a plain ValueError.
@@ -21,3 +26,23 @@ class CheckpointError(ClipmillError):
 
 class EngineError(ClipmillError):
     """An engine is missing, damaged, or cannot be built or run here."""
+
+
+class QuantizationError(EngineError):
+    """The calibration sample or a layer does not allow FP8."""
+
+
+class GateError(EngineError):
+    """An engine may not be promoted or used: its gate failed or never ran."""
+
+
+class PlanError(EngineError):
+    """A plan cannot be built, is damaged, or was built for another card or version."""
+
+
+class DeviceError(EngineError):
+    """The GPU is missing or not able, or a call to it failed."""
+
+
+class DeviceMemoryError(DeviceError):
+    """The GPU has too little free memory."""

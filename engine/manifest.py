@@ -14,13 +14,15 @@ from engine.errors import EngineError
 from engine.preprocess import Preprocessing
 
 MANIFEST_FILE = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # Part of every engine_id. Raised whenever the same checkpoint would give other embeddings than
 # before: by decoding, resizing, tokenizing or the exported graph.
 RECIPE_VERSION = 1
 IMAGE_ONNX, TEXT_ONNX, TOKENIZER_FILE = "image.onnx", "text.onnx", "tokenizer.json"
 
-Precision = Literal["fp32"]
+# fp32: the reference. fp16: 16 bit throughout. fp8: the products of the blocks in FP8, the rest
+# in 16 bit.
+Precision = Literal["fp32", "fp16", "fp8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,22 @@ class TextInput:
     """A text is cut after so many tokens, special tokens included."""
     pad_token_id: int
     """Fills short rows of a batch."""
+    pads_to_max: bool = False
+    """Whether every row is filled to `max_tokens`, because the model was trained so (SigLIP)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """How an fp8 engine became one; the details lie in its `quantization.json`."""
+
+    calibration_uri: str
+    """Catalog that the sample was drawn from."""
+    calibration_digest: str
+    """SHA-256 of the sample's pixels and texts."""
+    num_calibration_rows: int
+    """Rows of the sample, for each tower."""
+    kept_in_16_bit: tuple[str, ...]
+    """Units that FP8 would have cost too much, `image.` or `text.` first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +71,8 @@ class Manifest:
     """How images become pixels."""
     text: TextInput | None
     """None for an engine without a text tower."""
+    quantization: Quantization | None = None
+    """None unless the precision is fp8."""
     files: dict[str, str]
     """File name -> SHA-256 of its content."""
     versions: dict[str, str]
@@ -77,14 +97,19 @@ def read_manifest(directory: Path) -> Manifest:
         version = record.pop("format_version")
         if version > FORMAT_VERSION:
             raise EngineError(f"{path}: written by a newer Clipmill (format {version}); upgrade")
+        if version < 2:
+            record["quantization"] = None
         preprocessing: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in record.pop("preprocessing").items()
         }
-        text = record.pop("text")
+        text, quantization = record.pop("text"), record.pop("quantization")
+        if quantization is not None:
+            quantization["kept_in_16_bit"] = tuple(quantization["kept_in_16_bit"])
         return Manifest(
             preprocessing=Preprocessing(**preprocessing),
             text=None if text is None else TextInput(**text),
+            quantization=None if quantization is None else Quantization(**quantization),
             **record,
         )
     except (FileNotFoundError, NotADirectoryError):
@@ -97,8 +122,11 @@ def read_manifest(directory: Path) -> Manifest:
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's content, 64 hex digits."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def verify_files(manifest: Manifest, directory: Path) -> None:

@@ -2,18 +2,24 @@
 
 Knows the blocks that all families share, not which checkpoint they are filled from.
 
-The products of attention are written out rather than left to a fused call, so that
-quantization can see and scale each of them.
+The products of attention are written out rather than left to a fused call, and every activation
+that enters a product passes a `QuantizationPoint`, so that quantization can see and scale each.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from engine.errors import CheckpointError
+
+# Added to the scores of masked positions. The lowest float16, so that it stays finite in 16 bit.
+MASKED = -65504.0
+
+CONVERTIBLE = (torch.float32, torch.float16, torch.bfloat16)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     # Named as in transformers' `hidden_act`.
@@ -34,6 +40,10 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     return ACTIVATIONS[name]
 
 
+class QuantizationPoint(nn.Identity):
+    """Where an activation enters a product; passes it on unchanged until the tower is quantized."""
+
+
 class Attention(nn.Module):
     """Multi-head self-attention: float [N, T, width] -> float [N, T, width]."""
 
@@ -48,19 +58,28 @@ class Attention(nn.Module):
         self.key = nn.Linear(width, width)
         self.value = nn.Linear(width, width)
         self.output = nn.Linear(width, width)
+        self.input_point = QuantizationPoint()  # one for query, key and value
+        self.query_point = QuantizationPoint()
+        self.key_point = QuantizationPoint()
+        self.probabilities_point = QuantizationPoint()
+        self.value_point = QuantizationPoint()
+        self.output_point = QuantizationPoint()
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Attend; `bias` (0 or very negative, broadcast to [N, heads, T, T]) masks positions."""
+        """Attend; `bias` (0 or `MASKED`, broadcast to [N, heads, T, T]) masks positions."""
         num_rows, length, width = x.shape
         heads = (num_rows, length, self.num_heads, width // self.num_heads)
-        query = (self.query(x) * self.scale).view(heads).transpose(1, 2)
-        key = self.key(x).view(heads).permute(0, 2, 3, 1)
-        value = self.value(x).view(heads).transpose(1, 2)
+        x = self.input_point(x)
+        # Scaled and transposed before they are quantized: TensorRT fuses attention so.
+        query = self.query_point((self.query(x) * self.scale).view(heads).transpose(1, 2))
+        key = self.key_point(self.key(x).view(heads).permute(0, 2, 3, 1))
+        value = self.value_point(self.value(x).view(heads).transpose(1, 2))
         scores = query @ key
         if bias is not None:
             scores = scores + bias
-        mixed = scores.softmax(dim=-1) @ value
-        return self.output(mixed.transpose(1, 2).reshape(num_rows, length, width))
+        mixed = self.probabilities_point(scores.softmax(dim=-1)) @ value
+        mixed = mixed.transpose(1, 2).reshape(num_rows, length, width)
+        return self.output(self.output_point(mixed))
 
 
 class FeedForward(nn.Module):
@@ -72,10 +91,12 @@ class FeedForward(nn.Module):
         self.fc1 = nn.Linear(width, hidden_width)
         self.fc2 = nn.Linear(hidden_width, width)
         self.act = activation(act)
+        self.fc1_point = QuantizationPoint()
+        self.fc2_point = QuantizationPoint()
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layers."""
-        return self.fc2(self.act(self.fc1(x)))
+        return self.fc2(self.fc2_point(self.act(self.fc1(self.fc1_point(x)))))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,11 +170,35 @@ class Normalize(nn.Module):
         return (pixels.float() * self.scale + self.shift).permute(0, 3, 1, 2)
 
 
-class ImageTower(nn.Module):
+class Tower(nn.Module):
+    """What both towers share: float32 at both ends, and a precision of their own between."""
+
+    backbone: nn.Module
+    projection: nn.Module
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations between input and output: float32 or a 16-bit type."""
+        return next((tensor.dtype for tensor in self.backbone.parameters()), torch.float32)
+
+    def to_dtype(self, dtype: torch.dtype) -> Self:
+        """Convert weights and activations, but not pixel normalization and the L2 norm."""
+        for module in (self.backbone, self.projection):
+            for tensor in (*module.parameters(), *module.buffers()):
+                if tensor.dtype in CONVERTIBLE:  # and not FP8 or token ids
+                    tensor.data = tensor.data.to(dtype)
+        return self
+
+    def embeddings(self, features: Tensor) -> Tensor:
+        """Project [N, width] and scale to unit norm: float32 [N, D]."""
+        return unit_norm(self.projection(features).float())
+
+
+class ImageTower(Tower):
     """uint8 pixels [N, H, W, 3] (RGB) -> float32 embeddings [N, D] of unit norm."""
 
     def __init__(self, *, normalize: Normalize, backbone: nn.Module, projection: nn.Module) -> None:
-        """`backbone`: float32 [N, 3, H, W] -> [N, width]; `projection`: [N, width] -> [N, D]."""
+        """`backbone`: float [N, 3, H, W] -> [N, width]; `projection`: [N, width] -> [N, D]."""
         super().__init__()
         self.normalize = normalize
         self.backbone = backbone
@@ -161,10 +206,10 @@ class ImageTower(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Encode images."""
-        return unit_norm(self.projection(self.backbone(self.normalize(pixels))))
+        return self.embeddings(self.backbone(self.normalize(pixels).to(self.dtype)))
 
 
-class TextTower(nn.Module):
+class TextTower(Tower):
     """int32 token ids [N, T], padded -> float32 embeddings [N, D] of unit norm."""
 
     def __init__(self, *, backbone: nn.Module, projection: nn.Module) -> None:
@@ -175,7 +220,7 @@ class TextTower(nn.Module):
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Encode texts."""
-        return unit_norm(self.projection(self.backbone(token_ids)))
+        return self.embeddings(self.backbone(token_ids))
 
 
 def unit_norm(x: Tensor) -> Tensor:

@@ -1,15 +1,18 @@
-"""The one protocol of all backends: arrays or texts in, unit embeddings out.
+"""The one protocol of all backends, and what they share: checks, tokens, batches, order.
 
 Knows no runtime.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.manifest import Manifest
+from engine.errors import EngineError
+from engine.manifest import TOKENIZER_FILE, Manifest
+from engine.tokenization import Tokenizer
 
 
 class Encoder(Protocol):
@@ -24,3 +27,84 @@ class Encoder(Protocol):
     def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Texts -> float32 [N, D], unit norm; a text beyond the token length is cut."""
         ...
+
+
+class TowerRunner(Protocol):
+    """One tower, loaded by a backend."""
+
+    max_rows: int
+    """Of one batch."""
+    length_step: int
+    """Lengths of token rows are multiples of this, so that a backend meets few shapes."""
+
+    def run(self, batches: Iterable[NDArray[Any]]) -> Iterator[NDArray[np.float32]]:
+        """Batches of at most `max_rows` rows -> their embeddings float32 [rows, D], in order.
+
+        A backend may take several batches before it yields the first result.
+        """
+        ...
+
+
+class TowerEncoder:
+    """An `Encoder` made of the towers that a backend has loaded."""
+
+    def __init__(
+        self,
+        engine_dir: Path,
+        *,
+        manifest: Manifest,
+        image: TowerRunner,
+        text: TowerRunner | None,
+    ) -> None:
+        """Join the towers of an engine.
+
+        Args:
+            engine_dir: The engine's folder, for the tokenizer.
+            manifest: Of that engine.
+            image: Takes pixels uint8 [rows, H, W, 3].
+            text: Takes token ids int32 [rows, T]; None where the engine has no text tower.
+
+        Raises:
+            EngineError: The tokenizer is missing or damaged.
+        """
+        self.manifest = manifest
+        self._image = image
+        self._text = text
+        if manifest.text is not None:
+            self._tokenizer = Tokenizer(engine_dir / TOKENIZER_FILE, text=manifest.text)
+
+    def encode_images(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Pixels uint8 [N, H, W, 3], RGB, HWC -> float32 [N, D], unit norm."""
+        preprocessing = self.manifest.preprocessing
+        expected = (preprocessing.height, preprocessing.width, 3)
+        if pixels.shape[1:] != expected or pixels.dtype != np.uint8:
+            raise ValueError(
+                f"pixels are {pixels.dtype} {list(pixels.shape)}, the engine takes "
+                f"uint8 [N, {', '.join(map(str, expected))}]"
+            )
+        step = self._image.max_rows
+        rows = [slice(first, first + step) for first in range(0, len(pixels), step)]
+        parts = self._image.run(pixels[chosen] for chosen in rows)
+        return self._joined(rows, parts, num_rows=len(pixels))
+
+    def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Texts -> float32 [N, D], unit norm; a text beyond the token length is cut."""
+        if self._text is None:
+            raise EngineError(
+                f"engine {self.manifest.engine_id} of {self.manifest.checkpoint} has no text tower"
+            )
+        batches = list(
+            self._tokenizer.batches(
+                texts, max_rows=self._text.max_rows, length_step=self._text.length_step
+            )
+        )
+        parts = self._text.run(token_ids for _, token_ids in batches)
+        return self._joined([rows for rows, _ in batches], parts, num_rows=len(texts))
+
+    def _joined(
+        self, rows: Sequence[Any], parts: Iterable[NDArray[np.float32]], *, num_rows: int
+    ) -> NDArray[np.float32]:
+        embeddings = np.empty((num_rows, self.manifest.embedding_dim), dtype=np.float32)
+        for chosen, part in zip(rows, parts, strict=True):
+            embeddings[chosen] = part
+        return embeddings

@@ -3,17 +3,18 @@
 Knows nothing of how the engine was built or where its inputs come from.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import onnxruntime.capi.onnxruntime_pybind11_state as runtime_errors
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
+from engine.backends.encoder import TowerEncoder
 from engine.errors import EngineError
-from engine.manifest import IMAGE_ONNX, TEXT_ONNX, TOKENIZER_FILE, read_manifest
+from engine.manifest import IMAGE_ONNX, TEXT_ONNX, read_manifest
 
 # Rows given to the runtime at once. Activations of this many images stay in a few hundred MB for
 # ViT-L; larger gains nothing on a CPU.
@@ -30,79 +31,50 @@ _LOAD_ERRORS = (
 )
 
 
-class OnnxCpuEncoder:
-    """An `Encoder` on CPU cores, float32."""
+class OnnxCpuEncoder(TowerEncoder):
+    """An `Encoder` on CPU cores.
+
+    An fp32 engine runs in float32. Of an fp16 or fp8 engine it runs the very graph that TensorRT
+    compiles, with the same roundings, products in float32.
+    """
 
     def __init__(self, engine_dir: Path, *, num_threads: int) -> None:
         """Load the towers.
 
         Args:
-            engine_dir: The engine's folder, as `registry.load_or_build` leaves it.
+            engine_dir: The engine's folder, as the registry leaves it.
             num_threads: Threads within one operator.
 
         Raises:
             EngineError: The folder holds no whole engine.
         """
-        self.manifest = read_manifest(engine_dir)
-        self._image = _session(engine_dir / IMAGE_ONNX, num_threads=num_threads)
-        if self.manifest.text is not None:
-            self._text = _session(engine_dir / TEXT_ONNX, num_threads=num_threads)
-            self._tokenizer = _tokenizer(engine_dir / TOKENIZER_FILE)
-
-    def encode_images(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Pixels uint8 [N, H, W, 3], RGB, HWC -> float32 [N, D], unit norm."""
-        preprocessing = self.manifest.preprocessing
-        expected = (preprocessing.height, preprocessing.width, 3)
-        if pixels.shape[1:] != expected or pixels.dtype != np.uint8:
-            raise ValueError(
-                f"pixels are {pixels.dtype} {list(pixels.shape)}, the engine takes "
-                f"uint8 [N, {', '.join(map(str, expected))}]"
-            )
-        return self._in_calls(
-            len(pixels), lambda rows: self._image.run(None, {"pixels": pixels[rows]})[0]
+        manifest = read_manifest(engine_dir)
+        super().__init__(
+            engine_dir,
+            manifest=manifest,
+            image=_Tower(engine_dir / IMAGE_ONNX, num_threads=num_threads),
+            text=(
+                None
+                if manifest.text is None
+                else _Tower(engine_dir / TEXT_ONNX, num_threads=num_threads)
+            ),
         )
 
-    def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Texts -> float32 [N, D], unit norm; a text beyond the token length is cut."""
-        text = self.manifest.text
-        if text is None:
-            raise EngineError(
-                f"engine {self.manifest.engine_id} of {self.manifest.checkpoint} has no text tower"
-            )
-        rows = [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
-        # Rows of like length go together, so that few are padded much.
-        order = np.argsort([len(ids) for ids in rows], kind="stable")
 
-        def encode(called: slice) -> NDArray[np.float32]:
-            ids = [rows[row] for row in order[called]]
-            padded = np.full((len(ids), len(ids[-1])), text.pad_token_id, dtype=np.int32)
-            for line, row in zip(padded, ids, strict=True):
-                line[: len(row)] = row
-            embeddings: NDArray[np.float32] = self._text.run(None, {"token_ids": padded})[0]
-            return embeddings
+class _Tower:
+    """A `TowerRunner` of one ONNX file."""
 
-        embeddings = np.empty((len(rows), self.manifest.embedding_dim), dtype=np.float32)
-        embeddings[order] = self._in_calls(len(rows), encode)
-        return embeddings
+    max_rows = ROWS_PER_CALL
+    length_step = 1
 
-    def _in_calls(
-        self, num_rows: int, encode: Callable[[slice], NDArray[np.float32]]
-    ) -> NDArray[np.float32]:
-        embeddings = np.empty((num_rows, self.manifest.embedding_dim), dtype=np.float32)
-        for first in range(0, num_rows, ROWS_PER_CALL):
-            rows = slice(first, min(first + ROWS_PER_CALL, num_rows))
-            embeddings[rows] = encode(rows)
-        return embeddings
+    def __init__(self, path: Path, *, num_threads: int) -> None:
+        self._session = _session(path, num_threads=num_threads)
+        self._input_name = self._session.get_inputs()[0].name
 
-
-def _tokenizer(path: Path) -> Tokenizer:
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:
-        raise EngineError(
-            f"{path}: cannot be loaded ({error}); remove the engine's folder, the next run builds "
-            "it anew"
-        ) from error
+    def run(self, batches: Iterable[NDArray[Any]]) -> Iterator[NDArray[np.float32]]:
+        for batch in batches:
+            embeddings: NDArray[np.float32] = self._session.run(None, {self._input_name: batch})[0]
+            yield embeddings
 
 
 def _session(path: Path, *, num_threads: int) -> onnxruntime.InferenceSession:

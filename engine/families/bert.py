@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import CheckpointError
-from engine.towers import BlockShape, PostNormBlock
+from engine.towers import MASKED, BlockShape, PostNormBlock
 
 TEXT_NAMES = (
     (r"^text_projection", "projection"),
@@ -64,7 +64,7 @@ class TextBackbone(nn.Module):
         )
         x = self.embedding_norm(x)
         padding = (token_ids == self.pad_token_id)[:, None, None, :]
-        bias = padding.to(x.dtype) * torch.finfo(torch.float32).min
+        bias = padding.to(x.dtype) * MASKED
         for block in self.blocks:
             x = block(x, bias)
         return torch.tanh(self.pooler(x[:, 0]))

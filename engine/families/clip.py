@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.towers import BlockShape, PreNormBlock
+from engine.towers import MASKED, BlockShape, PreNormBlock
 
 # transformers' names -> ours; a tensor that no rule matches is not part of a tower.
 BLOCK_NAMES = (
@@ -94,7 +94,7 @@ class TextBackbone(nn.Module):
         self.blocks = nn.ModuleList(PreNormBlock(shape) for _ in range(config.num_hidden_layers))
         self.final_norm = nn.LayerNorm(shape.width, eps=shape.norm_eps)
         future = torch.ones(length, length, dtype=torch.bool).triu(1)
-        bias = torch.zeros(length, length).masked_fill(future, torch.finfo(torch.float32).min)
+        bias = torch.zeros(length, length).masked_fill(future, MASKED)
         self.register_buffer("causal_bias", bias, persistent=False)
 
     def forward(self, token_ids: Tensor) -> Tensor:

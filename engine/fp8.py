@@ -1,0 +1,138 @@
+"""FP8 arithmetic as modules: what a quantized tower has in the place of its points and layers.
+
+Knows nothing of how scales are found, nor of the hardware that multiplies FP8.
+
+A value x is stored as the E4M3 number nearest to x / scale and stands for that number times scale
+(Micikevicius et al. 2022, arXiv 2209.05433). E4M3 is a floating format: within its range the
+relative error is the same everywhere, so scales are powers of two. Division by one is exact, and
+every runtime quantizes alike.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.towers import Attention, QuantizationPoint
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+# Softmax outputs lie in 0..1 whatever the data. TensorRT's attention kernels expect this scale.
+PROBABILITIES_SCALE = 1 / FP8_MAX
+
+
+def power_of_two_scale(amax: float) -> float:
+    """The smallest power of two under which `amax` does not exceed the largest FP8 number."""
+    return float(2.0 ** math.ceil(math.log2(amax / FP8_MAX)))
+
+
+def quantized(x: Tensor, scale: float) -> Tensor:
+    """Nearest FP8 numbers to x / scale; beyond the range, the largest."""
+    return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+
+
+def dequantized(x: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """What FP8 numbers stand for."""
+    return (x.float() * scale).to(dtype)
+
+
+class _QuantizeDequantize(torch.autograd.Function):
+    """Rounds to FP8 and back; in ONNX, the pair of nodes that TensorRT makes FP8 kernels of."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        return dequantized(quantized(x, scale), scale, x.dtype)
+
+    @staticmethod
+    def symbolic(graph: Any, x: Any, scale: float) -> Any:
+        scale_node, zero_point = _constants(graph, scale, x.type().dtype())
+        stored = graph.op("QuantizeLinear", x, scale_node, zero_point)
+        return graph.op("DequantizeLinear", stored, scale_node, zero_point).setType(x.type())
+
+
+class _Dequantize(torch.autograd.Function):
+    """What FP8 weights stand for."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+        return dequantized(weight, scale, dtype)
+
+    @staticmethod
+    def symbolic(graph: Any, weight: Any, scale: float, dtype: torch.dtype) -> Any:
+        scale_node, zero_point = _constants(graph, scale, dtype)
+        made = graph.op("DequantizeLinear", weight, scale_node, zero_point)
+        return made.setType(weight.type().with_dtype(dtype))
+
+
+def _constants(graph: Any, scale: float, dtype: torch.dtype) -> tuple[Any, Any]:
+    # Constants, not parameters: the exporter would merge equal parameters behind Identity nodes.
+    return (
+        graph.op("Constant", value_t=torch.tensor(scale, dtype=dtype)),
+        graph.op("Constant", value_t=torch.zeros((), dtype=FP8)),
+    )
+
+
+class QuantizedPoint(nn.Module):
+    """A `QuantizationPoint` that rounds what passes it to FP8."""
+
+    def __init__(self, scale: float) -> None:
+        """Fix the scale."""
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Round float [...] to what FP8 can hold."""
+        rounded: Tensor = _QuantizeDequantize.apply(x, self.scale)  # type: ignore[no-untyped-call]
+        return rounded
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer whose weight is FP8: float [..., in] -> float [..., out]."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, *, scale: float, bias: Tensor | None) -> None:
+        """`weight`: float8_e4m3fn [out, in], times `scale`; `bias`: float [out]."""
+        super().__init__()
+        # Kept as [in, out], so that the exported graph multiplies without a transpose.
+        self.register_buffer("weight", weight.t().contiguous())
+        self.scale = scale
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply."""
+        weight: Tensor = _Dequantize.apply(  # type: ignore[no-untyped-call]
+            self.weight, self.scale, x.dtype
+        )
+        product = x @ weight
+        return product if self.bias is None else product + self.bias
+
+
+def points(tower: nn.Module) -> Iterator[tuple[str, QuantizationPoint]]:
+    """The quantization points of a tower, by name."""
+    for name, module in tower.named_modules():
+        if isinstance(module, QuantizationPoint):
+            yield name, module
+
+
+def layers(tower: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """The linear layers behind quantization points: all those of the blocks, by name."""
+    for name, module in tower.named_modules():
+        if isinstance(module, nn.Linear) and ".blocks." in f".{name}":
+            yield name, module
+
+
+def attentions(tower: nn.Module) -> Iterator[tuple[str, Attention]]:
+    """The attentions of a tower, by name."""
+    for name, module in tower.named_modules():
+        if isinstance(module, Attention):
+            yield name, module
+
+
+def replace(tower: nn.Module, name: str, module: nn.Module) -> None:
+    """Put another module under a dotted name."""
+    parent, _, attribute = name.rpartition(".")
+    setattr(tower.get_submodule(parent), attribute, module)
