@@ -42,7 +42,7 @@ _PROCESSOR_DEFAULTS: Mapping[str, Mapping[str, object]] = {
 _PROCESSOR_TYPE = re.compile(r"(\w+?)(?:ImageProcessor(?:Fast|Pil)?|FeatureExtractor)")
 
 
-def preprocessing_from_config(config: Mapping[str, object], *, image_size: int) -> Preprocessing:
+def preprocessing_from_config(config: Mapping[str, object]) -> Preprocessing:
     """Read a checkpoint's `preprocessor_config.json`, as transformers' image processors do.
 
     Images always become RGB, whatever `do_convert_rgb` says. `do_rescale: false` gives a
@@ -50,13 +50,9 @@ def preprocessing_from_config(config: Mapping[str, object], *, image_size: int) 
 
     Args:
         config: The parsed JSON; keys that are missing or null take the processor's defaults.
-        image_size: Height and width in pixels that the model takes.
-
-    Returns:
-        A preprocessing whose output is `image_size` pixels high and wide.
 
     Raises:
-        ValueError: A field is malformed or unsupported, or the output is not `image_size`.
+        ValueError: A field is malformed or unsupported.
     """
     settings = {
         **_defaults_for(config),
@@ -79,11 +75,6 @@ def preprocessing_from_config(config: Mapping[str, object], *, image_size: int) 
         raise ValueError(
             f"do_center_crop=False with do_resize={resizes} and size={settings['size']!r} leaves "
             "images of different sizes: expected a centre crop, or a size with height and width"
-        )
-    if output != (image_size, image_size):
-        raise ValueError(
-            f"preprocessor_config.json gives images of {output[0]}x{output[1]} pixels (height x "
-            f"width), but the model's image_size is {image_size}"
         )
     resample, rescale_factor = settings["resample"], settings["rescale_factor"]
     if not isinstance(resample, int):

@@ -29,6 +29,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "relu": functional.relu,
     "silu": functional.silu,
+    "tanh": torch.tanh,
 }
 
 
@@ -82,15 +83,36 @@ class Attention(nn.Module):
         return self.output(self.output_point(mixed))
 
 
+class SwiGLU(nn.Module):
+    """Gates beside values, float [..., 2 * width] -> silu(gates) * values, float [..., width].
+
+    Source: Shazeer 2020 (arXiv 2002.05202).
+    """
+
+    def __init__(self, width: int) -> None:
+        """Fix the channels of the output."""
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gate the values."""
+        gates, values = x.split(self.width, dim=-1)
+        return functional.silu(gates) * values
+
+
 class FeedForward(nn.Module):
     """Two linear layers about an activation: float [..., width] -> float [..., width]."""
 
     def __init__(self, width: int, *, hidden_width: int, act: str) -> None:
-        """Name the activation as transformers does (`hidden_act`)."""
+        """Name the activation as transformers does (`hidden_act`), or `swiglu`.
+
+        With `swiglu`, `fc1` gives twice the hidden width: the gates and the values.
+        """
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden_width)
+        is_gated = act == "swiglu"
+        self.fc1 = nn.Linear(width, 2 * hidden_width if is_gated else hidden_width)
         self.fc2 = nn.Linear(hidden_width, width)
-        self.act = activation(act)
+        self.act = SwiGLU(hidden_width) if is_gated else activation(act)
         self.fc1_point = QuantizationPoint()
         self.fc2_point = QuantizationPoint()
 
@@ -106,11 +128,11 @@ class BlockShape:
     width: int
     """Channels of a token."""
     hidden_width: int
-    """Channels between the two linear layers."""
+    """Channels that the second linear layer takes."""
     num_heads: int
     """Attention heads."""
     act: str
-    """Activation, named as in transformers' `hidden_act`."""
+    """Activation, named as in transformers' `hidden_act`, or `swiglu`."""
     norm_eps: float
     """Added to the variance in LayerNorm."""
 

@@ -1,4 +1,4 @@
-"""The towers of every family and variant against transformers' own models."""
+"""Checkpoints as towers: CLIP and dual encoders against transformers' models, and what is wrong."""
 
 import json
 import shutil
@@ -11,20 +11,27 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional
-from transformers import CLIPModel, CLIPVisionModelWithProjection, VisionTextDualEncoderModel
 
-from engine.checkpoint import find_checkpoint
 from engine.errors import CheckpointError
-from engine.model import Model, load_model
+from engine.model import build_model, read_config
 from tests.checkpoints import (
     EMBEDDING_DIM,
     IMAGE_SIZE,
     MAX_TOKENS,
     NUM_SPARE_IDS,
     save_clip,
+    save_dinov2,
     save_dual_encoder,
     save_image_only,
+    save_siglip,
+)
+from tests.references import (
+    assert_tower,
+    image_features,
+    load,
+    pixels_for,
+    text_features,
+    token_rows,
 )
 
 SAVED: dict[str, Callable[[Path], Path]] = {
@@ -35,11 +42,6 @@ SAVED: dict[str, Callable[[Path], Path]] = {
     "clip-shards": partial(save_clip, max_shard_size="40KB"),
     "dual": save_dual_encoder,
     "image-only": save_image_only,
-}
-CLASSES: dict[str, Any] = {
-    "clip": CLIPModel,
-    "vision-text-dual-encoder": VisionTextDualEncoderModel,
-    "clip_vision_model": CLIPVisionModelWithProjection,
 }
 WITH_TEXT = [name for name in SAVED if name != "image-only"]
 
@@ -64,95 +66,47 @@ def folder(saved: Saved, tmp_path: Path) -> Path:
     return shutil.copytree(saved("clip"), tmp_path / "copy")
 
 
-def load(directory: Path) -> Model:
-    return load_model(find_checkpoint(str(directory)))
-
-
-def reference(directory: Path) -> Any:
-    config = json.loads((directory / "config.json").read_text())
-    return CLASSES[config["model_type"]].from_pretrained(directory, dtype=torch.float32).eval()
-
-
-def pixels() -> Tensor:
-    generator = torch.Generator().manual_seed(3)
-    return torch.randint(
-        0, 256, (4, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8, generator=generator
-    )
-
-
-def normalized(pixels: Tensor, directory: Path) -> Tensor:
-    config = json.loads((directory / "preprocessor_config.json").read_text())
-    mean, std = torch.tensor(config["image_mean"]), torch.tensor(config["image_std"])
-    return ((pixels.float() * config["rescale_factor"] - mean) / std).permute(0, 3, 1, 2)
-
-
 def text_config(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "config.json").read_text())["text_config"]
 
 
-def token_rows(directory: Path, *, pad_token_id: int | None = None) -> tuple[Tensor, Tensor]:
-    """Ids int32 [5, 16], padded, and which of them are not padding."""
+def rows_for(directory: Path, *, pad: int | None = None) -> tuple[Tensor, Tensor]:
+    """Rows that a checkpoint's text tower takes, and which ids are not padding."""
     config = text_config(directory)
-    generator = torch.Generator().manual_seed(4)
-    lengths = torch.tensor([16, 2, 9, 5, 12])
+    pad = config["pad_token_id"] if pad is None else pad
     if config["model_type"] == "bert":
-        first, end, low, high = 2, 3, 5, config["vocab_size"]
-    else:
-        # Some ids are larger than that of the end-of-text token.
-        low, high = 3, config["vocab_size"]
-        first, end = config["bos_token_id"], config["eos_token_id"]
-        if end == 2:
-            # The largest id of the row ends the text, wherever it is.
-            end, high = config["vocab_size"] - 1, config["vocab_size"] - 1
-    drawn = torch.randint(low, high, (len(lengths), MAX_TOKENS), generator=generator)
-    ids = drawn.masked_fill(drawn == end, low)
-    ids[:, 0] = first
-    ids[torch.arange(len(lengths)), lengths - 1] = end
-    is_text = torch.arange(MAX_TOKENS) < lengths[:, None]
-    pad = config["pad_token_id"] if pad_token_id is None else pad_token_id
-    return ids.masked_fill(~is_text, pad).int(), is_text
-
-
-def assert_same_embeddings(ours: Tensor, features: Tensor) -> None:
-    theirs = functional.normalize(features)
-    assert ours.dtype == torch.float32
-    assert ours.shape == (len(features), EMBEDDING_DIM)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
-    # Rows apart by far more than the tolerance, or equality would say little.
-    assert torch.pdist(theirs).min() > 0.01
+        return token_rows(first=2, end=3, pad=pad, ids=range(5, config["vocab_size"]))
+    first, end, ids = config["bos_token_id"], config["eos_token_id"], range(3, config["vocab_size"])
+    if end == 2:
+        # The largest id of the row ends the text, wherever it is.
+        end, ids = ids.stop - 1, range(3, ids.stop - 1)
+    return token_rows(first=first, end=end, pad=pad, ids=ids)
 
 
 @pytest.mark.parametrize("name", list(SAVED))
 @torch.inference_mode()
-def test_image_tower_equals_transformers(saved: Saved, name: str) -> None:
-    directory = saved(name)
-    model, values = reference(directory), normalized(pixels(), directory)
-    features = (
-        model(pixel_values=values).image_embeds
-        if name == "image-only"
-        else model.get_image_features(pixel_values=values).pooler_output
-    )
-    assert_same_embeddings(load(directory).image_tower(pixels()), features)
+def test_image_tower_equals_transformers(saved: Saved, tmp_path: Path, name: str) -> None:
+    model = load(saved(name))
+    pixels = pixels_for(model)
+    features = image_features(saved(name), pixels)
+    assert features.shape[1] == EMBEDDING_DIM
+    assert_tower(model.image_tower, pixels, features, folder=tmp_path)
 
 
 @pytest.mark.parametrize("name", WITH_TEXT)
 @torch.inference_mode()
-def test_text_tower_equals_transformers(saved: Saved, name: str) -> None:
-    directory = saved(name)
-    ids, is_text = token_rows(directory)
-    features = reference(directory).get_text_features(
-        input_ids=ids.long(), attention_mask=is_text.long()
-    )
-    tower = load(directory).text_tower
-    assert tower is not None
-    assert_same_embeddings(tower(ids), features.pooler_output)
+def test_text_tower_equals_transformers(saved: Saved, tmp_path: Path, name: str) -> None:
+    ids, is_text = rows_for(saved(name))
+    features = text_features(saved(name), ids, attention_mask=is_text.long())
+    assert features.shape[1] == EMBEDDING_DIM
+    assert_tower(load(saved(name)).text_tower, ids, features, folder=tmp_path)
 
 
 @pytest.mark.parametrize("name", WITH_TEXT)
 @torch.inference_mode()
 def test_padding_has_no_influence(saved: Saved, name: str) -> None:
     directory = saved(name)
-    ids, is_text = token_rows(directory)
+    ids, is_text = rows_for(directory)
     tower = load(directory).text_tower
     assert tower is not None
     together = tower(ids)
@@ -165,8 +119,8 @@ def test_padding_has_no_influence(saved: Saved, name: str) -> None:
 def test_any_padding_may_follow_the_end_of_a_clip_text(saved: Saved) -> None:
     tower = load(saved("clip")).text_tower
     assert tower is not None
-    ids, _ = token_rows(saved("clip"))
-    others, _ = token_rows(saved("clip"), pad_token_id=text_config(saved("clip"))["vocab_size"] - 1)
+    ids, _ = rows_for(saved("clip"))
+    others, _ = rows_for(saved("clip"), pad=text_config(saved("clip"))["vocab_size"] - 1)
     assert not torch.equal(ids, others)
     torch.testing.assert_close(tower(ids), tower(others))
 
@@ -174,14 +128,14 @@ def test_any_padding_may_follow_the_end_of_a_clip_text(saved: Saved) -> None:
 def test_end_of_text_is_not_the_largest_id(saved: Saved) -> None:
     # What the comparisons above need in order to tell the two ways of pooling apart.
     config = text_config(saved("clip"))
-    ids, _ = token_rows(saved("clip"))
+    ids, _ = rows_for(saved("clip"))
     assert config["eos_token_id"] == config["vocab_size"] - NUM_SPARE_IDS - 1
     assert (ids > config["eos_token_id"]).any()
 
 
 def test_what_is_known_of_a_model(saved: Saved) -> None:
     model = load(saved("clip"))
-    assert (model.embedding_dim, model.max_tokens) == (EMBEDDING_DIM, MAX_TOKENS)
+    assert (model.embedding_dim, model.token_rules.max_tokens) == (EMBEDDING_DIM, MAX_TOKENS)
     assert (model.preprocessing.height, model.preprocessing.width) == (IMAGE_SIZE, IMAGE_SIZE)
     assert not model.image_tower.training
 
@@ -189,7 +143,7 @@ def test_what_is_known_of_a_model(saved: Saved) -> None:
 def test_image_only_checkpoint_has_no_text_tower(saved: Saved) -> None:
     model = load(saved("image-only"))
     assert model.text_tower is None
-    assert model.max_tokens is None
+    assert model.token_rules is None
 
 
 @torch.inference_mode()
@@ -202,8 +156,9 @@ def test_dual_encoder_as_older_transformers_saved_it(saved: Saved, tmp_path: Pat
         for name, tensor in weights.items()
     }
     save_file(older, directory / "model.safetensors", metadata={"format": "pt"})
-    features = reference(directory).get_image_features(pixel_values=normalized(pixels(), directory))
-    assert_same_embeddings(load(directory).image_tower(pixels()), features.pooler_output)
+    model = load(directory)
+    pixels = pixels_for(model)
+    assert_tower(model.image_tower, pixels, image_features(directory, pixels), folder=tmp_path)
 
 
 def change_weights(directory: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
@@ -263,17 +218,18 @@ def test_weights_are_cut_short(folder: Path, num_bytes: int) -> None:
     assert "fetch it again" in text
 
 
-@pytest.mark.parametrize("model_type", ["siglip", "bert", "no-such-model"])
+@pytest.mark.parametrize("model_type", ["siglip2", "bert", "no-such-model"])
 def test_unsupported_model_type(folder: Path, model_type: str) -> None:
     change_config(folder, lambda config: config.update(model_type=model_type))
     text = error_of(folder)
     assert f"models of type '{model_type}' are not supported" in text
-    assert "vision-text-dual-encoder" in text
+    other = "siglip2-base-patch16-224" if model_type == "siglip2" else "vision-text-dual-encoder"
+    assert other in text
 
 
 @pytest.mark.parametrize(
     ("half", "model_type", "known"),
-    [("vision_config", "vit", "clip_vision_model"), ("text_config", "gpt2", "bert")],
+    [("vision_config", "resnet", "clip_vision_model"), ("text_config", "gpt2", "bert")],
 )
 def test_unsupported_half(
     saved: Saved, tmp_path: Path, half: str, model_type: str, known: str
@@ -296,8 +252,7 @@ def test_unsupported_half(
 )
 def test_settings_that_make_no_tower(folder: Path, change: Any) -> None:
     change_config(folder, change)
-    with pytest.raises(CheckpointError):
-        load(folder)
+    assert str(folder) in error_of(folder)
 
 
 def test_relative_positions_are_refused(saved: Saved, tmp_path: Path) -> None:
@@ -315,3 +270,26 @@ def test_images_of_another_size_than_the_model_takes(folder: Path) -> None:
     text = error_of(folder)
     assert str(folder) in text
     assert "48x48" in text
+
+
+def test_only_rgb_squares_are_supported(folder: Path) -> None:
+    change_config(folder, lambda config: config["vision_config"].update(num_channels=1))
+    assert "num_channels=1 of clip_vision_model: only RGB is supported" in error_of(folder)
+    change_config(folder, lambda config: config["vision_config"].update(num_channels=3))
+    change_config(folder, lambda config: config["vision_config"].update(image_size=[32, 40]))
+    # transformers itself may refuse it first, under the same name.
+    assert "image_size" in error_of(folder)
+
+
+@pytest.mark.parametrize(
+    "save", [save_clip, save_siglip, save_dinov2], ids=lambda save: save.__name__
+)
+@torch.inference_mode()
+def test_settled_towers_can_be_filled_with_settled_tensors(tmp_path: Path, save: Any) -> None:
+    source = load(save(tmp_path))
+    model = build_model(read_config(tmp_path), preprocessing=source.preprocessing)
+    model.settle()
+    pixels = pixels_for(source)
+    assert not torch.equal(model.image_tower(pixels), source.image_tower(pixels))
+    model.image_tower.load_state_dict(source.image_tower.state_dict())
+    torch.testing.assert_close(model.image_tower(pixels), source.image_tower(pixels))

@@ -24,7 +24,7 @@ from tests import image_files
 
 LIMITS = ImageLimits()
 CLIP_CONFIG: Mapping[str, object] = {"image_processor_type": "CLIPImageProcessor"}
-CLIP = preprocessing_from_config(CLIP_CONFIG, image_size=224)
+CLIP = preprocessing_from_config(CLIP_CONFIG)
 PROCESSORS = {
     "CLIPImageProcessor": CLIPImageProcessorPil,
     "SiglipImageProcessor": SiglipImageProcessorPil,
@@ -69,6 +69,7 @@ GEOMETRIES: list[Mapping[str, Any]] = [
     {**CLIP_CONFIG, "size": {"height": 256, "width": 231}},
     {**CLIP_CONFIG, "do_resize": False},
     {"image_processor_type": "SiglipImageProcessor"},
+    {"image_processor_type": "SiglipImageProcessor", "resample": 2},
     {"image_processor_type": "ViTImageProcessor"},
     {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 256}},
 ]
@@ -80,7 +81,7 @@ def test_pixels_are_those_of_transformers(size: tuple[int, int], config: Mapping
     image = image_files.photo(*size)
     pixels = decode_pixels(
         image_files.png(image),
-        preprocessing=preprocessing_from_config(config, image_size=224),
+        preprocessing=preprocessing_from_config(config),
         limits=LIMITS,
     )
     np.testing.assert_array_equal(pixels, reference_pixels(image, config))
@@ -92,7 +93,7 @@ def test_odd_outputs_are_those_of_transformers(crop: int) -> None:
     image = image_files.photo(250, 161)
     pixels = decode_pixels(
         image_files.png(image),
-        preprocessing=preprocessing_from_config(config, image_size=crop),
+        preprocessing=preprocessing_from_config(config),
         limits=LIMITS,
     )
     np.testing.assert_array_equal(pixels, reference_pixels(image, config))
@@ -111,7 +112,7 @@ def test_any_ordinary_size_gives_the_pixels_of_transformers(
     image = image_files.photo(width, height, seed=seed)
     pixels = decode_pixels(
         image_files.png(image),
-        preprocessing=preprocessing_from_config(config, image_size=224),
+        preprocessing=preprocessing_from_config(config),
         limits=LIMITS,
     )
     np.testing.assert_array_equal(pixels, reference_pixels(image, config))
@@ -153,7 +154,7 @@ def test_extreme_aspects_come_close_to_transformers(size: tuple[int, int], proce
     image = image.resize(size).convert("RGB")
     pixels = decode_pixels(
         image_files.png(image),
-        preprocessing=preprocessing_from_config(config, image_size=224),
+        preprocessing=preprocessing_from_config(config),
         limits=LIMITS,
     )
     if processor == "CLIPImageProcessor" and min(size) == 1:

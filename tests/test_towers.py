@@ -112,6 +112,16 @@ def test_post_norm_block() -> None:
     torch.testing.assert_close(block(tokens()), expected)
 
 
+@torch.inference_mode()
+def test_gated_feed_forward() -> None:
+    module = randomized(FeedForward(WIDTH, hidden_width=40, act="swiglu"))
+    gates, values = module.fc1.weight[:40], module.fc1.weight[40:]
+    gate = tokens() @ gates.T + module.fc1.bias[:40]
+    hidden = gate / (1 + torch.exp(-gate)) * (tokens() @ values.T + module.fc1.bias[40:])
+    expected = hidden @ module.fc2.weight.T + module.fc2.bias
+    torch.testing.assert_close(module(tokens()), expected)
+
+
 @pytest.mark.parametrize("block", [PreNormBlock, PostNormBlock])
 @torch.inference_mode()
 def test_blocks_hand_the_bias_to_attention(block: type[PreNormBlock | PostNormBlock]) -> None:

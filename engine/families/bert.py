@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import CheckpointError
-from engine.towers import MASKED, BlockShape, PostNormBlock
+from engine.families.backbone import NameRules, TokenBackbone, TokenRules, block_shape
+from engine.towers import MASKED, PostNormBlock
 
-TEXT_NAMES = (
+TEXT_NAMES: NameRules = (
     (r"^text_projection", "projection"),
     (r"^text_model\.embeddings\.LayerNorm", "backbone.embedding_norm"),
     (r"^text_model\.embeddings\.(word|position|token_type)_embeddings", r"backbone.\1_embedding"),
@@ -29,8 +30,8 @@ TEXT_NAMES = (
 )
 
 
-class TextBackbone(nn.Module):
-    """BERT with its pooler: int32 [N, T], padded with `pad_token_id` -> [N, width]."""
+class TextBackbone(TokenBackbone):
+    """BERT with its pooler: int32 [N, T], padded at the end with `pad_token_id` -> [N, width]."""
 
     def __init__(self, config: Any) -> None:
         """Take sizes from a `BertConfig`."""
@@ -38,15 +39,15 @@ class TextBackbone(nn.Module):
         positions = getattr(config, "position_embedding_type", None) or "absolute"
         if positions != "absolute":
             raise CheckpointError(f"BERT with {positions!r} position embeddings is not supported")
-        shape = BlockShape(
-            width=config.hidden_size,
-            hidden_width=config.intermediate_size,
-            num_heads=config.num_attention_heads,
-            act=config.hidden_act,
-            norm_eps=config.layer_norm_eps,
-        )
+        shape = block_shape(config)
+        self.width = shape.width
         self.pad_token_id = config.pad_token_id
-        self.special_token_ids = {"pad": self.pad_token_id}
+        self.first_position = self._first_position()
+        self.token_rules = TokenRules(
+            max_tokens=config.max_position_embeddings - self.first_position,
+            vocab_size=config.vocab_size,
+            special_token_ids={"pad": self.pad_token_id},
+        )
         self.word_embedding = nn.Embedding(config.vocab_size, shape.width)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, shape.width)
         self.token_type_embedding = nn.Embedding(config.type_vocab_size, shape.width)
@@ -54,12 +55,16 @@ class TextBackbone(nn.Module):
         self.blocks = nn.ModuleList(PostNormBlock(shape) for _ in range(config.num_hidden_layers))
         self.pooler = nn.Linear(shape.width, shape.width)
 
+    def _first_position(self) -> int:
+        """The row of the position table that belongs to the first token."""
+        return 0
+
     def forward(self, token_ids: Tensor) -> Tensor:
         """Encode token ids; padding has no influence."""
-        length = token_ids.shape[1]
+        first, end = self.first_position, self.first_position + token_ids.shape[1]
         x = (
             self.word_embedding(token_ids)
-            + self.position_embedding.weight[:length]
+            + self.position_embedding.weight[first:end]
             + self.token_type_embedding.weight[0]
         )
         x = self.embedding_norm(x)

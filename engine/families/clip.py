@@ -11,10 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.towers import MASKED, BlockShape, PreNormBlock
+from engine.families.backbone import (
+    NameRules,
+    PixelBackbone,
+    TokenBackbone,
+    TokenRules,
+    block_shape,
+    num_patches,
+    patch_embedding,
+    square_size,
+    tokens,
+)
+from engine.towers import MASKED, PreNormBlock
 
-# transformers' names -> ours; a tensor that no rule matches is not part of a tower.
-BLOCK_NAMES = (
+BLOCK_NAMES: NameRules = (
     (r"\.layers\.(\d+)\.layer_norm(\d)", r".blocks.\1.norm\2"),
     (r"\.layers\.(\d+)\.self_attn\.q_proj", r".blocks.\1.attention.query"),
     (r"\.layers\.(\d+)\.self_attn\.k_proj", r".blocks.\1.attention.key"),
@@ -22,7 +32,7 @@ BLOCK_NAMES = (
     (r"\.layers\.(\d+)\.self_attn\.out_proj", r".blocks.\1.attention.output"),
     (r"\.layers\.(\d+)\.mlp", r".blocks.\1.feed_forward"),
 )
-IMAGE_NAMES = (
+IMAGE_NAMES: NameRules = (
     (r"^visual_projection", "projection"),
     # Dual encoders saved before transformers 5 say it twice.
     (r"^vision_model\.vision_model\.", "vision_model."),
@@ -32,7 +42,7 @@ IMAGE_NAMES = (
     (r"^vision_model\.encoder", "backbone"),
     *BLOCK_NAMES,
 )
-TEXT_NAMES = (
+TEXT_NAMES: NameRules = (
     (r"^text_projection", "projection"),
     (r"^text_model\.embeddings", "backbone"),
     (r"^text_model\.final_layer_norm", "backbone.final_norm"),
@@ -45,30 +55,25 @@ TEXT_NAMES = (
 _LEGACY_EOS_TOKEN_ID = 2
 
 
-class ImageBackbone(nn.Module):
-    """CLIP's vision transformer: float32 [N, 3, H, W] -> [N, width], the class token."""
+class ImageBackbone(PixelBackbone):
+    """CLIP's vision transformer: float [N, 3, H, W] -> [N, width], the class token."""
 
     def __init__(self, config: Any) -> None:
         """Take sizes from a `CLIPVisionConfig`."""
         super().__init__()
         shape = block_shape(config)
-        num_patches = (config.image_size // config.patch_size) ** 2
+        self.width = shape.width
+        self.image_size = square_size(config, "image_size")
         self.class_embedding = nn.Parameter(torch.empty(shape.width))
-        self.patch_embedding = nn.Conv2d(
-            config.num_channels,
-            shape.width,
-            kernel_size=config.patch_size,
-            stride=config.patch_size,
-            bias=False,
-        )
-        self.position_embedding = nn.Embedding(num_patches + 1, shape.width)
+        self.patch_embedding = patch_embedding(config, bias=False)
+        self.position_embedding = nn.Embedding(1 + num_patches(config), shape.width)
         self.pre_norm = nn.LayerNorm(shape.width, eps=shape.norm_eps)
         self.blocks = nn.ModuleList(PreNormBlock(shape) for _ in range(config.num_hidden_layers))
         self.post_norm = nn.LayerNorm(shape.width, eps=shape.norm_eps)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Encode normalized pixels."""
-        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        patches = tokens(self.patch_embedding(pixels))
         first = self.class_embedding.expand(patches.shape[0], 1, -1)
         x = self.pre_norm(torch.cat([first, patches], dim=1) + self.position_embedding.weight)
         for block in self.blocks:
@@ -76,7 +81,7 @@ class ImageBackbone(nn.Module):
         return self.post_norm(x[:, 0])
 
 
-class TextBackbone(nn.Module):
+class TextBackbone(TokenBackbone):
     """CLIP's causal text transformer: int32 [N, T] -> [N, width], the end-of-text token."""
 
     causal_bias: Tensor
@@ -86,9 +91,14 @@ class TextBackbone(nn.Module):
         super().__init__()
         shape = block_shape(config)
         length = config.max_position_embeddings
+        self.width = shape.width
         self.eos_token_id = config.eos_token_id
         is_legacy = self.eos_token_id == _LEGACY_EOS_TOKEN_ID
-        self.special_token_ids = {} if is_legacy else {"eos": self.eos_token_id}
+        self.token_rules = TokenRules(
+            max_tokens=length,
+            vocab_size=config.vocab_size,
+            special_token_ids={} if is_legacy else {"eos": self.eos_token_id},
+        )
         self.token_embedding = nn.Embedding(config.vocab_size, shape.width)
         self.position_embedding = nn.Embedding(length, shape.width)
         self.blocks = nn.ModuleList(PreNormBlock(shape) for _ in range(config.num_hidden_layers))
@@ -111,14 +121,3 @@ class TextBackbone(nn.Module):
         if self.eos_token_id == _LEGACY_EOS_TOKEN_ID:
             return token_ids.argmax(dim=-1)
         return (token_ids == self.eos_token_id).int().argmax(dim=-1)
-
-
-def block_shape(config: Any) -> BlockShape:
-    """The block sizes of a `CLIPVisionConfig` or `CLIPTextConfig`."""
-    return BlockShape(
-        width=config.hidden_size,
-        hidden_width=config.intermediate_size,
-        num_heads=config.num_attention_heads,
-        act=config.hidden_act,
-        norm_eps=config.layer_norm_eps,
-    )
