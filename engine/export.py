@@ -4,16 +4,19 @@ Knows nothing of where an engine is kept or who runs it.
 """
 
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.jit._trace import TracerWarning
 from transformers import AutoTokenizer
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from engine.checkpoint import Checkpoint
 from engine.errors import CheckpointError
+from engine.families.backbone import TokenRules
+from engine.families.siglip_tokenizer import siglip_tokenizer
+from engine.manifest import TextInput
 from engine.towers import ImageTower, TextTower
 
 if TYPE_CHECKING:
@@ -59,45 +62,84 @@ def _export(
         )
 
 
-def export_tokenizer(
-    checkpoint: Checkpoint, *, max_tokens: int, special_token_ids: Mapping[str, int], path: Path
-) -> tuple[int, int]:
+def export_tokenizer(checkpoint: Checkpoint, *, rules: TokenRules, path: Path) -> TextInput:
     """Write a `tokenizer.json` that cuts at the text tower's length and does not pad.
 
     Args:
         checkpoint: Where the tokenizer files lie.
-        max_tokens: The text tower's longest row.
-        special_token_ids: Roles (`eos`, `pad`) that the text tower knows by id.
+        rules: What the text tower asks of it.
         path: The file to write, for `tokenizers.Tokenizer.from_file`.
 
     Returns:
-        Tokens after which a text is cut (special tokens included), and the padding id.
+        How texts become token ids with that file.
 
     Raises:
-        CheckpointError: The tokenizer is missing, malformed, has no padding token, or gives a
-            special token another id than the text tower looks for.
+        CheckpointError: The tokenizer is missing, malformed, cannot be written as one file, has no
+            padding token, or is not the one that the text tower was trained with.
     """
-    if not checkpoint.has_tokenizer:
-        raise CheckpointError(f"checkpoint {checkpoint.name}: tokenizer.json is missing")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(checkpoint.directory))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"checkpoint {checkpoint.name}: malformed tokenizer: {error}"
-        ) from error
-    if tokenizer.pad_token_id is None:
-        raise CheckpointError(f"checkpoint {checkpoint.name}: its tokenizer has no padding token")
-    for role, token_id in special_token_ids.items():
-        found = getattr(tokenizer, f"{role}_token_id")
-        if found != token_id:
-            raise CheckpointError(
-                f"checkpoint {checkpoint.name}: {role}_token_id is {token_id} in its config and "
-                f"{found} in its tokenizer, so that texts would be misread; bring the tokenizer "
-                "and the config of the same model"
-            )
-    length = min(max_tokens, int(tokenizer.model_max_length))
+        tokenizer = _tokenizer(checkpoint)
+        _check_tokenizer(tokenizer, rules=rules)
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint {checkpoint.name}: {error}") from error
+    length = min(rules.max_tokens, int(tokenizer.model_max_length))
     backend: Tokenizer = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.enable_truncation(length, direction=tokenizer.truncation_side)
     backend.save(str(path))
-    return length, int(tokenizer.pad_token_id)
+    return TextInput(
+        max_tokens=length,
+        pad_token_id=int(tokenizer.pad_token_id),
+        pads_to_max=rules.pads_to_max,
+    )
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's tokenizer as transformers gives it, one with a `backend_tokenizer`."""
+    if not checkpoint.has_tokenizer:
+        raise CheckpointError("tokenizer.json is missing")
+    folder = str(checkpoint.directory)
+    try:
+        config = get_tokenizer_config(folder)
+        # As AutoTokenizer chooses where the configs name no class.
+        default = "SiglipTokenizer" if checkpoint.model_type == "siglip" else None
+        name = config.get("tokenizer_class") or checkpoint.config.get("tokenizer_class") or default
+        if name == "SiglipTokenizer":
+            return siglip_tokenizer(checkpoint.directory, config=config)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise CheckpointError(f"malformed tokenizer: {error}") from error
+    if not tokenizer.is_fast:
+        raise CheckpointError(
+            f"its tokenizer is a {type(tokenizer).__name__}, which cannot be written as a "
+            "tokenizer.json; save the checkpoint with a PreTrainedTokenizerFast that agrees with it"
+        )
+    return tokenizer
+
+
+def _check_tokenizer(tokenizer: Any, *, rules: TokenRules) -> None:
+    """Raise CheckpointError unless its ids are those that the text tower was trained with."""
+    if tokenizer.pad_token_id is None:
+        raise CheckpointError("its tokenizer has no padding token")
+    way_out = "so that texts would be misread; bring the tokenizer and the config of the same model"
+    for role, token_id in rules.special_token_ids.items():
+        found = getattr(tokenizer, f"{role}_token_id")
+        if found != token_id:
+            raise CheckpointError(
+                f"{role}_token_id is {token_id} in its config and {found} in its tokenizer, "
+                f"{way_out}"
+            )
+    # Without added tokens: some come from a class's defaults and occur in no text.
+    num_tokens = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False)
+    num_ids = max(num_tokens, tokenizer.pad_token_id + 1)
+    if num_ids > rules.vocab_size:
+        raise CheckpointError(
+            f"vocab_size is {rules.vocab_size} in its config and {num_ids} in its tokenizer, "
+            f"{way_out}"
+        )
+    if rules.pads_to_max and tokenizer.padding_side != "right":
+        raise CheckpointError(
+            "its tokenizer pads at the left, and only padding at the right is supported where the "
+            "text tower sees it; set padding_side to right in tokenizer_config.json if the model "
+            "was trained so"
+        )

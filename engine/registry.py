@@ -22,7 +22,6 @@ from engine.manifest import (
     TOKENIZER_FILE,
     Manifest,
     Precision,
-    TextInput,
     file_digest,
     read_manifest,
     verify_files,
@@ -122,15 +121,9 @@ def _build(checkpoint: Checkpoint, *, engine_id: str, building: Path) -> Manifes
         path=building / IMAGE_ONNX,
     )
     text = None
-    if model.text_tower is not None and model.max_tokens is not None:
+    if model.text_tower is not None and model.token_rules is not None:
         export_text_tower(model.text_tower, path=building / TEXT_ONNX)
-        max_tokens, pad_token_id = export_tokenizer(
-            checkpoint,
-            max_tokens=model.max_tokens,
-            special_token_ids=model.special_token_ids,
-            path=building / TOKENIZER_FILE,
-        )
-        text = TextInput(max_tokens=max_tokens, pad_token_id=pad_token_id)
+        text = export_tokenizer(checkpoint, rules=model.token_rules, path=building / TOKENIZER_FILE)
     manifest = Manifest(
         engine_id=engine_id,
         checkpoint=checkpoint.name,

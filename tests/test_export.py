@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,19 +12,25 @@ import onnxruntime
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Siglip2Tokenizer
 
 from engine.checkpoint import find_checkpoint
 from engine.errors import CheckpointError
 from engine.export import OPSET, export_image_tower, export_text_tower, export_tokenizer
+from engine.families.backbone import TokenRules
+from engine.manifest import TextInput
 from engine.model import Model, load_model
 from tests.checkpoints import (
     EMBEDDING_DIM,
     IMAGE_SIZE,
     MAX_TOKENS,
+    gemma_tokenizer,
+    roberta_config,
+    roberta_tokenizer,
     save_clip,
     save_dual_encoder,
     save_image_only,
+    save_siglip,
 )
 
 FAMILIES: Mapping[str, Callable[[Path], Path]] = {"clip": save_clip, "dual": save_dual_encoder}
@@ -124,33 +131,75 @@ def test_form_of_the_graphs(exported: Exported) -> None:
         assert sum(node.op_type == "LayerNormalization" for node in graph.graph.node) >= 4
 
 
-@pytest.mark.parametrize("max_tokens", [MAX_TOKENS, 7])
-def test_tokenizer_gives_the_ids_of_transformers(
-    exported: Exported, tmp_path: Path, max_tokens: int
-) -> None:
-    path = tmp_path / "tokenizer.json"
-    checkpoint = find_checkpoint(str(exported.directory))
-    length, pad_token_id = export_tokenizer(
-        checkpoint, max_tokens=max_tokens, special_token_ids={}, path=path
-    )
-    theirs = AutoTokenizer.from_pretrained(str(exported.directory))
-    assert (length, pad_token_id) == (max_tokens, theirs.pad_token_id)
-    ours = Tokenizer.from_file(str(path))
-    encoded = [encoding.ids for encoding in ours.encode_batch(TEXTS)]
-    assert encoded == theirs(TEXTS, truncation=True, max_length=max_tokens)["input_ids"]
-    last = {ids[-1] for ids in encoded}
-    assert last == {theirs.sep_token_id if theirs.eos_token_id is None else theirs.eos_token_id}
-    assert {len(ids) for ids in encoded} >= {2, max_tokens}
+def save_multilingual(directory: Path) -> Path:
+    tokenizer = roberta_tokenizer()
+    return save_dual_encoder(directory, text=roberta_config(tokenizer), tokenizer=tokenizer)
+
+
+TOKENIZED: Mapping[str, Callable[[Path], Path]] = {
+    **FAMILIES,
+    "multilingual": save_multilingual,
+    "siglip2": lambda folder: save_siglip(folder, tokenizer=gemma_tokenizer()),
+    "siglip2-lower-case": lambda folder: save_siglip(
+        folder, tokenizer=gemma_tokenizer(Siglip2Tokenizer)
+    ),
+}
+
+
+def rules(*, max_tokens: int = MAX_TOKENS, vocab_size: int = 10_000, **others: Any) -> TokenRules:
+    return TokenRules(max_tokens=max_tokens, vocab_size=vocab_size, **others)
+
+
+@pytest.mark.parametrize("name", list(TOKENIZED))
+def test_tokenizer_gives_the_ids_of_transformers(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "exported.json"
+    checkpoint = find_checkpoint(str(TOKENIZED[name](tmp_path)))
+    theirs = AutoTokenizer.from_pretrained(str(tmp_path))
+    for max_tokens in (MAX_TOKENS, 7):
+        text = export_tokenizer(checkpoint, rules=rules(max_tokens=max_tokens), path=path)
+        assert text == TextInput(max_tokens=max_tokens, pad_token_id=theirs.pad_token_id)
+        ours = Tokenizer.from_file(str(path))
+        encoded = [encoding.ids for encoding in ours.encode_batch(TEXTS)]
+        assert encoded == theirs(TEXTS, truncation=True, max_length=max_tokens)["input_ids"]
+        last = {ids[-1] for ids in encoded}
+        assert last == {theirs.sep_token_id if theirs.eos_token_id is None else theirs.eos_token_id}
+        assert max(len(ids) for ids in encoded) == max_tokens
+        assert min(len(ids) for ids in encoded) <= 2
+
+
+def test_lower_case_is_where_the_tokenizer_asks_for_it(tmp_path: Path) -> None:
+    def exported_ids(directory: Path) -> list[int]:
+        path = directory / "exported.json"
+        export_tokenizer(find_checkpoint(str(directory)), rules=rules(), path=path)
+        return Tokenizer.from_file(str(path)).encode("a RED Circle").ids
+
+    lower = exported_ids(TOKENIZED["siglip2-lower-case"](tmp_path / "lower"))
+    assert lower != exported_ids(TOKENIZED["siglip2"](tmp_path / "as-it-is"))
+    assert lower == exported_ids(TOKENIZED["siglip2-lower-case"](tmp_path / "again"))
+
+
+def test_siglip_tokenizer_comes_from_its_sentencepiece_model(tmp_path: Path) -> None:
+    # Of a folder that names no class, AutoTokenizer expects SiglipTokenizer too.
+    for config in ({"tokenizer_class": "SiglipTokenizer"}, {}):
+        directory = save_siglip(tmp_path)
+        (directory / "tokenizer_config.json").write_text(json.dumps(config))
+        checkpoint = find_checkpoint(str(directory))
+        expected = load_model(checkpoint).token_rules
+        assert expected is not None
+        text = export_tokenizer(checkpoint, rules=expected, path=tmp_path / "exported.json")
+        assert text == TextInput(max_tokens=MAX_TOKENS, pad_token_id=1, pads_to_max=True)
+        ours = Tokenizer.from_file(str(tmp_path / "exported.json"))
+        # As tests/test_siglip_tokenizer.py knows them.
+        assert ours.encode("A red, circle!").ids == [6, 5, 53, 9, 42, 1]
+        assert len(ours.encode("a red circle " * 9).ids) == MAX_TOKENS
 
 
 def test_tokenizer_has_the_shorter_limit(exported: Exported, tmp_path: Path) -> None:
     directory = shutil.copytree(exported.directory, tmp_path / "copy")
     change_tokenizer_config(directory, model_max_length=5)
     checkpoint = find_checkpoint(str(directory))
-    length, _ = export_tokenizer(
-        checkpoint, max_tokens=MAX_TOKENS, special_token_ids={}, path=tmp_path / "t.json"
-    )
-    assert length == 5
+    text = export_tokenizer(checkpoint, rules=rules(), path=tmp_path / "t.json")
+    assert text.max_tokens == 5
     ids = (
         Tokenizer.from_file(str(tmp_path / "t.json")).encode("a red circle on the green square").ids
     )
@@ -161,7 +210,7 @@ def test_tokenizer_that_cuts_at_the_left(exported: Exported, tmp_path: Path) -> 
     directory = shutil.copytree(exported.directory, tmp_path / "copy")
     change_tokenizer_config(directory, truncation_side="left")
     checkpoint = find_checkpoint(str(directory))
-    export_tokenizer(checkpoint, max_tokens=6, special_token_ids={}, path=tmp_path / "t.json")
+    export_tokenizer(checkpoint, rules=rules(max_tokens=6), path=tmp_path / "t.json")
     text = "a red circle on the green square"
     expected = AutoTokenizer.from_pretrained(str(directory))(text, truncation=True, max_length=6)
     assert Tokenizer.from_file(str(tmp_path / "t.json")).encode(text).ids == expected["input_ids"]
@@ -172,15 +221,10 @@ def change_tokenizer_config(directory: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def error_of(directory: Path, *, special_token_ids: Mapping[str, int] | None = None) -> str:
+def error_of(directory: Path, **asked: Any) -> str:
     checkpoint = find_checkpoint(str(directory))
     with pytest.raises(CheckpointError) as caught:
-        export_tokenizer(
-            checkpoint,
-            max_tokens=MAX_TOKENS,
-            special_token_ids=special_token_ids or {},
-            path=directory / "exported.json",
-        )
+        export_tokenizer(checkpoint, rules=rules(**asked), path=directory / "exported.json")
     assert checkpoint.name in str(caught.value)
     return str(caught.value)
 
@@ -189,9 +233,30 @@ def test_tokenizer_of_another_model(exported: Exported) -> None:
     for role in ("eos", "pad"):
         message = error_of(exported.directory, special_token_ids={role: 12_345})
         assert f"{role}_token_id is 12345 in its config" in message
-    relied_on = load_model(find_checkpoint(str(exported.directory))).special_token_ids
-    assert set(relied_on) <= {"eos", "pad"}
-    assert relied_on
+    relied_on = load_model(find_checkpoint(str(exported.directory))).token_rules
+    assert relied_on is not None
+    assert set(relied_on.special_token_ids) <= {"eos", "pad"}
+    assert relied_on.special_token_ids
+
+
+def test_tokenizer_with_more_ids_than_the_model(exported: Exported) -> None:
+    num_ids = len(AutoTokenizer.from_pretrained(str(exported.directory)))
+    message = error_of(exported.directory, vocab_size=num_ids - 1)
+    assert f"vocab_size is {num_ids - 1} in its config and {num_ids} in its tokenizer" in message
+
+
+def test_tokenizer_that_pads_at_the_left(tmp_path: Path) -> None:
+    directory = save_siglip(tmp_path, tokenizer=gemma_tokenizer(padding_side="left"))
+    assert "set padding_side to right" in error_of(directory, pads_to_max=True)
+    # Where padding has no influence, its side has none.
+    checkpoint = find_checkpoint(str(directory))
+    export_tokenizer(checkpoint, rules=rules(), path=tmp_path / "exported.json")
+
+
+def test_tokenizer_that_is_no_one_file(exported: Exported, tmp_path: Path) -> None:
+    directory = shutil.copytree(exported.directory, tmp_path / "copy")
+    change_tokenizer_config(directory, tokenizer_class="CanineTokenizer")
+    assert "CanineTokenizer, which cannot be written as a tokenizer.json" in error_of(directory)
 
 
 def test_tokenizer_is_missing(tmp_path: Path) -> None:
