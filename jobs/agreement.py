@@ -18,7 +18,9 @@ from PIL import Image
 
 from engine.backends.onnx_cpu import OnnxCpuEncoder
 from engine.checkpoint import Checkpoint, find_checkpoint
+from engine.errors import ClipmillError
 from engine.images import ImageLimits
+from engine.manifest import TextInput
 from engine.preprocess import decode_pixels
 from engine.registry import load_or_build
 from pipelines.catalog import CatalogConfig, open_catalog
@@ -62,9 +64,9 @@ def measure_agreement(
         decode_pixels(image, preprocessing=manifest.preprocessing, limits=ImageLimits())
         for image in images
     ]
-    reference = _Reference(checkpoint)
+    reference = _Reference(checkpoint, text=manifest.text)
     results = [_compare("image", encoder.encode_images(np.stack(pixels)), reference.images(images))]
-    if "text" in manifest.modalities:
+    if manifest.text is not None:
         results.append(_compare("text", encoder.encode_texts(texts), reference.texts(texts)))
     return results
 
@@ -104,31 +106,49 @@ def _compare(modality: str, ours: NDArray[np.float32], theirs: NDArray[np.float3
 class _Reference:
     """transformers alone, in float32 on the CPU, images through Pillow."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, text: TextInput | None) -> None:
         folder = str(checkpoint.directory)
-        self._is_dual = checkpoint.model_type != "clip_vision_model"
-        kind = (
-            transformers.AutoModel if self._is_dual else transformers.CLIPVisionModelWithProjection
-        )
+        kind: Any = transformers.AutoModel
+        if checkpoint.model_type == "clip_vision_model":
+            kind = transformers.CLIPVisionModelWithProjection
         self._model: Any = kind.from_pretrained(folder, dtype=torch.float32).eval()
         # With torchvision installed the default is another resize than the one trained with.
         self._processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
-        if checkpoint.has_tokenizer:
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        self._text = text
+        if text is not None:
+            try:
+                self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+            except ImportError as error:  # SigLIP's runs on sentencepiece
+                raise ClipmillError(
+                    f"checkpoint {checkpoint.name}: transformers' tokenizer cannot be loaded: "
+                    f"{error}"
+                ) from error
 
     def images(self, encoded: Sequence[bytes]) -> NDArray[np.float32]:
         def embed(part: Sequence[bytes]) -> Any:
             pictures = [Image.open(io.BytesIO(image)) for image in part]
             pixels = self._processor(images=pictures, return_tensors="pt")
-            if self._is_dual:
+            if hasattr(self._model, "get_image_features"):
                 return self._model.get_image_features(**pixels).pooler_output
-            return self._model(**pixels).image_embeds
+            output = self._model(**pixels)
+            return output.image_embeds if "image_embeds" in output else output.pooler_output
 
         return self._in_calls(encoded, embed)
 
     def texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         def embed(part: Sequence[str]) -> Any:
-            tokens = self._tokenizer(list(part), padding=True, truncation=True, return_tensors="pt")
+            text = self._text
+            assert text is not None
+            tokens = self._tokenizer(
+                list(part),
+                padding="max_length" if text.pads_to_max else True,
+                truncation=True,
+                max_length=text.max_tokens,
+                return_tensors="pt",
+            )
+            if text.pads_to_max:
+                # The model sees padding, as it did in training.
+                tokens = {"input_ids": tokens["input_ids"]}
             return self._model.get_text_features(**tokens).pooler_output
 
         return self._in_calls(texts, embed)
