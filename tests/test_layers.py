@@ -16,8 +16,8 @@ PACKAGES = ("engine", "pipelines", "jobs")
 ONLY_IN = {
     "tensorrt": ("engine/plan.py", "engine/backends/trt.py"),
     "tensorrt_rtx": ("engine/plan.py", "engine/backends/trt.py"),
-    "modelopt": ("engine/quantize.py", "engine/export.py", "engine/gate.py"),
-    "onnx": ("engine/quantize.py", "engine/export.py", "engine/gate.py"),
+    "modelopt": ("engine/quantize.py",),
+    "onnx": ("engine/audit.py",),
     "faiss": ("pipelines/indexing.py", "pipelines/search.py"),
 }
 # Library -> packages that may not import it.
