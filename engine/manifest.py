@@ -48,7 +48,15 @@ class Quantization:
     num_calibration_rows: int
     """Rows of the sample, for each tower."""
     kept_in_16_bit: tuple[str, ...]
-    """Units that FP8 would have cost too much, `image.` or `text.` first."""
+    """Units that FP8 would have cost too much: `image.backbone.blocks.3.attention.qkv`."""
+
+    def kept_in_words(self) -> str:
+        """For people: `image 3.qkv, 11.fc2; text 0.products`."""
+        by_tower: dict[str, list[str]] = {}
+        for unit in self.kept_in_16_bit:
+            tower, *_, block, _, kind = unit.split(".")
+            by_tower.setdefault(tower, []).append(f"{block}.{kind}")
+        return "; ".join(f"{tower} {', '.join(units)}" for tower, units in by_tower.items())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ A unit is what may stay in 16 bit by itself: a linear layer with its input, quer
 with their common input, or the two products within attention.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -50,8 +50,3 @@ def replace(tower: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     for name, module in modules.items():
         parent, _, attribute = name.rpartition(".")
         setattr(tower.get_submodule(parent), attribute, module)
-
-
-def short_names(units: Sequence[str]) -> list[str]:
-    """`backbone.blocks.3.attention.qkv` -> `3.qkv`, for people."""
-    return [".".join(name.removeprefix("backbone.blocks.").split(".")[::2]) for name in units]
