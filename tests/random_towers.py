@@ -84,6 +84,11 @@ def randomize(tower: nn.Module, *, seed: int = 0) -> None:
                 parameter.copy_(noise * parameter[0].numel() ** -0.5)
             else:
                 parameter.copy_(0.2 * noise)
+            # So that query, key and value are quantized with scales of their own.
+            if ".query.weight" in name:
+                parameter.mul_(0.5)
+            elif ".key.weight" in name:
+                parameter.mul_(2)
 
 
 def _text_tower(backbone: nn.Module) -> TextTower:

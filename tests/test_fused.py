@@ -17,8 +17,8 @@ from engine.backends.fused import fuse  # isort: skip
 
 TOWERS: dict[str, Callable[[], tuple[Tower, Tensor]]] = {
     "image": lambda: (image_tower(), pixels(3)),
-    "clip text": lambda: (clip_text_tower(), token_ids(3, 24)),
-    "bert": lambda: (bert_tower(), token_ids(3, 24)),
+    "clip text": lambda: (clip_text_tower(), token_ids(3, 16)),
+    "bert": lambda: (bert_tower(), token_ids(3, 16)),
 }
 MIXES: dict[str, Callable[[int, str], bool]] = {
     "all in 16 bit": lambda block, unit: True,
@@ -56,9 +56,10 @@ def test_fused_towers_compute_what_their_blocks_did(name: str, mix: str) -> None
     found = tower(batch)
     assert found.dtype == torch.float32
     assert list(points(tower)) == []
-    # What tips in one rounding is rounded anew in all that follow.
-    assert cosines(found, expected).min() > (0.995 if has_fp8 else 0.99999)
-    assert cosines(found, reference).min() > (0.98 if has_fp8 else 0.99999)
+    # A value that tips in one rounding changes all that follow, in the blocks run in 16 bit too.
+    assert cosines(found, expected).min() > (0.99 if has_fp8 else 0.99999)
+    error = (1 - cosines(found, reference)).mean()
+    assert error < 1.3 * (1 - cosines(expected, reference)).mean() + 1e-5
 
 
 @torch.inference_mode()

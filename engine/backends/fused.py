@@ -4,7 +4,7 @@ Knows nothing of batches, streams or engines; runs on whatever stream is current
 
 A block is four products and four kernels. A kernel hands FP8 to a product that reads FP8, and
 nothing is read only to be converted. The residual stream has the tower's 16-bit type, as in the
-exported graph; in float32 it would cost a third of the kernels' traffic.
+exported graph; in float32 it would add a quarter to the kernels' traffic.
 
 Two things differ from the exported graph, and both are closer to float32 than it is: values are
 rounded to FP8 straight from float32, and softmax outputs are not rounded to FP8, since they never
@@ -14,6 +14,7 @@ leave the multiprocessor.
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from engine.backends.attention_kernel import HeadFactors, attend
@@ -113,6 +114,7 @@ class PostNormStack(nn.Module):
         return residual.view(x.shape)
 
 
+@torch.no_grad()
 def fuse(tower: Tower) -> None:
     """Replace a tower's blocks, which are on the card already, by one stack that does all they did.
 
