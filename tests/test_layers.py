@@ -18,6 +18,7 @@ ONLY_IN = {
     "tensorrt_rtx": ("engine/plan.py", "engine/backends/trt.py"),
     "modelopt": ("engine/quantize.py",),
     "onnx": ("engine/audit.py",),
+    "triton": ("engine/backends/kernels.py", "engine/backends/attention_kernel.py"),
     "faiss": ("pipelines/indexing.py", "pipelines/search.py"),
 }
 # Library -> packages that may not import it.
