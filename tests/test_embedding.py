@@ -49,7 +49,7 @@ def run(checkpoint_dir: Path, engines_dir: Path, local_ray: None):
                 catalog=CatalogConfig(uri=str(catalog_dir), **(columns or {})),
                 store_uri=str(store_dir),
                 checkpoint=str(checkpoint),
-                engines_dir=engines_dir,
+                engines_uri=str(engines_dir),
                 **options,
             )
         )
