@@ -48,7 +48,7 @@ def scene_store(
             catalog=CatalogConfig(uri=str(write_rows(folder / "catalog", scene_rows(60)))),
             store_uri=str(folder / "store"),
             checkpoint=str(checkpoint_dir),
-            engines_dir=engines_dir,
+            engines_uri=str(engines_dir),
         )
     )
     build_index(IndexConfig(store_uri=str(folder / "store")))

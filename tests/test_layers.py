@@ -31,6 +31,7 @@ LIGHT_MODULES = (
     "engine.preprocess",
     "engine.manifest",
     "engine.registry",
+    "engine.build",
     "engine.backends.onnx_cpu",
 )
 HEAVY_LIBRARIES = ("torch", "transformers", "tensorrt", "faiss")
