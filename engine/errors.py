@@ -5,6 +5,7 @@ Knows nothing of where they are raised.
     ClipmillError
     ├── CheckpointError      a checkpoint is missing, malformed or of a family that is not supported
     ├── EngineError          an engine is missing, damaged, or cannot be built or run here
+    │   ├── DamagedError         files of an engine or plan are missing or fail their checksums
     │   ├── QuantizationError    the sample or a layer does not allow FP8
     │   ├── GateError            an engine may not be promoted or used: its gate failed or never ran
     │   ├── PlanError            a plan cannot be built, is damaged, or fits another card or version
@@ -26,6 +27,10 @@ class CheckpointError(ClipmillError):
 
 class EngineError(ClipmillError):
     """An engine is missing, damaged, or cannot be built or run here."""
+
+
+class DamagedError(EngineError):
+    """Files of an engine or a plan are missing, or do not match their checksums."""
 
 
 class QuantizationError(EngineError):

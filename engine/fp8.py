@@ -9,13 +9,10 @@ every runtime quantizes alike.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from engine.towers import Attention, QuantizationPoint
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -100,7 +97,7 @@ class QuantizedLinear(nn.Module):
         # Kept as [in, out], so that the exported graph multiplies without a transpose.
         self.register_buffer("weight", weight.t().contiguous())
         self.scale = scale
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply."""
@@ -109,30 +106,3 @@ class QuantizedLinear(nn.Module):
         )
         product = x @ weight
         return product if self.bias is None else product + self.bias
-
-
-def points(tower: nn.Module) -> Iterator[tuple[str, QuantizationPoint]]:
-    """The quantization points of a tower, by name."""
-    for name, module in tower.named_modules():
-        if isinstance(module, QuantizationPoint):
-            yield name, module
-
-
-def layers(tower: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """The linear layers behind quantization points: all those of the blocks, by name."""
-    for name, module in tower.named_modules():
-        if isinstance(module, nn.Linear) and ".blocks." in f".{name}":
-            yield name, module
-
-
-def attentions(tower: nn.Module) -> Iterator[tuple[str, Attention]]:
-    """The attentions of a tower, by name."""
-    for name, module in tower.named_modules():
-        if isinstance(module, Attention):
-            yield name, module
-
-
-def replace(tower: nn.Module, name: str, module: nn.Module) -> None:
-    """Put another module under a dotted name."""
-    parent, _, attribute = name.rpartition(".")
-    setattr(tower.get_submodule(parent), attribute, module)

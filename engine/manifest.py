@@ -6,11 +6,12 @@ Knows nothing of how an engine is built or executed.
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from engine.errors import EngineError
+from engine.errors import DamagedError, EngineError
 from engine.preprocess import Preprocessing
 
 MANIFEST_FILE = "manifest.json"
@@ -48,7 +49,15 @@ class Quantization:
     num_calibration_rows: int
     """Rows of the sample, for each tower."""
     kept_in_16_bit: tuple[str, ...]
-    """Units that FP8 would have cost too much, `image.` or `text.` first."""
+    """Units that FP8 would have cost too much: `image.backbone.blocks.3.attention.qkv`."""
+
+    def kept_in_words(self) -> str:
+        """For people: `image 3.qkv, 11.fc2; text 0.products`."""
+        by_tower: dict[str, list[str]] = {}
+        for unit in self.kept_in_16_bit:
+            tower, *_, block, _, kind = unit.split(".")
+            by_tower.setdefault(tower, []).append(f"{block}.{kind}")
+        return "; ".join(f"{tower} {', '.join(units)}" for tower, units in by_tower.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +102,25 @@ def read_manifest(directory: Path) -> Manifest:
     """Read an engine's manifest; EngineError if it is missing, cut short or of a newer format."""
     path = directory / MANIFEST_FILE
     try:
-        record: dict[str, Any] = json.loads(path.read_text())
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise EngineError(f"{directory}: no engine there ({MANIFEST_FILE} is missing)") from None
+    return parse_manifest(content, path=str(path))
+
+
+def parse_manifest(content: bytes, *, path: str) -> Manifest:
+    """The manifest in a file's content.
+
+    Args:
+        content: Of `manifest.json`.
+        path: Where it lies, for messages.
+
+    Raises:
+        DamagedError: It is cut short or malformed.
+        EngineError: It is of a newer format.
+    """
+    try:
+        record: dict[str, Any] = json.loads(content)
         version = record.pop("format_version")
         if version > FORMAT_VERSION:
             raise EngineError(f"{path}: written by a newer Clipmill (format {version}); upgrade")
@@ -112,10 +139,8 @@ def read_manifest(directory: Path) -> Manifest:
             quantization=None if quantization is None else Quantization(**quantization),
             **record,
         )
-    except (FileNotFoundError, NotADirectoryError):
-        raise EngineError(f"{directory}: no engine there ({MANIFEST_FILE} is missing)") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise EngineError(
+        raise DamagedError(
             f"{path}: damaged ({error}); remove the folder, the next run builds it anew"
         ) from error
 
@@ -129,11 +154,16 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def verify_files(manifest: Manifest, directory: Path) -> None:
-    """Compare every file with its checksum; EngineError names the first that differs."""
-    for name, digest in manifest.files.items():
+def verify_files(files: Mapping[str, str], *, directory: Path) -> None:
+    """Compare files with their checksums; DamagedError names the first that differs.
+
+    Args:
+        files: Name, with `/` between folders -> SHA-256.
+        directory: Where they lie.
+    """
+    for name, digest in files.items():
         path = directory / name
         if not path.exists():
-            raise EngineError(f"engine {manifest.engine_id}: {path} is missing")
+            raise DamagedError(f"{path} is missing")
         if file_digest(path) != digest:
-            raise EngineError(f"engine {manifest.engine_id}: {path} does not match its checksum")
+            raise DamagedError(f"{path} does not match its checksum")

@@ -1,140 +1,275 @@
-"""Engines by content: an engine is built once, published whole, and found by its id.
+"""Engines by content: an engine and its plans are built once, published whole, found by their ids.
 
-Knows nothing of what executes an engine.
+Knows nothing of how engines are built or what executes them.
+
+A root on a disk is where engines are used, too. Engines of a root anywhere else are copied to a
+folder of the node first, because runtimes load files.
+
+    ENGINES/
+      fp8-0011223344556677/     an engine (`engine/artifacts.py`; off disks, `engine/remote.py`)
+        plans/PLAN/             a plan of it
+        gates/00000001/         a report of its gate (`engine/gates.py`)
+      promotions/DIGEST/        which engine of a checkpoint is current (`engine/promotion.py`)
+      leases/                   off disks: who builds (`engine/leases.py`)
 """
 
-import fcntl
 import hashlib
+import logging
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.metadata import version
+import re
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import get_args
 
-from engine.checkpoint import Checkpoint
-from engine.errors import EngineError
-from engine.manifest import (
-    IMAGE_ONNX,
-    RECIPE_VERSION,
-    TEXT_ONNX,
-    TOKENIZER_FILE,
-    Manifest,
-    Precision,
-    file_digest,
-    read_manifest,
-    verify_files,
-)
+from engine.artifacts import Artifact, LocalArtifacts
+from engine.errors import DamagedError, EngineError
+from engine.folders import Folder
+from engine.leases import Lease, LeaseQueue, LeaseTiming
+from engine.manifest import MANIFEST_FILE, Manifest, Precision, parse_manifest, read_manifest
+from engine.remote import pull, push, read_record
 
-PRECISION: Precision = "fp32"
+PLANS_DIR, PLAN_FILE = "plans", "plan.json"
+PROMOTIONS_DIR = "promotions"
+
+_WAY_OUT = "name another with --engines or $CLIPMILL_ENGINES"
+_log = logging.getLogger(__name__)
+_ENGINE_PREFIXES = tuple(f"{precision}-" for precision in get_args(Precision))
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
-def default_engines_dir() -> Path:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Engine:
+    """A whole engine on this node."""
+
+    directory: Path
+    """Where its files lie."""
+    manifest: Manifest
+    """What it is."""
+
+
+def default_engines_uri() -> str:
     """`$CLIPMILL_ENGINES`, or a folder in the user's cache."""
-    named = os.environ.get("CLIPMILL_ENGINES")
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(named) if named else Path(cache) / "clipmill" / "engines"
+    return os.environ.get("CLIPMILL_ENGINES") or str(_cache_dir() / "engines")
 
 
-def engine_id_of(checkpoint: Checkpoint) -> str:
-    """The id that an engine of this checkpoint has, whether it is built or not.
-
-    Same id, same embeddings: it hashes the checkpoint's files, the precision and the form of
-    the export.
-    """
-    recipe = f"{checkpoint.digest} {PRECISION} recipe-{RECIPE_VERSION}"
-    return f"{PRECISION}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
+def _cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipmill"
 
 
-def find_engine(engine_id: str, *, engines_dir: Path) -> Manifest | None:
-    """The manifest of a whole engine; None if it is not built, or a file fails its checksum."""
-    directory = engines_dir / engine_id
-    try:
-        manifest = read_manifest(directory)
-        verify_files(manifest, directory)
-    except EngineError:
-        return None
-    return manifest
+class Registry:
+    """The engines under a URI. Small, and safe to send to workers."""
 
+    def __init__(self, uri: str, *, lease_timing: LeaseTiming | None = None) -> None:
+        """Find the file system of `uri`; nothing is read or written yet.
 
-def load_or_build(checkpoint: Checkpoint, *, engines_dir: Path) -> Manifest:
-    """Find the engine of a checkpoint, or build it; of all who ask at once on a node, one builds.
+        Args:
+            uri: A folder, or any fsspec URI.
+            lease_timing: How builders on other nodes are waited for.
 
-    The engine lies in `engines_dir / manifest.engine_id`. A damaged one is built anew.
+        Raises:
+            EngineError: No such kind of file system, or the package that reads it is missing.
+        """
+        self.uri = uri
+        self.root = Folder(
+            uri,
+            called="engines",
+            error=EngineError,
+            way_out=f"Check the path, its permissions and the free space, or {_WAY_OUT}",
+        )
+        self._lease_timing = lease_timing or LeaseTiming()
 
-    Raises:
-        CheckpointError: The checkpoint cannot be built from.
-        EngineError: The folder cannot be written.
-    """
-    engine_id = engine_id_of(checkpoint)
-    with _lock(engines_dir, engine_id):
-        found = find_engine(engine_id, engines_dir=engines_dir)
+    @property
+    def local(self) -> LocalArtifacts:
+        """The folder of this node where engines lie: the root itself, or copies of it."""
+        if self.root.is_local:
+            return LocalArtifacts(
+                Path(self.root.full_path("")),
+                way_out=f"check the permissions and the free space, or {_WAY_OUT}",
+            )
+        name = hashlib.sha256(self.uri.rstrip("/").encode()).hexdigest()[:16]
+        return LocalArtifacts(
+            _cache_dir() / "engines-of" / name,
+            way_out="check its permissions and the free space, or name another $XDG_CACHE_HOME",
+        )
+
+    def find(self, engine_id: str) -> Engine | None:
+        """The engine, its files checked; None if it is not built, or damaged, which is logged.
+
+        Raises:
+            EngineError: The root cannot be read, this node's copy cannot be written, or the engine
+                is of a newer Clipmill.
+        """
+        artifact = engine_artifact(engine_id)
+        found = self.local.find(artifact)
+        if found is None and not self.root.is_local:
+            with self.local.lock(artifact):
+                found = self.local.find(artifact) or self._fetch_published(artifact)
+        return None if found is None else _engine(found)
+
+    def obtain(self, engine_id: str, build: Callable[[Path], object]) -> Engine:
+        """Find the engine, or build it; of all who ask at once, on any node, one builds.
+
+        A damaged engine is built anew. So is one whose builder was killed: at once by the next on
+        the same node, by other nodes when its lease has run out.
+
+        Args:
+            engine_id: Which.
+            build: Writes the engine's files into an empty folder, `manifest.json` last.
+
+        Raises:
+            EngineError: The root or this node's folder cannot be written, or the engine is of a
+                newer Clipmill.
+        """
+        return _engine(self._obtain(engine_artifact(engine_id), build))
+
+    def obtain_plan(self, engine_id: str, plan_id: str, build: Callable[[Path], object]) -> Path:
+        """The folder of a plan, found or built like an engine is.
+
+        Args:
+            engine_id: An engine that is built.
+            plan_id: Which of its plans.
+            build: Writes the plan's files into an empty folder, and last `plan.json` with their
+                names and SHA-256 as `files`.
+
+        Raises:
+            EngineError: There is no such engine, or as for `obtain`.
+        """
+        artifact = plan_artifact(engine_id, plan_id)
+        path = self.local.directory / engine_id / MANIFEST_FILE
+        if not path.exists() and self.find(engine_id) is None:
+            raise EngineError(
+                f"engines {self.uri}: no whole engine {engine_id} to make a plan of; run "
+                "`clipmill engine build`"
+            )
+        return self._obtain(artifact, build)
+
+    def manifest(self, engine_id: str) -> Manifest | None:
+        """The manifest on the root, None if there is none or it is damaged, which is logged.
+
+        No other file is looked at.
+
+        Raises:
+            EngineError: The root cannot be read, or the engine is of a newer Clipmill.
+        """
+        record = read_record(self.root, engine_artifact(engine_id))
+        if record is None:
+            return None
+        try:
+            return parse_manifest(record, path=self.root.full_path(f"{engine_id}/{MANIFEST_FILE}"))
+        except DamagedError as error:
+            _log.warning("engine %s is damaged: %s", engine_id, error)
+            return None
+
+    def engine_ids(self) -> list[str]:
+        """Names of the folders of engines on the root, published or not; EngineError."""
+        names = filter(is_engine_id, self.root.names(""))
+        return [name for name in names if self.root.names(name)]
+
+    def plan_ids(self, engine_id: str) -> list[str]:
+        """Names of the folders of an engine's plans on the root, published or not; EngineError."""
+        names = self.root.names(f"{engine_artifact(engine_id).path}/{PLANS_DIR}")
+        return [name for name in names if self.root.names(plan_artifact(engine_id, name).path)]
+
+    def _obtain(self, artifact: Artifact, build: Callable[[Path], object]) -> Path:
+        found = self.local.find(artifact)
         if found is not None:
             return found
-        shutil.rmtree(engines_dir / engine_id, ignore_errors=True)
-        with _published(engine_id, engines_dir=engines_dir) as building:
-            return _build(checkpoint, engine_id=engine_id, building=building)
+        with self.local.lock(artifact):
+            found = self.local.find(artifact)
+            if found is not None:
+                return found
+            if not self.root.is_local:
+                return self._obtain_remote(artifact, build)
+            with self.local.building(artifact) as building:
+                self.local.fill(building, artifact, write=build)
+                return self.local.publish(artifact, building)
+
+    def _obtain_remote(self, artifact: Artifact, build: Callable[[Path], object]) -> Path:
+        queue = LeaseQueue(self.root, artifact.path, timing=self._lease_timing)
+        lease: Lease | None = None
+        damaged: bytes | None = None
+        while True:
+            with lease or nullcontext():
+                record = read_record(self.root, artifact)
+                # With the lease in hand look again: it may have been built, or mended, meanwhile.
+                if record is not None and (record != damaged or lease is not None):
+                    found = self._fetch(artifact, record)
+                    if found is not None:
+                        return found
+                    damaged = record
+                if lease is not None:
+                    return self._build_remote(artifact, build, damaged=damaged)
+            lease = queue.take()
+            if lease is None:
+                time.sleep(self._lease_timing.beat_seconds)
+
+    def _build_remote(
+        self, artifact: Artifact, build: Callable[[Path], object], *, damaged: bytes | None
+    ) -> Path:
+        with self.local.building(artifact) as building:
+            self.local.fill(building, artifact, write=build)
+            if push(self.root, artifact, building, damaged=damaged):
+                return self.local.publish(artifact, building)
+        found = self._fetch_published(artifact)
+        if found is None:
+            raise DamagedError(
+                f"engines {self.uri}: another node published {artifact.path} first, and it is "
+                "damaged; run the same command again"
+            )
+        return found
+
+    def _fetch_published(self, artifact: Artifact) -> Path | None:
+        record = read_record(self.root, artifact)
+        return None if record is None else self._fetch(artifact, record)
+
+    def _fetch(self, artifact: Artifact, record: bytes) -> Path | None:
+        """Copy from the root to this node, under the lock; None if damaged, which is logged."""
+        with self.local.building(artifact) as building:
+            try:
+                self.local.fill(
+                    building,
+                    artifact,
+                    write=lambda into: pull(self.root, artifact, record=record, into=into),
+                )
+            except DamagedError as error:
+                _log.warning("engines %s: damaged and not used: %s", self.uri, error)
+                return None
+            return self.local.publish(artifact, building)
 
 
-@contextmanager
-def _lock(engines_dir: Path, engine_id: str) -> Iterator[None]:
-    # The operating system drops an flock with its process, so a killed builder holds nobody up.
-    try:
-        engines_dir.mkdir(parents=True, exist_ok=True)
-        handle = (engines_dir / f".{engine_id}.lock").open("w")
-    except OSError as error:
-        raise EngineError(
-            f"engines folder {engines_dir} cannot be written ({error.strerror}); name another "
-            "with --engines or $CLIPMILL_ENGINES"
-        ) from error
-    with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+def is_engine_id(name: str) -> bool:
+    """Whether a name is one that an engine could have."""
+    return name.startswith(_ENGINE_PREFIXES) and _ID.fullmatch(name) is not None
 
 
-@contextmanager
-def _published(engine_id: str, *, engines_dir: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes the engine's own once all is in it, or goes."""
-    for left_by_a_killed_builder in engines_dir.glob(f".{engine_id}.building-*"):
-        shutil.rmtree(left_by_a_killed_builder)
-    building = Path(tempfile.mkdtemp(prefix=f".{engine_id}.building-", dir=engines_dir))
-    try:
-        yield building
-        building.chmod(0o755)  # mkdtemp makes it private; other users' actors may share the folder
-        building.rename(engines_dir / engine_id)
-    except BaseException:
-        shutil.rmtree(building)
-        raise
+def engine_artifact(engine_id: str) -> Artifact:
+    """Where an engine lies; ValueError if that is no engine id."""
+    files_in = partial(_manifest_files, engine_id)
+    return Artifact(path=_checked(engine_id), record=MANIFEST_FILE, files_in=files_in)
 
 
-def _build(checkpoint: Checkpoint, *, engine_id: str, building: Path) -> Manifest:
-    # torch and transformers are needed to build an engine, not to find or run one.
-    from engine.export import export_image_tower, export_text_tower, export_tokenizer
-    from engine.model import load_model
+def plan_artifact(engine_id: str, plan_id: str) -> Artifact:
+    """Where a plan lies; ValueError if that is no engine id or no plan id."""
+    path = f"{_checked(engine_id)}/{PLANS_DIR}/{_checked(plan_id)}"
+    return Artifact(path=path, record=PLAN_FILE)
 
-    model = load_model(checkpoint)
-    export_image_tower(
-        model.image_tower,
-        height=model.preprocessing.height,
-        width=model.preprocessing.width,
-        path=building / IMAGE_ONNX,
-    )
-    text = None
-    if model.text_tower is not None and model.token_rules is not None:
-        export_text_tower(model.text_tower, path=building / TEXT_ONNX)
-        text = export_tokenizer(checkpoint, rules=model.token_rules, path=building / TOKENIZER_FILE)
-    manifest = Manifest(
-        engine_id=engine_id,
-        checkpoint=checkpoint.name,
-        revision=checkpoint.revision,
-        checkpoint_digest=checkpoint.digest,
-        precision=PRECISION,
-        embedding_dim=model.embedding_dim,
-        preprocessing=model.preprocessing,
-        text=text,
-        files={path.name: file_digest(path) for path in sorted(building.iterdir())},
-        versions={name: version(name) for name in ("clipmill", "torch", "transformers", "onnx")},
-    )
-    manifest.write(building)
-    return manifest
+
+def _checked(name: str) -> str:
+    if not _ID.fullmatch(name):
+        raise ValueError(f"id {name!r}: expected letters, digits, '.', '_' and '-'")
+    return name
+
+
+def _manifest_files(engine_id: str, content: bytes, path: str) -> Mapping[str, str]:
+    manifest = parse_manifest(content, path=path)
+    if manifest.engine_id != engine_id:
+        raise DamagedError(f"{path}: of another engine, {manifest.engine_id}")
+    return manifest.files
+
+
+def _engine(directory: Path) -> Engine:
+    return Engine(directory=directory, manifest=read_manifest(directory))

@@ -6,9 +6,9 @@ The products of attention are written out rather than left to a fused call, and 
 that enters a product passes a `QuantizationPoint`, so that quantization can see and scale each.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "relu": functional.relu,
     "silu": functional.silu,
-    "tanh": torch.tanh,
 }
 
 
@@ -41,12 +40,22 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     return ACTIVATIONS[name]
 
 
+# Unit -> the points and the linear layers that are quantized together, by attribute.
+Units = Mapping[str, tuple[Sequence[str], Sequence[str]]]
+
+
 class QuantizationPoint(nn.Identity):
     """Where an activation enters a product; passes it on unchanged until the tower is quantized."""
 
 
 class Attention(nn.Module):
     """Multi-head self-attention: float [N, T, width] -> float [N, T, width]."""
+
+    UNITS: ClassVar[Units] = {
+        "qkv": (("input_point",), ("query", "key", "value")),
+        "products": (("query_point", "key_point", "probabilities_point", "value_point"), ()),
+        "output": (("output_point",), ("output",)),
+    }
 
     def __init__(self, width: int, *, num_heads: int) -> None:
         """Raise CheckpointError unless the heads divide the width."""
@@ -102,6 +111,11 @@ class SwiGLU(nn.Module):
 
 class FeedForward(nn.Module):
     """Two linear layers about an activation: float [..., width] -> float [..., width]."""
+
+    UNITS: ClassVar[Units] = {
+        "fc1": (("fc1_point",), ("fc1",)),
+        "fc2": (("fc2_point",), ("fc2",)),
+    }
 
     def __init__(self, width: int, *, hidden_width: int, act: str) -> None:
         """Name the activation as transformers does (`hidden_act`), or `swiglu`.

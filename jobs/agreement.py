@@ -6,7 +6,6 @@ Knows nothing of how either is executed.
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +16,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine.backends.onnx_cpu import OnnxCpuEncoder
+from engine.build import load_or_build
 from engine.checkpoint import Checkpoint, find_checkpoint
 from engine.errors import ClipmillError
 from engine.images import ImageLimits
 from engine.manifest import TextInput
 from engine.preprocess import decode_pixels
-from engine.registry import load_or_build
+from engine.registry import Registry
 from pipelines.catalog import CatalogConfig, open_catalog
 from pipelines.reading import CatalogDatasource, all_rows
 
@@ -46,7 +46,7 @@ class Agreement:
 
 
 def measure_agreement(
-    name: str, *, catalog_uri: str, num_rows: int, engines_dir: Path
+    name: str, *, catalog_uri: str, num_rows: int, engines_uri: str
 ) -> list[Agreement]:
     """Embed the first rows of a catalog both ways.
 
@@ -54,19 +54,19 @@ def measure_agreement(
         name: Checkpoint, a hub id or a folder.
         catalog_uri: With `image` bytes, and `text` if the checkpoint has a text tower.
         num_rows: How many rows.
-        engines_dir: Where this machine keeps its engines.
+        engines_uri: Where engines are kept.
     """
     checkpoint = find_checkpoint(name)
-    manifest = load_or_build(checkpoint, engines_dir=engines_dir)
-    encoder = OnnxCpuEncoder(engines_dir / manifest.engine_id, num_threads=2)
+    engine = load_or_build(checkpoint, registry=Registry(engines_uri))
+    encoder = OnnxCpuEncoder(engine.directory, num_threads=2)
     images, texts = _first_rows(catalog_uri, num_rows=num_rows)
     pixels = [
-        decode_pixels(image, preprocessing=manifest.preprocessing, limits=ImageLimits())
+        decode_pixels(image, preprocessing=engine.manifest.preprocessing, limits=ImageLimits())
         for image in images
     ]
-    reference = _Reference(checkpoint, text=manifest.text)
+    reference = _Reference(checkpoint, text=engine.manifest.text)
     results = [_compare("image", encoder.encode_images(np.stack(pixels)), reference.images(images))]
-    if manifest.text is not None:
+    if engine.manifest.text is not None:
         results.append(_compare("text", encoder.encode_texts(texts), reference.texts(texts)))
     return results
 

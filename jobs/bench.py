@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from engine.errors import ClipmillError
-from engine.registry import default_engines_dir
+from engine.registry import default_engines_uri
 from jobs.command import CommandParser, print_result, run
 from jobs.demo.catalog import sample_rows, write_catalog
 from jobs.demo.run import CHECKPOINT_DIR
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--checkpoint", default=str(CHECKPOINT_DIR), metavar="ID_OR_DIR")
     parser.add_argument("--catalog", metavar="URI", help="agreement: images and texts")
-    parser.add_argument("--engines", default=str(default_engines_dir()), metavar="DIR")
+    parser.add_argument("--engines", default=default_engines_uri(), metavar="URI")
     parser.add_argument("--store", metavar="URI", help="query: an indexed store of pairs")
     parser.add_argument("-k", type=int, nargs="+", default=[1, 5, 10], help="query: cut-offs")
     options = parser.parse_options(argv)
@@ -97,7 +97,7 @@ def _agreement(options: Namespace) -> tuple[Any, list[str]]:
         options.checkpoint,
         catalog_uri=options.catalog,
         num_rows=options.rows[0],
-        engines_dir=Path(options.engines),
+        engines_uri=options.engines,
     )
     return agreements, [agreement_line(agreement) for agreement in agreements]
 

@@ -6,10 +6,9 @@ Knows nothing of how it is done.
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 
 from engine.images import ImageLimits
-from engine.registry import default_engines_dir
+from engine.registry import default_engines_uri
 from jobs.cluster import ray_cluster
 from jobs.command import CommandParser, print_result, run
 from jobs.progress import shown_progress
@@ -54,7 +53,7 @@ def config_from(options: Namespace) -> EmbedConfig:
         store_uri=options.store,
         checkpoint=options.checkpoint,
         revision=options.revision,
-        engines_dir=Path(options.engines),
+        engines_uri=options.engines,
         dtype=options.dtype,
         limits=RowLimits(
             image=ImageLimits(
@@ -83,7 +82,7 @@ def _parser() -> CommandParser:
     what.add_argument("--store", required=True, metavar="URI", help="output folder")
     what.add_argument("--checkpoint", required=True, metavar="ID_OR_DIR", help="the model")
     what.add_argument("--revision", help="hub branch, tag or commit of the checkpoint")
-    what.add_argument("--engines", default=str(default_engines_dir()), metavar="DIR")
+    what.add_argument("--engines", default=default_engines_uri(), metavar="URI")
     what.add_argument("--dtype", default="float32", choices=("float32", "float16"))
     columns = parser.add_argument_group("columns of the catalog")
     columns.add_argument("--key-column", default="key", metavar="NAME")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.registry import default_engines_dir
+from engine.registry import default_engines_uri
 from jobs.command import CommandParser, print_result, run
 from pipelines.search import Searcher
 
@@ -23,9 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--among", choices=("image", "text"), help="which embeddings; images, if there are any"
     )
-    parser.add_argument("--engines", default=str(default_engines_dir()), metavar="DIR")
+    parser.add_argument("--engines", default=default_engines_uri(), metavar="URI")
     options = parser.parse_options(argv)
-    searcher = Searcher(options.store, engines_dir=Path(options.engines), modality=options.among)
+    searcher = Searcher(options.store, engines_uri=options.engines, modality=options.among)
     if options.text is not None:
         hits = searcher.by_text([options.text], num_hits=options.num_hits)[0]
     else:

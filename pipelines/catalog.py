@@ -13,9 +13,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from engine.file_systems import file_system_errors, open_file_system
 from pipelines import schema
 from pipelines.errors import CatalogError
-from pipelines.file_systems import file_system_errors, open_file_system
 from pipelines.schema import MODALITIES, Modality
 
 NO_COLUMN = "none"

@@ -18,7 +18,7 @@ from engine.preprocess import Preprocessing, decode_pixels
 from pipelines import schema
 from pipelines.fetch import FetchFailure, fetch_all
 from pipelines.fingerprints import row_fingerprints
-from pipelines.progress import StageMeter
+from pipelines.progress import StageMeter, metered
 from pipelines.schema import Modality, Reason, Stage
 
 # (reason, detail), or None for a row that is fine.
@@ -52,7 +52,7 @@ def decode_batch(
     preprocessing: Preprocessing,
     limits: RowLimits,
     carry_columns: Sequence[str],
-    meter: StageMeter,
+    meter: StageMeter | None = None,
 ) -> pa.Table:
     """Decode a batch of canonical rows (see `reading.CatalogDatasource`).
 
@@ -61,7 +61,7 @@ def decode_batch(
         (uint8 [H, W, 3], RGB, HWC) or null, `text` or null, `fingerprint`, `stage`, `reason` and
         `detail` (null where the row is fine), `source_file`, `source_row`, carried columns.
     """
-    with meter.batch() as size:
+    with metered(meter) as size:
         parts = []
         for modality in modalities:
             wanted = table.filter(table[schema.WANTED[modality]])

@@ -8,16 +8,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from engine.build import engine_id_of
 from engine.checkpoint import find_checkpoint
 from engine.errors import EngineError
 from engine.manifest import Manifest
-from engine.registry import default_engines_dir, engine_id_of, find_engine
+from engine.registry import Engine, Registry, default_engines_uri
 from pipelines import schema
 from pipelines.assembly import count_rejects, next_files
 from pipelines.catalog import Catalog, CatalogConfig, open_catalog
@@ -55,8 +55,8 @@ class EmbedConfig:
     """Hub id, or a folder that all nodes can read."""
     revision: str | None = None
     """Hub branch, tag or commit."""
-    engines_dir: Path = field(default_factory=default_engines_dir)
-    """Where a node keeps its engines."""
+    engines_uri: str = field(default_factory=default_engines_uri)
+    """Where engines are kept: a folder, each node's own or shared, or any fsspec URI."""
     dtype: EmbeddingDtype = "float32"
     """Of stored embeddings; float16 halves the store, but not every reader of Parquet knows it."""
     limits: RowLimits = field(default_factory=RowLimits)
@@ -122,6 +122,7 @@ def embed(
     store = Store(config.store_uri)
     catalog = open_catalog(config.catalog)
     engine = _engine_record(config)
+    registry = Registry(config.engines_uri)
     store.check_writable()
     parent = current_snapshot(store)
     _check_parent(parent, config=config, catalog=catalog, engine=engine, store=store)
@@ -142,13 +143,13 @@ def embed(
         add_catalog(ledger, catalog, parent=parent, store=store, num_cpus=config.resources.io_cpus)
         ledger.settle()
         counts = ledger.counts()
-        manifest = _ready_manifest(config, engine=engine, catalog=catalog)
+        manifest = _ready_manifest(config, engine=engine, registry=registry, catalog=catalog)
         if counts.num_due_rows:
             pass_ = Pass(
                 catalog=catalog,
                 engine=engine,
                 manifest=manifest,
-                engines_dir=config.engines_dir,
+                registry=registry,
                 store=store,
                 plan_id=plan_id,
                 dtype=config.dtype,
@@ -225,13 +226,15 @@ def _same_state(snapshot: Snapshot, parent: Snapshot) -> bool:
     return set(snapshot.files) == set(parent.files) and snapshot.catalog == parent.catalog
 
 
-def _ready_manifest(config: EmbedConfig, *, engine: EngineRecord, catalog: Catalog) -> Manifest:
-    manifest = find_engine(engine.engine_id, engines_dir=config.engines_dir)
+def _ready_manifest(
+    config: EmbedConfig, *, engine: EngineRecord, registry: Registry, catalog: Catalog
+) -> Manifest:
+    manifest = registry.manifest(engine.engine_id)
     if manifest is None:
         # In a worker: building takes torch, which the driver then need not hold.
         build: Any = ray.remote(cast("Any", ready_engine))
         build = build.options(num_cpus=config.resources.decode_cpus)
-        manifest = cast("Manifest", ray.get(build.remote(engine, engines_dir=config.engines_dir)))
+        manifest = cast("Engine", ray.get(build.remote(engine, registry=registry))).manifest
     absent = [name for name in catalog.modalities if name not in manifest.modalities]
     if absent:
         leave_out = " ".join(f"--{modality}-column none" for modality in absent)

@@ -3,7 +3,6 @@
 Knows nothing of where rows come from or go to.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,34 +11,43 @@ from numpy.typing import NDArray
 
 from engine.backends.encoder import Encoder
 from engine.backends.onnx_cpu import OnnxCpuEncoder
+from engine.build import engine_id_of, load_or_build, unquantized_precision
 from engine.checkpoint import find_checkpoint
 from engine.errors import ClipmillError, EngineError
-from engine.manifest import Manifest
-from engine.registry import find_engine, load_or_build
+from engine.registry import Engine, Registry
 from pipelines import schema
 from pipelines.progress import StageMeter
 from pipelines.snapshots import EngineRecord
 
 
-def ready_engine(record: EngineRecord, *, engines_dir: Path) -> Manifest:
+def ready_engine(record: EngineRecord, *, registry: Registry) -> Engine:
     """Find the very engine that a record names; build it only if it is not there.
 
     Raises:
         CheckpointError: Its checkpoint cannot be found or built from.
-        EngineError: The checkpoint there now gives another engine.
+        EngineError: The checkpoint there now gives another engine, or the engine takes more than
+            a checkpoint to build.
     """
-    found = find_engine(record.engine_id, engines_dir=engines_dir)
+    found = registry.find(record.engine_id)
     if found is not None:
         return found
-    checkpoint = find_checkpoint(record.checkpoint, revision=record.revision)
-    manifest = load_or_build(checkpoint, engines_dir=engines_dir)
-    if manifest.engine_id != record.engine_id:
+    precision = unquantized_precision(record.engine_id)
+    if precision is None:
         raise EngineError(
-            f"checkpoint {record.checkpoint} gives engine {manifest.engine_id} here, "
+            f"engine {record.engine_id} is not among the engines at {registry.uri}, and a worker "
+            "cannot build it: it was calibrated on a catalog. Name with --engines the URI that it "
+            "was built under, one that every node reaches, or build it there with "
+            "`clipmill engine build`"
+        )
+    checkpoint = find_checkpoint(record.checkpoint, revision=record.revision)
+    engine_id = engine_id_of(checkpoint, precision=precision)
+    if engine_id != record.engine_id:
+        raise EngineError(
+            f"checkpoint {record.checkpoint} gives engine {engine_id} here, "
             f"{record.engine_id} is needed: its files have changed or differ between machines. "
             "Bring the same files back, or embed into another store"
         )
-    return manifest
+    return load_or_build(checkpoint, registry=registry, precision=precision)
 
 
 class EncodeStage:
@@ -49,7 +57,7 @@ class EncodeStage:
         self,
         *,
         engine: EngineRecord,
-        engines_dir: Path,
+        registry: Registry,
         num_threads: int,
         dtype: schema.EmbeddingDtype,
         meter: StageMeter,
@@ -61,10 +69,8 @@ class EncodeStage:
         """
         self._error: ClipmillError | None = None
         try:
-            manifest = ready_engine(engine, engines_dir=engines_dir)
-            self._encoder: Encoder = OnnxCpuEncoder(
-                engines_dir / manifest.engine_id, num_threads=num_threads
-            )
+            directory = ready_engine(engine, registry=registry).directory
+            self._encoder: Encoder = OnnxCpuEncoder(directory, num_threads=num_threads)
         except ClipmillError as error:
             self._error = error
         self._dtype = np.dtype(dtype)

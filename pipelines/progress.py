@@ -98,6 +98,16 @@ class StageMeter:
 
 
 @contextmanager
+def metered(meter: StageMeter | None) -> Iterator[Callable[[int, int], None]]:
+    """`meter.batch()`, or without a meter the same that counts nothing."""
+    if meter is None:
+        yield lambda num_rows, num_bytes: None
+        return
+    with meter.batch() as size:
+        yield size
+
+
+@contextmanager
 def polled(board: Any, on_progress: Callable[[Progress], None] | None) -> Iterator[None]:
     """Hand a board's progress to `on_progress` now and then, and once at the end."""
     if on_progress is None:

@@ -4,7 +4,6 @@ Knows nothing of why the rows were chosen or what becomes of them.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,11 +16,11 @@ from numpy.typing import NDArray
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
+from engine.file_systems import file_system_errors
 from pipelines import schema
 from pipelines.catalog import Catalog, ImageLayout
 from pipelines.errors import CatalogError
-from pipelines.file_systems import file_system_errors
-from pipelines.progress import StageMeter
+from pipelines.progress import StageMeter, metered
 from pipelines.schema import MODALITIES, Modality
 
 ROWS_PER_READ = 256
@@ -118,16 +117,12 @@ def _read(
 ) -> Iterator[pa.Table]:
     tables = _tables(catalog, piece, content)
     while True:
-        with meter.batch() if meter else nullcontext(_uncounted) as size:
+        with metered(meter) as size:
             table = next(tables, None)
             if table is None:
                 return
             size(table.num_rows, table.nbytes)
         yield table
-
-
-def _uncounted(num_rows: int, num_bytes: int) -> None:
-    """Stands in for a meter's count."""
 
 
 def _tables(

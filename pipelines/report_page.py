@@ -11,15 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import matplotlib.style
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
 from engine.images import ImageLimits, ImageRejected, rgb_image
+from pipelines import drawing
+from pipelines.drawing import ACCENT, INK, WARNING, Plot, compact, render, svg_of
 from pipelines.report import RunReport
 
 MAX_THUMBNAIL_PIXELS = 160
@@ -28,33 +26,9 @@ MAX_INLINE_BYTES = 16 * 2**10
 JPEG_QUALITY = 82
 # More steps than this cannot be told apart in a plot as wide as a phone.
 MAX_INTERVALS = 200
-SVG_WIDTH_INCHES = 4.7
 # Longer names of reasons would leave no room for their bars.
 MAX_LABEL_CHARACTERS = 30
 SIZE_UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB")
-
-# Stand for the page's colours while matplotlib draws, so that a plot turns dark with the page.
-_INK, _MUTED, _ACCENT, _WARNING = "#010203", "#010204", "#010205", "#010206"
-_CSS_COLORS = {_INK: "ink", _MUTED: "muted", _ACCENT: "accent", _WARNING: "warning"}
-_STYLE: dict[str, object] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "clipmill",
-    "text.parse_math": False,
-    "font.size": 10,
-    "text.color": _INK,
-    "axes.edgecolor": _MUTED,
-    "axes.labelcolor": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "grid.color": _MUTED,
-    "grid.alpha": 0.25,
-}
 
 _MIME_TYPES = (
     (re.compile(rb"\xff\xd8\xff"), "image/jpeg"),
@@ -91,16 +65,6 @@ class QuerySheet:
     """Best first."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plot:
-    """A drawing and its words."""
-
-    svg: Markup
-    """An <svg> element that inherits the page's colours."""
-    alt: str
-    """What it shows, for who cannot see it."""
-
-
 def render_page(report: RunReport, *, sheets: Sequence[QuerySheet] = ()) -> str:
     """Draw a report.
 
@@ -112,23 +76,15 @@ def render_page(report: RunReport, *, sheets: Sequence[QuerySheet] = ()) -> str:
     Returns:
         An HTML document without scripts; write it as UTF-8.
     """
-    environment = Environment(
-        loader=PackageLoader("pipelines", package_path=""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "size": size_text,
-        "duration": duration_text,
-        "thumbnail": thumbnail_uri,
-    }
-    return environment.get_template("report.html").render(
-        report=report,
-        sheets=sheets,
-        rate=rate_plot(report.samples),
-        rejects=rejects_plot(report.rejects_by_reason),
+    return render(
+        "report.html",
+        filters={"size": size_text, "duration": duration_text, "thumbnail": thumbnail_uri},
+        values={
+            "report": report,
+            "sheets": sheets,
+            "rate": rate_plot(report.samples),
+            "rejects": rejects_plot(report.rejects_by_reason),
+        },
     )
 
 
@@ -204,14 +160,13 @@ def rate_plot(samples: Sequence[tuple[float, int]]) -> Plot | None:
     unit, unit_seconds = _time_unit(seconds[-1])
     times = [second / unit_seconds for second in seconds]
 
-    with matplotlib.style.context(["default", _STYLE]):
-        figure = Figure(figsize=(SVG_WIDTH_INCHES, 3.5), layout="constrained")
+    with drawing.figure(height_inches=3.5) as figure:
         rate_axes, count_axes = figure.subplots(2, sharex=True, height_ratios=(3, 2))
-        rate_axes.stairs(rates, times, fill=True, color=_ACCENT, alpha=0.3)
-        rate_axes.stairs(rates, times, color=_ACCENT, linewidth=1.2)
-        rate_axes.axhline(mean, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
-        rate_axes.set_title(f"rows/s (dashed: mean {_compact(mean)})")
-        count_axes.plot(times, counts, color=_ACCENT, linewidth=1.6)
+        rate_axes.stairs(rates, times, fill=True, color=ACCENT, alpha=0.3)
+        rate_axes.stairs(rates, times, color=ACCENT, linewidth=1.2)
+        rate_axes.axhline(mean, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+        rate_axes.set_title(f"rows/s (dashed: mean {compact(mean)})")
+        count_axes.plot(times, counts, color=ACCENT, linewidth=1.6)
         count_axes.set_title("rows so far")
         count_axes.set_xlabel(unit)
         for axes in (rate_axes, count_axes):
@@ -219,13 +174,13 @@ def rate_plot(samples: Sequence[tuple[float, int]]) -> Plot | None:
             axes.set_xlim(times[0], times[-1])
             axes.grid(visible=True)
             axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda number, _: _compact(number)))
-        svg = _svg(figure, name="rate")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda number, _: compact(number)))
+        svg = svg_of(figure, name="rate")
     return Plot(
         svg=svg,
         alt=(
-            f"{num_rows:,} rows encoded in {duration_text(span)}: {_compact(mean)} rows/s on "
-            f"average, between {_compact(min(rates))} and {_compact(max(rates))}"
+            f"{num_rows:,} rows encoded in {duration_text(span)}: {compact(mean)} rows/s on "
+            f"average, between {compact(min(rates))} and {compact(max(rates))}"
         ),
     )
 
@@ -252,15 +207,6 @@ def _time_unit(seconds: float) -> tuple[str, float]:
     return "hours", 3600.0
 
 
-def _compact(number: float) -> str:
-    """Three digits and a unit: 1234567 is "1.23M"."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        # 999.5 would be rounded to the next unit.
-        if number >= 0.9995 * size:
-            return f"{float(f'{number / size:.3g}'):g}{unit}"
-    return f"{float(f'{number:.3g}'):g}"
-
-
 def rejects_plot(rejects_by_reason: dict[str, int]) -> Plot | None:
     """Draw a bar for each reason, the most frequent first.
 
@@ -274,10 +220,9 @@ def rejects_plot(rejects_by_reason: dict[str, int]) -> Plot | None:
     if not rejects:
         return None
     reasons, counts = zip(*rejects, strict=True)
-    with matplotlib.style.context(["default", _STYLE]):
-        figure = Figure(figsize=(SVG_WIDTH_INCHES, 0.4 + 0.34 * len(rejects)), layout="constrained")
+    with drawing.figure(height_inches=0.4 + 0.34 * len(rejects)) as figure:
         axes: Axes = figure.subplots()
-        bars = axes.barh(range(len(rejects)), counts, height=0.62, color=_WARNING)
+        bars = axes.barh(range(len(rejects)), counts, height=0.62, color=WARNING)
         axes.bar_label(bars, labels=[f"{count:,}" for count in counts], padding=4)
         axes.set_yticks(
             range(len(rejects)), labels=[reason[:MAX_LABEL_CHARACTERS] for reason in reasons]
@@ -287,27 +232,6 @@ def rejects_plot(rejects_by_reason: dict[str, int]) -> Plot | None:
         axes.xaxis.set_visible(False)
         axes.spines["bottom"].set_visible(False)
         axes.tick_params(axis="y", length=0)
-        svg = _svg(figure, name="rejects")
+        svg = svg_of(figure, name="rejects")
     listed = ", ".join(f"{reason} {count:,}" for reason, count in rejects)
     return Plot(svg=svg, alt=f"Rejects by reason: {listed}")
-
-
-def _svg(figure: Figure, *, name: str) -> Markup:
-    """Write an <svg> element for the inside of an HTML page; `name` keeps its ids apart."""
-    stream = io.StringIO()
-    # Without a date and a creator there is no metadata element at all.
-    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
-    svg = stream.getvalue()
-    # HTML knows the namespaces, and the page's style sheet gives the size. Matplotlib's own style
-    # element would reach the whole page.
-    svg = re.sub(
-        r'.*?<svg [^>]*(viewBox="[^"]*")[^>]*>', r"<svg \1>", svg, count=1, flags=re.DOTALL
-    )
-    svg = re.sub(r"<style.*?</style>", "", svg, count=1, flags=re.DOTALL)
-    svg = svg.replace("xlink:href", "href")
-    svg = re.sub(r'(\sid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
-    for color, variable in _CSS_COLORS.items():
-        svg = svg.replace(color, f"var(--{variable})")
-    # Matplotlib has escaped the texts, and draws them and shapes, nothing else.
-    return Markup(svg)

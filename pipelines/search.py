@@ -6,7 +6,6 @@ Knows nothing of how the index was built or how answers are shown.
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from engine.backends.onnx_cpu import OnnxCpuEncoder
 from engine.images import ImageLimits
 from engine.preprocess import decode_pixels
+from engine.registry import Registry
 from pipelines.encode import ready_engine
 from pipelines.errors import StoreError
 from pipelines.indexing import load_index
@@ -35,12 +35,12 @@ class Hit:
 class Searcher:
     """A store's current snapshot, ready to be asked."""
 
-    def __init__(self, store_uri: str, *, engines_dir: Path, modality: Modality | None) -> None:
+    def __init__(self, store_uri: str, *, engines_uri: str, modality: Modality | None) -> None:
         """Load the index and the engine that its embeddings were made with.
 
         Args:
             store_uri: A store with an index.
-            engines_dir: Where this machine keeps its engines; one that is missing is built.
+            engines_uri: Where engines are kept; one that is missing is built.
             modality: What to search among; None: images, if the store has them.
 
         Raises:
@@ -60,10 +60,8 @@ class Searcher:
         self.snapshot = snapshot
         self.modality: Modality = modality or snapshot.modalities[0]
         self._index, self._keys = load_index(store, snapshot, modality=self.modality)
-        manifest = ready_engine(snapshot.engine, engines_dir=engines_dir)
-        self._encoder = OnnxCpuEncoder(
-            engines_dir / manifest.engine_id, num_threads=os.cpu_count() or 1
-        )
+        engine = ready_engine(snapshot.engine, registry=Registry(engines_uri))
+        self._encoder = OnnxCpuEncoder(engine.directory, num_threads=os.cpu_count() or 1)
 
     def by_text(self, texts: Sequence[str], *, num_hits: int) -> list[list[Hit]]:
         """The nearest keys to each text, best first; ValueError for an empty text."""

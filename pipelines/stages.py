@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 
 from engine.manifest import Manifest
+from engine.registry import Registry
 from pipelines import schema
 from pipelines.catalog import Catalog
 from pipelines.decode import RowLimits, decode_batch
@@ -77,8 +77,8 @@ class Pass:
     """What encodes."""
     manifest: Manifest
     """Of that engine."""
-    engines_dir: Path
-    """Where a node keeps its engines."""
+    registry: Registry
+    """Where the engine is kept."""
     store: Store
     """Where to."""
     plan_id: str
@@ -128,7 +128,7 @@ def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Iterator[l
         EncodeStage,
         fn_constructor_kwargs={
             "engine": pass_.engine,
-            "engines_dir": pass_.engines_dir,
+            "registry": pass_.registry,
             "num_threads": resources.encoder_threads,
             "dtype": pass_.dtype,
             "meter": StageMeter(board, stage="encode"),

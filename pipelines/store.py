@@ -10,21 +10,19 @@ Knows nothing of what the files hold.
       runs/RUN/                    report.html, report.json
 """
 
-import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO, cast
 
 import pyarrow as pa
-from fsspec.implementations.local import LocalFileSystem
 
+from engine.folders import Folder
 from pipelines.errors import CommitConflictError, StoreError
-from pipelines.file_systems import file_system_errors, open_file_system
 
 
-class Store:
-    """A folder at any fsspec URI. Small, and safe to send to workers."""
+class Store(Folder):
+    """The folder of a store."""
 
     def __init__(self, uri: str) -> None:
         """Find the file system of `uri`; nothing is read or written yet.
@@ -32,36 +30,13 @@ class Store:
         Raises:
             StoreError: No such kind of file system, or the package that reads it is missing.
         """
-        self.uri = uri
-        try:
-            self._fs, self._root = open_file_system(uri)
-        except (ValueError, ImportError) as error:
-            raise StoreError(f"store {uri}: {error}") from error
-
-    @property
-    def is_local(self) -> bool:
-        """Whether the store is on a mounted file system."""
-        return isinstance(self._fs, LocalFileSystem)
-
-    def full_path(self, relative: str) -> str:
-        """The path that the file system knows, for messages and local readers."""
-        return f"{self._root}/{relative}"
+        super().__init__(uri, called="store", error=StoreError)
 
     def check_writable(self) -> None:
         """Write and remove a probe; StoreError if the store cannot be written."""
         probe = f".probe-{uuid.uuid4().hex}"
         self.create(probe, b"")  # what a commit will do, hours later
-        with self._errors(probe, "removed"):
-            self._fs.rm_file(self.full_path(probe))
-
-    def publish(self, relative: str, content: bytes) -> None:
-        """Write a file whole or not at all, replacing one of the same name."""
-        path = self.full_path(relative)
-        with self._errors(relative, "written"):
-            if not self.is_local:
-                self._fs.pipe_file(path, content)  # an object appears when its upload ends
-                return
-            os.replace(self._write_aside(path, content), path)
+        self.remove(probe)
 
     def create(self, relative: str, content: bytes) -> None:
         """Write a file that must not exist yet; of two writers exactly one succeeds.
@@ -70,29 +45,13 @@ class Store:
             CommitConflictError: The file exists.
             StoreError: It cannot be written.
         """
-        path = self.full_path(relative)
-        with self._errors(relative, "written"):
-            # Outside the `try` below: a file in the place of the folder "exists" too.
-            aside = self._write_aside(path, content) if self.is_local else None
-            try:
-                if aside is None:
-                    with self._fs.open(path, "xb") as file:
-                        file.write(content)
-                else:
-                    os.link(aside, path)  # unlike a rename, refuses to replace
-            except FileExistsError:
-                raise CommitConflictError(
-                    f"{path} exists: another run committed it first. Nothing was lost; run the "
-                    "same command again"
-                ) from None
-            finally:
-                if aside is not None:
-                    os.unlink(aside)
-
-    def read(self, relative: str) -> bytes:
-        """The content of a file; StoreError if it is missing or cannot be read."""
-        with self._errors(relative, "read"):
-            return cast("bytes", self._fs.cat_file(self.full_path(relative)))
+        try:
+            super().create(relative, content)
+        except FileExistsError as error:
+            raise CommitConflictError(
+                f"{error}: another run committed it first. Nothing was lost; run the same command "
+                "again"
+            ) from None
 
     @contextmanager
     def open(self, relative: str) -> Iterator[BinaryIO]:
@@ -109,41 +68,3 @@ class Store:
                     f"store {self.uri}: {relative} is damaged ({str(error).splitlines()[0]}); put "
                     "back a copy of it, or embed into another store"
                 ) from error
-
-    def list(self, folder: str, *, suffix: str) -> list[str]:
-        """The files directly in a folder, by name; empty if there is no such folder."""
-        with self._errors(folder, "listed"):
-            self._fs.invalidate_cache()
-            try:
-                entries = self._fs.ls(self.full_path(folder), detail=False)
-            except FileNotFoundError:
-                return []
-        names = sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries)
-        return [f"{folder}/{name}" for name in names if name.endswith(suffix) and name[0] != "."]
-
-    def _write_aside(self, path: str, content: bytes) -> str:
-        folder, name = path.rsplit("/", 1)
-        os.makedirs(folder, exist_ok=True)
-        aside = f"{folder}/.{name}.{uuid.uuid4().hex}"
-        with open(aside, "wb") as file:
-            try:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            except OSError:
-                os.unlink(aside)  # a full disk keeps no half file
-                raise
-        return aside
-
-    @contextmanager
-    def _errors(self, relative: str, verb: str) -> Iterator[None]:
-        try:
-            yield
-        except StoreError:
-            raise
-        except file_system_errors() as error:
-            what = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise StoreError(
-                f"store {self.uri}: {relative} cannot be {verb}: {what}. "
-                "Check the path, its permissions and the free space"
-            ) from error

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from engine.registry import Registry
 from pipelines.catalog import CatalogConfig
 from pipelines.decode import RowLimits
 from pipelines.embedding import EmbedConfig, EmbedResult, embed
@@ -30,6 +31,7 @@ from tests.catalogs import (
     stored_snapshot,
     write_rows,
 )
+from tests.object_store import s3_bucket
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,7 +51,7 @@ def run(checkpoint_dir: Path, engines_dir: Path, local_ray: None):
                 catalog=CatalogConfig(uri=str(catalog_dir), **(columns or {})),
                 store_uri=str(store_dir),
                 checkpoint=str(checkpoint),
-                engines_dir=engines_dir,
+                engines_uri=str(engines_dir),
                 **options,
             )
         )
@@ -358,3 +360,23 @@ def test_a_killed_run_is_finished_by_the_next(
     assert result.counts.num_live["image"] + result.counts.num_live["text"] >= staged
     for modality in ("image", "text"):
         assert set(stored_embeddings(store_dir, modality=modality)) == {r["key"] for r in rows}
+
+
+def test_engines_may_be_kept_on_an_object_store(
+    tmp_path: Path, checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    catalog_dir = write_rows(tmp_path / "catalog", scene_rows(4))
+    with s3_bucket() as bucket:
+        command = [sys.executable, "-m", "jobs.embed", "--catalog", str(catalog_dir)]
+        command += ["--store", str(tmp_path / "store"), "--checkpoint", str(checkpoint_dir)]
+        command += ["--engines", f"{bucket}/engines"]
+        environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+        subprocess.run(command, cwd=ROOT, env=environment, check=True)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache-of-another-node"))
+        engine_id = stored_snapshot(tmp_path / "store").engine.engine_id
+        copied = Registry(f"{bucket}/engines").find(engine_id)
+    assert len(stored_rows(tmp_path / "store")) == 8
+    assert copied is not None
+    built = next((tmp_path / "cache").rglob("image.onnx"))
+    assert built.parent.name == copied.directory.name == engine_id
+    assert built.read_bytes() == (copied.directory / "image.onnx").read_bytes()

@@ -16,8 +16,9 @@ PACKAGES = ("engine", "pipelines", "jobs")
 ONLY_IN = {
     "tensorrt": ("engine/plan.py", "engine/backends/trt.py"),
     "tensorrt_rtx": ("engine/plan.py", "engine/backends/trt.py"),
-    "modelopt": ("engine/quantize.py", "engine/export.py", "engine/gate.py"),
-    "onnx": ("engine/quantize.py", "engine/export.py", "engine/gate.py"),
+    "modelopt": ("engine/quantize.py",),
+    "onnx": ("engine/audit.py",),
+    "triton": ("engine/backends/kernels.py", "engine/backends/attention_kernel.py"),
     "faiss": ("pipelines/indexing.py", "pipelines/search.py"),
 }
 # Library -> packages that may not import it.
@@ -30,6 +31,7 @@ LIGHT_MODULES = (
     "engine.preprocess",
     "engine.manifest",
     "engine.registry",
+    "engine.build",
     "engine.backends.onnx_cpu",
 )
 HEAVY_LIBRARIES = ("torch", "transformers", "tensorrt", "faiss")

@@ -14,11 +14,12 @@ from transformers import AutoTokenizer, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from engine.backends.onnx_cpu import ROWS_PER_CALL, OnnxCpuEncoder
+from engine.build import load_or_build
 from engine.checkpoint import find_checkpoint
 from engine.errors import EngineError
 from engine.images import ImageLimits
 from engine.preprocess import decode_pixels
-from engine.registry import load_or_build
+from engine.registry import Registry
 from jobs.demo.scenes import Scene, scenes
 from tests.checkpoints import IMAGE_SIZE, save_dual_encoder, save_image_only
 
@@ -27,8 +28,8 @@ NUM_SCENES = 50
 
 @pytest.fixture(scope="module")
 def engine_dir(checkpoint_dir: Path, engines_dir: Path) -> Path:
-    manifest = load_or_build(find_checkpoint(str(checkpoint_dir)), engines_dir=engines_dir)
-    return engines_dir / manifest.engine_id
+    checkpoint = find_checkpoint(str(checkpoint_dir))
+    return load_or_build(checkpoint, registry=Registry(str(engines_dir))).directory
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +152,8 @@ def test_the_batch_has_no_influence(
 
 def test_bert_texts_of_unlike_lengths(tmp_path: Path) -> None:
     checkpoint = find_checkpoint(str(save_dual_encoder(tmp_path / "checkpoint")))
-    manifest = load_or_build(checkpoint, engines_dir=tmp_path)
-    encoder = OnnxCpuEncoder(tmp_path / manifest.engine_id, num_threads=1)
+    engine = load_or_build(checkpoint, registry=Registry(str(tmp_path)))
+    encoder = OnnxCpuEncoder(engine.directory, num_threads=1)
     texts = ["the red circle on a green square", "", "red", "a square 42"]
     alone = np.concatenate([encoder.encode_texts([text]) for text in texts])
     np.testing.assert_allclose(encoder.encode_texts(texts), alone, rtol=0, atol=1e-5)
@@ -183,10 +184,10 @@ def test_other_pixels_are_refused(encoder: OnnxCpuEncoder, pixels: np.ndarray) -
 
 def test_image_only_engine_refuses_texts(tmp_path: Path) -> None:
     checkpoint = find_checkpoint(str(save_image_only(tmp_path / "checkpoint")))
-    manifest = load_or_build(checkpoint, engines_dir=tmp_path)
-    encoder = OnnxCpuEncoder(tmp_path / manifest.engine_id, num_threads=1)
+    engine = load_or_build(checkpoint, registry=Registry(str(tmp_path)))
+    encoder = OnnxCpuEncoder(engine.directory, num_threads=1)
     images = encoder.encode_images(np.zeros((2, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8))
-    assert images.shape == (2, manifest.embedding_dim)
+    assert images.shape == (2, engine.manifest.embedding_dim)
     with pytest.raises(EngineError, match="has no text tower"):
         encoder.encode_texts(["a red circle"])
 

@@ -13,7 +13,7 @@ from tests.catalogs import scene_rows, stored_embeddings
 
 @pytest.fixture(scope="module")
 def searcher(scene_store: Path, engines_dir: Path) -> Searcher:
-    return Searcher(str(scene_store), engines_dir=engines_dir, modality=None)
+    return Searcher(str(scene_store), engines_uri=str(engines_dir), modality=None)
 
 
 def test_an_image_finds_itself_first(searcher: Searcher):
@@ -43,7 +43,7 @@ def test_vectors_are_ranked_by_cosine(searcher: Searcher, scene_store: Path):
 
 
 def test_texts_can_be_searched_too(scene_store: Path, engines_dir: Path):
-    among_texts = Searcher(str(scene_store), engines_dir=engines_dir, modality="text")
+    among_texts = Searcher(str(scene_store), engines_uri=str(engines_dir), modality="text")
     row = scene_rows(60)[9]
     assert among_texts.by_text([row["text"]], num_hits=1)[0][0].key == row["key"]
 
@@ -73,12 +73,12 @@ def test_a_store_without_snapshot_index_or_modality_says_so(
     scene_store: Path, engines_dir: Path, tmp_path: Path
 ):
     with pytest.raises(StoreError, match="no snapshot; run `clipmill embed` first"):
-        Searcher(str(tmp_path / "empty"), engines_dir=engines_dir, modality=None)
+        Searcher(str(tmp_path / "empty"), engines_uri=str(engines_dir), modality=None)
     bare = tmp_path / "bare"
     shutil.copytree(scene_store, bare)
     shutil.rmtree(bare / "indexes")
     with pytest.raises(IndexMissingError, match="run `clipmill index"):
-        Searcher(str(bare), engines_dir=engines_dir, modality="image")
+        Searcher(str(bare), engines_uri=str(engines_dir), modality="image")
 
 
 def test_the_engine_answers_when_its_checkpoint_is_gone(
@@ -91,5 +91,5 @@ def test_the_engine_answers_when_its_checkpoint_is_gone(
     start = record.index('"checkpoint": "') + len('"checkpoint": "')
     gone = record[:start] + str(tmp_path / "gone") + record[record.index('"', start) :]
     manifest.write_text(gone)
-    found = Searcher(str(moved), engines_dir=engines_dir, modality="image")
+    found = Searcher(str(moved), engines_uri=str(engines_dir), modality="image")
     assert found.by_text(["a ring"], num_hits=1)[0]

@@ -61,7 +61,9 @@ class ImageBackbone(PixelBackbone):
         self.blocks = nn.ModuleList(PreNormBlock(shape) for _ in range(config.num_hidden_layers))
         self.post_norm = nn.LayerNorm(shape.width, eps=shape.norm_eps)
         self.pooler = nn.Linear(shape.width, self.width)
-        self.pooler_act = activation(config.pooler_act)
+        # The default is one that no block uses.
+        is_tanh = config.pooler_act == "tanh"
+        self.pooler_act = torch.tanh if is_tanh else activation(config.pooler_act)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Encode normalized pixels."""

@@ -8,7 +8,7 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.registry import default_engines_dir
+from engine.registry import default_engines_uri
 from jobs.command import CommandParser, print_result, run
 from jobs.demo.catalog import SampleRow, sample_rows, write_catalog
 from jobs.embed import run_embed
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = CommandParser("demo", description="From nothing to a report with pictures, offline.")
     parser.add_argument("--out", default="demo-output", metavar="DIR", help="output folder")
     parser.add_argument("--rows", type=int, default=2_000, help="scenes in the sample catalog")
-    parser.add_argument("--engines", default=str(default_engines_dir()), metavar="DIR")
+    parser.add_argument("--engines", default=default_engines_uri(), metavar="URI")
     parser.add_argument("--no-open", action="store_true", help="do not open the report")
     options = parser.parse_options(argv)
     if options.rows < NUM_SHEETS:
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         catalog=CatalogConfig(uri=str(catalog_dir)),
         store_uri=str(store_dir),
         checkpoint=str(CHECKPOINT_DIR),
-        engines_dir=Path(options.engines),
+        engines_uri=options.engines,
     )
     report, _ = run_embed(config)
     build_index(IndexConfig(store_uri=config.store_uri))
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _save_page(config: EmbedConfig, *, report: RunReport, rows: Sequence[SampleRow]) -> str:
-    searcher = Searcher(config.store_uri, engines_dir=config.engines_dir, modality="image")
+    searcher = Searcher(config.store_uri, engines_uri=config.engines_uri, modality="image")
     asked = rows[:: len(rows) // NUM_SHEETS][:NUM_SHEETS]
     by_words, by_picture = asked[:-2], asked[-2:]
     answers = [

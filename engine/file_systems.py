@@ -27,3 +27,13 @@ def file_system_errors() -> tuple[type[Exception], ...]:
     # Where nothing has imported botocore, nothing raises them.
     botocore: Any = sys.modules.get("botocore.exceptions")
     return (OSError, aiohttp.ClientError, *([botocore.BotoCoreError] if botocore else []))
+
+
+def is_write_conflict(error: OSError) -> bool:
+    """Whether an object store refused a write because another one is under way, and asks again.
+
+    S3 answers 409 ConditionalRequestConflict to some of those who create an object at once:
+    https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-writes.html
+    """
+    response = getattr(error.__cause__, "response", None) or {}
+    return bool(response.get("Error", {}).get("Code") == "ConditionalRequestConflict")

@@ -1,0 +1,151 @@
+"""A tower's blocks as few large steps: FP8 or 16-bit products, and the kernels between them.
+
+Knows nothing of batches, streams or engines; runs on whatever stream is current.
+
+A block is four products and four kernels. A kernel hands FP8 to a product that reads FP8, and
+nothing is read only to be converted. The residual stream has the tower's 16-bit type, as in the
+exported graph; in float32 it would add a quarter to the kernels' traffic.
+
+Two things differ from the exported graph, and both are closer to float32 than it is: values are
+rounded to FP8 straight from float32, and softmax outputs are not rounded to FP8, since they never
+leave the multiprocessor.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.backends.attention_kernel import HeadFactors, attend
+from engine.backends.kernels import activate, post_norm, pre_norm, quantize
+from engine.backends.products import Product, join
+from engine.fp8 import QuantizedPoint
+from engine.towers import ACTIVATIONS, Attention, PostNormBlock, PreNormBlock, Tower
+from engine.units import replace
+
+
+class FusedBlock:
+    """What the stacks have in common: the two halves of a block, without its norms."""
+
+    def __init__(self, block: PreNormBlock | PostNormBlock) -> None:
+        """Take over weights and scales; EngineError if FP8 cannot have their sizes."""
+        dtype = block.norm1.weight.dtype
+        attention, feed_forward = block.attention, block.feed_forward
+        self.norm1 = block.norm1
+        self.norm2 = block.norm2
+        self.qkv = join(
+            attention.query,
+            attention.key,
+            attention.value,
+            point=attention.input_point,
+            dtype=dtype,
+        )
+        self.output = join(attention.output, point=attention.output_point, dtype=dtype)
+        self.fc1 = join(feed_forward.fc1, point=feed_forward.fc1_point, dtype=dtype)
+        self.fc2 = join(feed_forward.fc2, point=feed_forward.fc2_point, dtype=dtype)
+        self._num_heads = attention.num_heads
+        self._head_factors = head_factors(attention, self.qkv)
+        # All activations are in the table but the gated one.
+        names = {function: name for name, function in ACTIVATIONS.items()}
+        self._act = names.get(feed_forward.act, "swiglu")
+
+    def attention(self, x: Tensor, *, num_rows: int, bias: Tensor | None) -> Tensor:
+        """What `qkv` reads [M, width] -> 16 bit [M, width]."""
+        mixed = attend(
+            self.qkv(x),
+            num_rows=num_rows,
+            num_heads=self._num_heads,
+            factors=self._head_factors,
+            bias=bias,
+            scale=self.output.input_scale,
+        )
+        return self.output(mixed)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """What `fc1` reads [M, width] -> 16 bit [M, width]."""
+        return self.fc2(activate(self.fc1(x), act=self._act, scale=self.fc2.input_scale))
+
+
+class PreNormStack(nn.Module):
+    """All blocks of a pre-norm tower; in its place in the backbone, it acts as a single block."""
+
+    def __init__(self, blocks: Iterable[PreNormBlock]) -> None:
+        """Take over the blocks' weights."""
+        super().__init__()
+        self._blocks = [FusedBlock(block) for block in blocks]
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Map 16 bit [N, T, width] to the same shape."""
+        residual = x.reshape(-1, x.shape[-1])
+        delta = None
+        for block in self._blocks:
+            residual, normed = pre_norm(
+                residual, delta, layer_norm=block.norm1, scale=block.qkv.input_scale
+            )
+            delta = block.attention(normed, num_rows=len(x), bias=bias)
+            residual, normed = pre_norm(
+                residual, delta, layer_norm=block.norm2, scale=block.fc1.input_scale
+            )
+            delta = block.feed_forward(normed)
+        return (residual if delta is None else residual + delta).view(x.shape)
+
+
+class PostNormStack(nn.Module):
+    """All blocks of a post-norm tower; in its place in the backbone, it acts as a single block."""
+
+    def __init__(self, blocks: Iterable[PostNormBlock]) -> None:
+        """Take over the blocks' weights."""
+        super().__init__()
+        self._blocks = [FusedBlock(block) for block in blocks]
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Map 16 bit [N, T, width] to the same shape."""
+        residual = x.reshape(-1, x.shape[-1])
+        # The scale under which each block's second norm writes: that of the next block's input.
+        scales = [block.qkv.input_scale for block in self._blocks]
+        normed = quantize(residual, scale=scales[0])
+        for block, next_scale in zip(self._blocks, [*scales[1:], None], strict=True):
+            delta = block.attention(normed, num_rows=len(x), bias=bias)
+            residual, normed = post_norm(
+                residual, delta, layer_norm=block.norm1, scale=block.fc1.input_scale
+            )
+            delta = block.feed_forward(normed)
+            residual, normed = post_norm(residual, delta, layer_norm=block.norm2, scale=next_scale)
+        return residual.view(x.shape)
+
+
+@torch.no_grad()
+def fuse(tower: Tower) -> None:
+    """Replace a tower's blocks, which are on the card already, by one stack that does all they did.
+
+    Raises:
+        EngineError: FP8 cannot have the tower's widths.
+    """
+    blocks: list[Any] = list(tower.backbone.get_submodule("blocks").children())
+    stack = PreNormStack if isinstance(blocks[0], PreNormBlock) else PostNormStack
+    replace(tower, {"backbone.blocks": nn.ModuleList([stack(blocks)])})
+
+
+def head_factors(attention: Attention, qkv: Product) -> HeadFactors:
+    """The factors that `qkv` left, joined with attention's own scale and those of its points."""
+    query, key, value = qkv.factors
+    query *= attention.scale
+    scales = [
+        point.scale
+        for point in (attention.query_point, attention.key_point, attention.value_point)
+        if isinstance(point, QuantizedPoint)
+    ]
+    if not scales:
+        return HeadFactors(
+            is_rounded=False, query=1.0, key=1.0, value=1.0, scores=query * key, mixed=value
+        )
+    query_scale, key_scale, value_scale = scales
+    return HeadFactors(
+        is_rounded=True,
+        query=query / query_scale,
+        key=key / key_scale,
+        value=value / value_scale,
+        scores=query_scale * key_scale,
+        mixed=value_scale,
+    )

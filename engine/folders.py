@@ -1,0 +1,204 @@
+"""A folder at any URI: publishes files whole, creates files once, reads, lists and removes.
+
+Knows nothing of what the files hold.
+"""
+
+import os
+import random
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import cast
+
+from fsspec.implementations.local import LocalFileSystem
+
+from engine.errors import ClipmillError
+from engine.file_systems import file_system_errors, is_write_conflict, open_file_system
+
+# Creating an object that others create at the same moment: the next try mostly finds it there.
+NUM_CREATE_TRIES = 8
+CREATE_PAUSE_SECONDS = 0.5
+
+
+class Folder:
+    """A folder at any fsspec URI. Small, and safe to send to workers.
+
+    An object store shows an object when its upload ends; on a disk, files are written aside and
+    then renamed or linked. So nobody ever reads half a file.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        *,
+        called: str,
+        error: type[ClipmillError],
+        way_out: str = "Check the path, its permissions and the free space",
+    ) -> None:
+        """Find the file system of `uri`; nothing is read or written yet.
+
+        Args:
+            uri: Where it is.
+            called: What it is to its users, for messages.
+            error: What is raised where a method says `error`.
+            way_out: What to do about a file that cannot be read or written.
+
+        Raises:
+            error: No such kind of file system, or the package that reads it is missing.
+        """
+        self.uri = uri
+        self._called, self._error, self._way_out = called, error, way_out
+        try:
+            self._fs, self._root = open_file_system(uri)
+        except (ValueError, ImportError) as problem:
+            raise error(f"{called} {uri}: {problem}") from problem
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is on a mounted file system."""
+        return isinstance(self._fs, LocalFileSystem)
+
+    def full_path(self, relative: str) -> str:
+        """The path that the file system knows, for messages and local readers."""
+        return f"{self._root}/{relative}"
+
+    def publish(self, relative: str, content: bytes) -> None:
+        """Write a file whole or not at all, replacing one of the same name; `error` if it fails."""
+        path = self.full_path(relative)
+        with self._errors(relative, "written"):
+            if not self.is_local:
+                self._fs.pipe_file(path, content)
+                return
+            os.replace(self._write_aside(path, content), path)
+
+    def create(self, relative: str, content: bytes) -> None:
+        """Write a file that must not exist yet; of two writers exactly one succeeds.
+
+        Raises:
+            FileExistsError: The file exists.
+            error: It cannot be written.
+        """
+        path = self.full_path(relative)
+        exists = False
+        with self._errors(relative, "written"):
+            # Outside the `try` below: a file in the place of the folder "exists" too.
+            aside = self._write_aside(path, content) if self.is_local else None
+            try:
+                if aside is None:
+                    self._create_object(path, content)
+                else:
+                    os.link(aside, path)  # unlike a rename, refuses to replace
+            except FileExistsError:
+                exists = True
+            finally:
+                if aside is not None:
+                    os.unlink(aside)
+        if exists:
+            raise FileExistsError(f"{path} exists")
+
+    def read(self, relative: str) -> bytes:
+        """The content of a file; `error` if it is missing or cannot be read."""
+        with self._errors(relative, "read"):
+            return cast("bytes", self._fs.cat_file(self.full_path(relative)))
+
+    def read_if_there(self, relative: str) -> bytes | None:
+        """The content of a file, None if it is missing; `error` if it cannot be read."""
+        with self._errors(relative, "read"):
+            try:
+                return cast("bytes", self._fs.cat_file(self.full_path(relative)))
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def names(self, folder: str) -> list[str]:
+        """Names of what lies directly in a folder (`""`: this one), sorted, hidden ones left out.
+
+        Empty if there is no such folder; `error` if it cannot be listed.
+        """
+        with self._errors(folder, "listed"):
+            self._fs.invalidate_cache()
+            try:
+                entries = self._fs.ls(self.full_path(folder), detail=False)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        names = sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries)
+        return [name for name in names if name and name[0] != "."]
+
+    def list(self, folder: str, *, suffix: str) -> list[str]:
+        """The files directly in a folder, by name; empty if there is no such folder."""
+        return [f"{folder}/{name}" for name in self.names(folder) if name.endswith(suffix)]
+
+    def upload(self, path: Path, relative: str) -> None:
+        """Copy a local file to here, replacing one of the same name; `error` if it fails."""
+        with self._errors(relative, "written"):
+            self._fs.put_file(str(path), self.full_path(relative))
+
+    def download(self, relative: str, path: Path) -> None:
+        """Copy a file from here to a local path; `error` if it fails."""
+        with self._errors(relative, "read"):
+            self._fs.get_file(self.full_path(relative), str(path))
+
+    def remove(self, relative: str) -> None:
+        """Remove a file, or a folder with all in it, if it is there; `error` if it fails."""
+        with self._errors(relative, "removed"):
+            self._fs.invalidate_cache()
+            try:
+                self._fs.rm(self.full_path(relative), recursive=True)
+            except FileNotFoundError:
+                return
+
+    def num_bytes(self, relative: str) -> int:
+        """Size of a file, or of all files in a folder; 0 if there is none."""
+        with self._errors(relative, "listed"):
+            self._fs.invalidate_cache()
+            found = self._fs.find(self.full_path(relative), detail=True)
+            return sum(int(info["size"]) for info in found.values())
+
+    def modified_at(self, relative: str) -> datetime:
+        """When a file, or the newest one in a folder, was last written; `error` if there is none.
+
+        By the file system's clock.
+        """
+        with self._errors(relative, "read"):
+            self._fs.invalidate_cache()
+            paths = self._fs.find(self.full_path(relative))
+            if not paths:
+                raise FileNotFoundError(f"no file at {self.full_path(relative)}")
+            return cast("datetime", max(self._fs.modified(path) for path in paths))
+
+    def _create_object(self, path: str, content: bytes) -> None:
+        for num_left in reversed(range(NUM_CREATE_TRIES)):
+            try:
+                with self._fs.open(path, "xb") as file:
+                    file.write(content)
+                return
+            except OSError as error:
+                if not num_left or not is_write_conflict(error):
+                    raise
+                time.sleep(random.uniform(0, CREATE_PAUSE_SECONDS))
+
+    def _write_aside(self, path: str, content: bytes) -> str:
+        folder, name = path.rsplit("/", 1)
+        os.makedirs(folder, exist_ok=True)
+        aside = f"{folder}/.{name}.{uuid.uuid4().hex}"
+        with open(aside, "wb") as file:
+            try:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                os.unlink(aside)  # a full disk keeps no half file
+                raise
+        return aside
+
+    @contextmanager
+    def _errors(self, relative: str, verb: str) -> Iterator[None]:
+        try:
+            yield
+        except file_system_errors() as error:
+            what = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise self._error(
+                f"{self._called} {self.uri}: {relative} cannot be {verb}: {what}. {self._way_out}"
+            ) from error

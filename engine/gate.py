@@ -1,0 +1,279 @@
+"""May this engine be promoted? Its embeddings of held-out rows against the float32 reference.
+
+Knows nothing of how the engine was built or of what a promotion is.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from engine.accuracy import (
+    HISTOGRAM_BINS,
+    Agreement,
+    Embeddings,
+    Recall,
+    Thresholds,
+    agreement,
+    pair_recalls,
+    row_cosines,
+    top1_accuracy,
+)
+from engine.backends.encoder import Encoder
+from engine.sample import Sample
+
+# Of zero-shot classification, as in Radford et al. 2021 (arXiv 2103.00020), section 3.1.4.
+PROMPT = "a photo of a {}."
+RECALL_CUTOFF = 10
+ROWS_PER_STEP = 64
+SPEED_REPEATS = 7
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Histogram:
+    """How the cosines of one modality are spread."""
+
+    edges: tuple[float, ...]
+    """Of the bins, ascending; the last is 1."""
+    counts: tuple[int, ...]
+    """Rows of each bin."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Top1:
+    """Zero-shot accuracy over the rows that have a label."""
+
+    num_classes: int
+    """Distinct labels."""
+    reference: float
+    """Share of images given their own label by the reference."""
+    measured: float
+    """By the engine."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Speed:
+    """One tower at one batch size, transfers to and from the device included."""
+
+    encoder: str
+    """Which: `fp8 tensorrt`, for example."""
+    modality: str
+    """image or text."""
+    batch_rows: int
+    """Rows of one call."""
+    rows_per_second: float
+    """Median."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateReport:
+    """What the gate saw."""
+
+    engine_id: str
+    """The engine."""
+    checkpoint: str
+    """What it was built from."""
+    backend: str
+    """What executed it."""
+    device: str
+    """Where."""
+    created_at: str
+    """UTC, ISO 8601."""
+    sample_uri: str
+    """Catalog of the held-out rows."""
+    sample_digest: str
+    """SHA-256 of them."""
+    thresholds: Thresholds
+    """What was asked for."""
+    agreements: dict[str, Agreement]
+    """By modality."""
+    histograms: dict[str, Histogram]
+    """Of cosines, by modality."""
+    recalls: tuple[Recall, ...]
+    """Where rows have an image and a text."""
+    top1: Top1 | None
+    """Where rows have labels."""
+    speeds: tuple[Speed, ...]
+    """On a GPU, beside 16 bit."""
+    memory_bytes: dict[str, int]
+    """Of the device, by encoder."""
+    faults: tuple[str, ...]
+    """Why the engine may not be promoted."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the engine may be promoted."""
+        return not self.faults
+
+
+def run_gate(
+    encoder: Encoder,
+    reference: Encoder,
+    sample: Sample,
+    *,
+    thresholds: Thresholds,
+    backend: str,
+    device: str,
+    baselines: Mapping[str, Encoder],
+    batch_sizes: Sequence[int],
+    on_progress: Callable[[str, int, int], None],
+) -> GateReport:
+    """Embed held-out rows by both and compare.
+
+    Args:
+        encoder: The engine, loaded by the backend that is to run it.
+        reference: The same checkpoint in float32.
+        sample: Rows that the engine was not calibrated with.
+        thresholds: How close it must be.
+        backend: Its name, for the report.
+        device: What it runs on, for the report.
+        baselines: Other encoders of the same checkpoint to time beside it, by name.
+        batch_sizes: To time at; none to time nothing.
+        on_progress: Called with a stage's name, and how many of how many rows are done.
+    """
+    manifest = encoder.manifest
+    ours = _embeddings(encoder, sample, stage="engine", on_progress=on_progress)
+    theirs = _embeddings(reference, sample, stage="reference", on_progress=on_progress)
+    agreements = {name: agreement(ours[name], theirs[name]) for name in ours}
+    recalls: list[Recall] = []
+    if len(ours) == 2:
+        recalls = pair_recalls(
+            images=ours["image"],
+            texts=ours["text"],
+            reference=(theirs["image"], theirs["text"]),
+        )
+    top1 = None
+    if sample.labels is not None and "text" in manifest.modalities and "image" in ours:
+        top1 = _top1(encoder, reference, sample.labels, ours["image"], theirs["image"])
+    named = {f"{manifest.precision} {backend}": encoder, **baselines}
+    return GateReport(
+        engine_id=manifest.engine_id,
+        checkpoint=manifest.checkpoint,
+        backend=backend,
+        device=device,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        sample_uri=sample.uri,
+        sample_digest=sample.digest,
+        thresholds=thresholds,
+        agreements=agreements,
+        histograms={name: _histogram(ours[name], theirs[name]) for name in ours},
+        recalls=tuple(recalls),
+        top1=top1,
+        speeds=tuple(
+            speed
+            for name, timed in named.items()
+            for speed in _speeds(name, timed, sample, batch_sizes=batch_sizes)
+        ),
+        memory_bytes={
+            name: int(timed.device_memory_bytes)
+            for name, timed in named.items()
+            if hasattr(timed, "device_memory_bytes")
+        },
+        faults=tuple(_faults(thresholds, agreements, recalls, top1)),
+    )
+
+
+def _inputs(encoder: Encoder, sample: Sample) -> dict[str, tuple[Callable[[Any], Embeddings], Any]]:
+    """Modality -> how it is encoded, and the rows."""
+    inputs: dict[str, tuple[Callable[[Any], Embeddings], Any]] = {}
+    if sample.pixels is not None:
+        inputs["image"] = encoder.encode_images, sample.pixels
+    if sample.texts is not None and "text" in encoder.manifest.modalities:
+        inputs["text"] = encoder.encode_texts, np.array(sample.texts, dtype=object)
+    return inputs
+
+
+def _embeddings(
+    encoder: Encoder,
+    sample: Sample,
+    *,
+    stage: str,
+    on_progress: Callable[[str, int, int], None],
+) -> dict[str, Embeddings]:
+    embeddings = {}
+    for name, (encode, rows) in _inputs(encoder, sample).items():
+        parts = []
+        for first in range(0, len(rows), ROWS_PER_STEP):
+            on_progress(f"{stage}: {name}", first, len(rows))
+            parts.append(encode(rows[first : first + ROWS_PER_STEP]))
+        on_progress(f"{stage}: {name}", len(rows), len(rows))
+        embeddings[name] = np.concatenate(parts)
+    return embeddings
+
+
+def _histogram(ours: Embeddings, theirs: Embeddings) -> Histogram:
+    cosines = np.nan_to_num(row_cosines(ours, theirs), nan=0.0)
+    counts, edges = np.histogram(
+        np.minimum(cosines, 1.0), bins=HISTOGRAM_BINS, range=(float(min(cosines.min(), 0.99)), 1.0)
+    )
+    return Histogram(edges=tuple(map(float, edges)), counts=tuple(map(int, counts)))
+
+
+def _top1(
+    encoder: Encoder,
+    reference: Encoder,
+    labels: Sequence[str],
+    ours: Embeddings,
+    theirs: Embeddings,
+) -> Top1:
+    classes = sorted(set(labels))
+    numbers = [classes.index(label) for label in labels]
+    prompts = [PROMPT.format(name) for name in classes]
+    return Top1(
+        num_classes=len(classes),
+        reference=top1_accuracy(theirs, classes=reference.encode_texts(prompts), labels=numbers),
+        measured=top1_accuracy(ours, classes=encoder.encode_texts(prompts), labels=numbers),
+    )
+
+
+def _speeds(
+    name: str, encoder: Encoder, sample: Sample, *, batch_sizes: Sequence[int]
+) -> list[Speed]:
+    speeds = []
+    for modality, (encode, rows) in _inputs(encoder, sample).items():
+        for batch_rows in batch_sizes:
+            batch = rows[np.arange(batch_rows) % len(rows)]
+            encode(batch)  # the first call of a shape prepares what later ones use
+            seconds = []
+            for _ in range(SPEED_REPEATS):
+                started = time.perf_counter()
+                encode(batch)
+                seconds.append(time.perf_counter() - started)
+            speeds.append(
+                Speed(
+                    encoder=name,
+                    modality=modality,
+                    batch_rows=batch_rows,
+                    rows_per_second=batch_rows / float(np.median(seconds)),
+                )
+            )
+    return speeds
+
+
+def _faults(
+    thresholds: Thresholds,
+    agreements: Mapping[str, Agreement],
+    recalls: Sequence[Recall],
+    top1: Top1 | None,
+) -> list[str]:
+    faults = [
+        f"{name}: {fault}"
+        for name, measured in agreements.items()
+        for fault in thresholds.faults(measured)
+    ]
+    for recall in recalls:
+        lost = recall.reference[RECALL_CUTOFF] - recall.measured[RECALL_CUTOFF]
+        if lost > thresholds.max_recall_loss:
+            faults.append(
+                f"{recall.direction} recall@{RECALL_CUTOFF} loses {lost:.4f}, more than "
+                f"{thresholds.max_recall_loss:g}"
+            )
+    if top1 is not None and top1.reference - top1.measured > thresholds.max_top1_loss:
+        faults.append(
+            f"zero-shot top-1 loses {top1.reference - top1.measured:.4f}, more than "
+            f"{thresholds.max_top1_loss:g}"
+        )
+    return faults

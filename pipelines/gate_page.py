@@ -1,0 +1,69 @@
+"""Draws a gate's report as one HTML page: the verdict, what was measured, and histograms.
+
+Knows nothing of how the numbers were measured.
+"""
+
+from engine.accuracy import RECALL_CUTOFFS
+from engine.gate import GateReport, Histogram
+from engine.manifest import Manifest
+from pipelines import drawing
+from pipelines.drawing import ACCENT, WARNING, Plot, render, svg_of
+from pipelines.report_page import size_text
+
+
+def render_gate_page(report: GateReport, *, manifest: Manifest) -> str:
+    """Draw a report.
+
+    Args:
+        report: What the gate saw.
+        manifest: Of the engine.
+
+    Returns:
+        An HTML document without scripts; write it as UTF-8.
+    """
+    quantization = manifest.quantization
+    return render(
+        "gate.html",
+        filters={"size": size_text},
+        values={
+            "report": report,
+            "manifest": manifest,
+            "kept": quantization.kept_in_words() if quantization else "",
+            "cutoffs": RECALL_CUTOFFS,
+            "histograms": {
+                modality: histogram_plot(
+                    histogram, modality=modality, threshold=report.thresholds.min_cosine_p1
+                )
+                for modality, histogram in report.histograms.items()
+            },
+        },
+    )
+
+
+def histogram_plot(histogram: Histogram, *, modality: str, threshold: float) -> Plot:
+    """Draw how many rows have which cosine, and where the 1st percentile must lie.
+
+    Args:
+        histogram: Of one modality.
+        modality: Its name, which keeps the drawing's ids apart.
+        threshold: Of the 1st percentile.
+    """
+    with drawing.figure(height_inches=2.4) as figure:
+        axes = figure.subplots()
+        axes.stairs(histogram.counts, histogram.edges, fill=True, color=ACCENT, alpha=0.35)
+        axes.stairs(histogram.counts, histogram.edges, color=ACCENT, linewidth=1.2)
+        axes.axvline(threshold, color=WARNING, linewidth=1, linestyle=(0, (4, 3)))
+        axes.set_xlim(histogram.edges[0], histogram.edges[-1])
+        axes.set_ylim(bottom=0)
+        axes.set_title(f"rows by cosine (dashed: {threshold:g}, for the 1st percentile)")
+        axes.set_xlabel("cosine to the float32 reference")
+        svg = svg_of(figure, name=f"histogram-{modality}")
+    below = sum(
+        count
+        for count, edge in zip(histogram.counts, histogram.edges[1:], strict=True)
+        if edge <= threshold
+    )
+    return Plot(
+        svg=svg,
+        alt=f"{modality}: {sum(histogram.counts):,} rows, {below:,} of them below {threshold:g}",
+    )

@@ -1,0 +1,144 @@
+"""What a folder does the same on a disk, in memory and on S3; test_store.py has the rest."""
+
+import pickle
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from botocore.exceptions import ClientError
+from fsspec.asyn import sync_wrapper
+from s3fs.errors import translate_boto_error
+
+from engine import folders
+from engine.errors import ClipmillError
+from engine.folders import Folder
+from tests.object_store import s3_bucket
+
+
+class ShelfError(ClipmillError):
+    pass
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    with s3_bucket() as uri:
+        yield uri
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
+    uri = str(tmp_path / "shelf")
+    if request.param == "memory":
+        uri = f"memory://{tmp_path.name}/shelf"
+    elif request.param == "s3":
+        uri = f"{request.getfixturevalue('bucket')}/{tmp_path.name}/shelf"
+    return Folder(uri, called="shelf", error=ShelfError, way_out="Ask the librarian")
+
+
+def test_of_two_who_create_a_file_the_first_one_does(folder: Folder):
+    folder.create("deep/down/file", b"first")
+    with pytest.raises(FileExistsError, match="deep/down/file exists"):
+        folder.create("deep/down/file", b"second")
+    assert folder.read("deep/down/file") == b"first"
+
+
+@pytest.mark.parametrize("folder", ["s3"], indirect=True)
+@pytest.mark.parametrize("num_conflicts", [1, 3, 1_000])
+def test_who_is_told_to_try_again_does(
+    folder: Folder, num_conflicts: int, monkeypatch: pytest.MonkeyPatch
+):
+    """As S3 itself, unlike the server here, tells some of those who create an object at once."""
+    monkeypatch.setattr(folders, "CREATE_PAUSE_SECONDS", 0.01)
+    error = {"Code": "ConditionalRequestConflict", "Message": "A conflicting operation occurred"}
+    answers = iter([ClientError({"Error": error}, "PutObject")] * num_conflicts)
+    call_s3 = folder._fs._call_s3
+
+    async def call(method: str, *args: object, **options: object) -> object:
+        answer = next(answers, None) if method == "put_object" else None
+        if answer is not None:
+            raise translate_boto_error(answer)
+        return await call_s3(method, *args, **options)
+
+    monkeypatch.setattr(folder._fs, "_call_s3", call)
+    monkeypatch.setattr(folder._fs, "call_s3", sync_wrapper(call, obj=folder._fs))
+    if num_conflicts > folders.NUM_CREATE_TRIES:
+        with pytest.raises(ShelfError, match="A conflicting operation occurred"):
+            folder.create("file", b"content")
+        return
+    folder.create("file", b"content")
+    assert folder.read("file") == b"content"
+    with pytest.raises(FileExistsError):
+        folder.create("file", b"content")
+
+
+def test_what_is_not_there_is_none_or_an_error_of_the_chosen_kind(folder: Folder):
+    assert folder.read_if_there("gone/file") is None
+    folder.publish("there", b"content")
+    assert folder.read_if_there("there") == b"content"
+    with pytest.raises(ShelfError, match=r"shelf \S+shelf: gone/file cannot be read: .*librarian"):
+        folder.read("gone/file")
+    with pytest.raises(ShelfError, match="gone/file cannot be read"):
+        folder.modified_at("gone/file")
+
+
+def test_names_files_and_folders_but_nothing_hidden(folder: Folder):
+    assert folder.names("") == []
+    for name in ("b/c/d", "a", "b/e", ".hidden/f"):
+        folder.publish(name, b"x")
+    assert folder.names("") == ["a", "b"]
+    assert folder.names("b") == ["c", "e"]
+    assert folder.names("a/no/folder") == []
+
+
+def test_files_of_a_disk_come_and_go(folder: Folder, tmp_path: Path):
+    content = bytes(range(256)) * 50_000  # beyond what is sent in one piece
+    (tmp_path / "file").write_bytes(content)
+    folder.publish("deep/file", b"before")
+    folder.upload(tmp_path / "file", "deep/file")
+    folder.download("deep/file", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == content
+    with pytest.raises(ShelfError, match="deep/gone cannot be read"):
+        folder.download("deep/gone", tmp_path / "copy")
+
+
+def test_removes_a_file_or_a_folder_and_no_namesake(folder: Folder):
+    for name in ("a/b/c", "a/d", "ab/e", "f", "fg"):
+        folder.publish(name, b"x")
+    folder.remove("a")
+    folder.remove("f")
+    folder.remove("gone")
+    assert folder.names("") == ["ab", "fg"]
+    assert folder.read("ab/e") == b"x"
+
+
+def test_sizes_are_of_all_that_lies_within(folder: Folder):
+    for name in ("a/b/c", "a/d", "ab/e"):
+        folder.publish(name, b"12345")
+    assert folder.num_bytes("a") == 10
+    assert folder.num_bytes("a/d") == 5
+    assert folder.num_bytes("gone") == 0
+
+
+def test_files_know_when_they_were_written_and_folders_the_newest_of_them(folder: Folder):
+    folder.publish("folder/deep/file", b"x")
+    first = folder.modified_at("folder/deep/file")
+    assert abs(first - datetime.now(UTC)) < timedelta(minutes=1)
+    time.sleep(1.1)  # S3 counts seconds
+    folder.publish("folder/new", b"x")
+    assert folder.modified_at("folder") == folder.modified_at("folder/new") > first
+    assert folder.modified_at("folder/deep") == first
+
+
+def test_an_unknown_kind_of_folder_is_an_error_of_the_chosen_kind():
+    with pytest.raises(ShelfError, match=r"shelf nope://bucket: .*nope"):
+        Folder("nope://bucket", called="shelf", error=ShelfError)
+
+
+def test_travels_to_workers(folder: Folder):
+    folder.publish("file", b"content")
+    travelled = pickle.loads(pickle.dumps(folder))
+    assert travelled.read("file") == b"content"
+    with pytest.raises(ShelfError, match="librarian"):
+        travelled.read("gone")

@@ -1,0 +1,95 @@
+"""Fused towers against the towers that they were made of, on the GPU or in Triton's interpreter."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engine.fp8 import QuantizedPoint
+from engine.towers import Tower
+from engine.units import replace, units_of
+from tests.max_calibration import quantize
+from tests.random_towers import bert_tower, clip_text_tower, image_tower, pixels, token_ids
+from tests.triton_device import DEVICE
+
+from engine.backends.fused import fuse  # isort: skip
+
+TOWERS: dict[str, Callable[[], tuple[Tower, Tensor]]] = {
+    "image": lambda: (image_tower(), pixels(3)),
+    "clip text": lambda: (clip_text_tower(), token_ids(3, 16)),
+    "bert": lambda: (bert_tower(), token_ids(3, 16)),
+}
+MIXES: dict[str, Callable[[int, str], bool]] = {
+    "all in 16 bit": lambda block, unit: True,
+    "all in FP8": lambda block, unit: False,
+    "first block kept": lambda block, unit: block == 0,
+    "last block kept": lambda block, unit: block == 1,
+    "qkv and fc2 kept": lambda block, unit: unit in ("qkv", "fc2"),
+    "products, output and fc1 kept": lambda block, unit: unit in ("products", "output", "fc1"),
+}
+
+
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    return nn.functional.cosine_similarity(a.float(), b.float(), dim=-1)
+
+
+def without_rounded_probabilities(tower: Tower) -> Tower:
+    for name, _ in list(tower.named_modules()):
+        if name.endswith("probabilities_point"):
+            replace(tower, {name: nn.Identity()})
+    return tower
+
+
+@pytest.mark.parametrize("mix", list(MIXES))
+@pytest.mark.parametrize("name", list(TOWERS))
+@torch.inference_mode()
+def test_fused_towers_compute_what_their_blocks_did(name: str, mix: str) -> None:
+    tower, batch = TOWERS[name]()
+    tower, batch = tower.to(DEVICE), batch.to(DEVICE)
+    reference = tower(batch)
+    quantize(tower, batch, is_kept=MIXES[mix])
+    has_fp8 = any(isinstance(module, QuantizedPoint) for module in tower.modules())
+    assert has_fp8 == (mix != "all in 16 bit")
+    expected = without_rounded_probabilities(copy.deepcopy(tower))(batch)
+    fuse(tower.to_dtype(torch.float16))
+    found = tower(batch)
+    assert found.dtype == torch.float32
+    assert units_of(tower) == []
+    # A value that tips in one rounding changes all that follow, in the blocks run in 16 bit too.
+    assert cosines(found, expected).min() > (0.99 if has_fp8 else 0.99999)
+    error = (1 - cosines(found, reference)).mean()
+    assert error < 1.3 * (1 - cosines(expected, reference)).mean() + 1e-5
+
+
+@torch.inference_mode()
+def test_rows_do_not_depend_on_each_other() -> None:
+    tower, batch = clip_text_tower().to(DEVICE), token_ids(4, 24).to(DEVICE)
+    quantize(tower, batch)
+    fuse(tower.to_dtype(torch.float16))
+    together = tower(batch)
+    torch.testing.assert_close(tower(batch), together, rtol=0, atol=0)
+    for row in range(len(batch)):
+        assert cosines(tower(batch[row : row + 1]), together[row : row + 1]).min() > 0.9999
+
+
+@torch.inference_mode()
+def test_padding_has_no_influence() -> None:
+    tower, batch = bert_tower().to(DEVICE), token_ids(2, 24).to(DEVICE)
+    quantize(tower, batch)
+    fuse(tower.to_dtype(torch.float16))
+    longer = nn.functional.pad(batch, (0, 16))
+    assert cosines(tower(longer), tower(batch)).min() > 0.9999
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", list(TOWERS))
+@torch.inference_mode()
+def test_fused_towers_in_bfloat16(name: str) -> None:
+    # Triton's interpreter does not multiply bfloat16.
+    tower, batch = TOWERS[name]()
+    tower, batch = tower.to(DEVICE), batch.to(DEVICE)
+    reference = tower(batch)
+    fuse(tower.to_dtype(torch.bfloat16))
+    assert cosines(tower(batch), reference).min() > 0.999

@@ -1,0 +1,140 @@
+"""Norms and activations against PyTorch's, on the GPU or in Triton's interpreter."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from engine.fp8 import FP8, dequantized, quantized
+from engine.towers import ACTIVATIONS
+from tests.triton_device import DEVICE
+
+from engine.backends.kernels import activate, post_norm, pre_norm, quantize  # isort: skip
+
+NUM_ROWS, WIDTH = 13, 48
+SCALE = 2.0**-6
+DTYPES = [torch.float16, torch.bfloat16]
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+
+def random_norm(dtype: torch.dtype, *, width: int = WIDTH) -> nn.LayerNorm:
+    norm = nn.LayerNorm(width, eps=1e-3, device=DEVICE, dtype=dtype).requires_grad_(False)
+    norm.weight.copy_(random(width, dtype=dtype, seed=1))
+    norm.bias.copy_(random(width, dtype=dtype, seed=2))
+    return norm
+
+
+def normalized(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """In float32."""
+    return functional.layer_norm(
+        x.float(), x.shape[1:], norm.weight.float(), norm.bias.float(), norm.eps
+    )
+
+
+def assert_rounded(
+    found: Tensor, exact: Tensor, *, scale: float | None, dtype: torch.dtype
+) -> None:
+    """What was stored is `exact` rounded; float32 in another order may tip what is nearly a tie."""
+    expected = exact.to(dtype) if scale is None else quantized(exact, scale)
+    assert found.dtype == expected.dtype
+    assert found.shape == expected.shape
+    differs = found.float() != expected.float()
+    assert differs.float().mean() < 0.04
+    # Neighbours in FP8 differ by an eighth at most, and in 16 bit by a 128th.
+    rtol = 2.0**-3 if found.dtype == FP8 else 2.0**-7
+    torch.testing.assert_close(found.float(), expected.float(), rtol=rtol, atol=2.0**-9)
+
+
+@pytest.mark.parametrize("scale", [2.0**-9, 1.0, 2.0**3])
+def test_quantize_rounds_every_16_bit_number_as_engine_fp8_does(scale: float) -> None:
+    bits = torch.arange(-(2**15), 2**15).to(torch.int16)
+    x = bits.view(torch.float16)
+    x = x[~x.isnan()].view(-1, 2).to(DEVICE)
+    found = quantize(x, scale=scale)
+    assert found.dtype == FP8
+    torch.testing.assert_close(
+        found.view(torch.uint8), quantized(x, scale).view(torch.uint8), rtol=0, atol=0
+    )
+
+
+def test_quantize_keeps_nan() -> None:
+    x = torch.tensor([[float("nan"), float("inf"), -1.0, 0.0]], dtype=torch.float16, device=DEVICE)
+    found = quantize(x, scale=1.0).float()
+    assert found[0, 0].isnan()
+    assert found[0, 1:].tolist() == [448.0, -1.0, 0.0]
+
+
+def test_quantize_leaves_16_bit_as_it_is() -> None:
+    x = random(NUM_ROWS, WIDTH, dtype=torch.float16)
+    assert quantize(x, scale=None) is x
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [None, SCALE])
+def test_pre_norm_of_the_first_block(dtype: torch.dtype, scale: float | None) -> None:
+    x, norm = random(NUM_ROWS, WIDTH, dtype=dtype), random_norm(dtype)
+    residual, out = pre_norm(x, None, layer_norm=norm, scale=scale)
+    assert residual is x
+    assert_rounded(out, normalized(x, norm), scale=scale, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [None, SCALE])
+@pytest.mark.parametrize("width", [16, WIDTH, 1536])
+def test_pre_norm_adds_first(dtype: torch.dtype, scale: float | None, width: int) -> None:
+    x = 9 * random(NUM_ROWS, width, dtype=dtype)
+    delta = random(NUM_ROWS, width, dtype=dtype, seed=3)
+    norm = random_norm(dtype, width=width)
+    kept = x.clone()
+    residual, out = pre_norm(x, delta, layer_norm=norm, scale=scale)
+    torch.testing.assert_close(residual, x + delta, rtol=0, atol=0)
+    torch.testing.assert_close(x, kept, rtol=0, atol=0)
+    assert_rounded(out, normalized(residual, norm), scale=scale, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_post_norm_gives_the_norm_twice(dtype: torch.dtype) -> None:
+    x = random(NUM_ROWS, WIDTH, dtype=dtype)
+    delta = random(NUM_ROWS, WIDTH, dtype=dtype, seed=3)
+    norm = random_norm(dtype)
+    exact = normalized(x + delta, norm)
+    residual, out = post_norm(x, delta, layer_norm=norm, scale=SCALE)
+    assert_rounded(residual, exact, scale=None, dtype=dtype)
+    assert_rounded(out, exact, scale=SCALE, dtype=dtype)
+    residual, out = post_norm(x, delta, layer_norm=norm, scale=None)
+    assert residual is out
+    assert_rounded(out, exact, scale=None, dtype=dtype)
+
+
+def test_norm_of_large_rows_in_16_bit() -> None:
+    # Squares of these exceed float16, and their mean is a hundred times what they vary by.
+    x = 2000 + 20 * random(NUM_ROWS, WIDTH, dtype=torch.float16)
+    norm = random_norm(torch.float16)
+    _, out = pre_norm(x, None, layer_norm=norm, scale=None)
+    torch.testing.assert_close(out.float(), normalized(x, norm), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("act", list(ACTIVATIONS))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [None, SCALE])
+def test_activations(act: str, dtype: torch.dtype, scale: float | None) -> None:
+    x = 2 * random(NUM_ROWS, WIDTH, dtype=dtype)
+    found = activate(x, act=act, scale=scale)
+    assert_rounded(found, ACTIVATIONS[act](x.float()), scale=scale, dtype=dtype)
+
+
+def test_the_gated_activation() -> None:
+    x = 2 * random(NUM_ROWS, 2 * WIDTH, dtype=torch.float16)
+    gates, values = x.float().chunk(2, dim=1)
+    found = activate(x, act="swiglu", scale=SCALE)
+    assert_rounded(found, functional.silu(gates) * values, scale=SCALE, dtype=x.dtype)
+
+
+def test_more_values_than_one_program_holds() -> None:
+    x = random(300, WIDTH, dtype=torch.float16)
+    found = dequantized(activate(x, act="relu", scale=SCALE), SCALE, torch.float32)
+    torch.testing.assert_close(found, x.float().relu(), rtol=0.0626, atol=SCALE * 2.0**-10)

@@ -1,0 +1,60 @@
+"""Which cards run an engine, and what becomes of their errors."""
+
+import subprocess
+
+import pytest
+import torch
+
+from engine.backends.torch_device import check_capability, find_device, typed_errors
+from engine.errors import DeviceError, DeviceMemoryError
+
+DEVICE = torch.device("cuda", 0)
+
+
+def test_a_card_without_fp8_is_refused_for_fp8_alone() -> None:
+    with pytest.raises(DeviceError, match=r"GPU \(sm_80\) has no FP8: .* --precision fp16`"):
+        check_capability((8, 0), precision="fp8")
+    check_capability((8, 0), precision="fp16")
+    for capability in ((8, 9), (9, 0), (12, 0)):
+        check_capability(capability, precision="fp8")
+
+
+def test_no_such_card() -> None:
+    with pytest.raises(DeviceError, match=r"sees no CUDA GPU 99: .*--backend onnxruntime"):
+        find_device(99, precision="fp16")
+
+
+def test_no_compiler_for_triton() -> None:
+    with (
+        pytest.raises(DeviceError, match="install gcc, or name a compiler in"),
+        typed_errors(DEVICE, max_rows=1),
+    ):
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
+    with (
+        pytest.raises(DeviceError, match="python3-dev"),
+        typed_errors(DEVICE, max_rows=1),
+    ):
+        raise subprocess.CalledProcessError(1, ["gcc", "main.c"])
+
+
+def test_errors_that_are_not_the_cards_stay_as_they_are() -> None:
+    with pytest.raises(RuntimeError, match=r"^Sizes must match$"), typed_errors(DEVICE, max_rows=1):
+        raise RuntimeError("Sizes must match")
+
+
+@pytest.mark.gpu
+def test_out_of_memory() -> None:
+    with (
+        pytest.raises(DeviceMemoryError, match=r"GiB free, too little for batches of 7 rows"),
+        typed_errors(DEVICE, max_rows=7),
+    ):
+        torch.empty(2**50, dtype=torch.uint8, device=DEVICE)
+
+
+@pytest.mark.gpu
+def test_a_failed_call() -> None:
+    with (
+        pytest.raises(DeviceError, match=r"GPU 0 \(.*\): a call failed \(.*CUBLAS_STATUS.*again"),
+        typed_errors(DEVICE, max_rows=1),
+    ):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling cublasLtMatmul")
