@@ -70,8 +70,12 @@ class Device:
     def allocate(self, num_bytes: int) -> int:
         """Memory on the GPU, filled with zeros; DeviceMemoryError if there is not enough."""
         address = int(self._call("cudaMalloc", num_bytes))
-        self._call("cudaMemset", address, 0, num_bytes)
-        self._call("cudaStreamSynchronize", _DEFAULT_STREAM)
+        try:
+            self._call("cudaMemset", address, 0, num_bytes)
+            self._call("cudaStreamSynchronize", _DEFAULT_STREAM)
+        except DeviceError:
+            self.free(address)
+            raise
         return address
 
     def free(self, address: int) -> None:
@@ -101,6 +105,10 @@ class Device:
     def synchronize(self, stream: Any) -> None:
         """Wait for all that was enqueued on a stream."""
         self._call("cudaStreamSynchronize", stream)
+
+    def settle(self, stream: Any) -> None:
+        """Wait for all on a stream before what it uses is given back; a lost GPU has none."""
+        self._release("cudaStreamSynchronize", stream)
 
     def create_event(self) -> Any:
         """An event whose waiting thread sleeps, so that its core is free for decoding."""
@@ -172,7 +180,7 @@ class Device:
         return results[0] if len(results) == 1 else results
 
     def _release(self, name: str, handle: Any) -> None:
-        if self._lost is None:  # else it went with the GPU's context
+        if self._lost is None:  # else all went with the GPU's context
             self._call(name, handle)
 
     def _check(self, name: str, error: Any) -> None:

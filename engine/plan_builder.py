@@ -73,7 +73,7 @@ def plan_key(config: PlanConfig) -> PlanKey:
             oldest = ".".join(map(str, OLDEST_TENSORRT))
             raise PlanError(f"TensorRT {library.version} is too old, {oldest} is needed: upgrade")
     else:
-        architecture = config.architecture or open_device().architecture
+        architecture = config.architecture or _architecture_of_gpu()
         _compute_capability(library, architecture)
     return PlanKey(
         flavour=library.flavour,
@@ -81,6 +81,13 @@ def plan_key(config: PlanConfig) -> PlanKey:
         architecture=architecture,
         profile=config.profile,
     )
+
+
+def _architecture_of_gpu() -> str:
+    try:
+        return open_device().architecture
+    except DeviceError as error:
+        raise DeviceError(f"{error}; or name an architecture to build for") from error
 
 
 def _architecture_here(config: PlanConfig) -> str:
@@ -218,7 +225,7 @@ def _compiled(
     flags = 1 << int(api.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(flags)
     parser = api.OnnxParser(network, library.logger)
-    if not parser.parse_from_file(str(onnx_path)):
+    if not (parser.parse_from_file(str(onnx_path)) and network.num_inputs):
         raise PlanError(
             f"{onnx_path}: {library.flavour} {library.version} cannot read it "
             f"({_parser_errors(parser) or library.log.errors})"
@@ -250,10 +257,9 @@ def _compiled(
 
 
 def _parser_errors(parser: Any) -> str:
-    errors = (parser.get_error(number) for number in range(parser.num_errors))
-    return "; ".join(
-        f"{error.node_operator()} node {error.node_name()}: {error.desc()}" for error in errors
-    )
+    errors = [parser.get_error(number) for number in range(parser.num_errors)]
+    nodes = [f"{error.node_operator()} {error.node_name()}: ".lstrip(" :") for error in errors]
+    return "; ".join(node + error.desc() for node, error in zip(nodes, errors, strict=True))
 
 
 def _use_timing_cache(config: Any, path: Path) -> None:

@@ -1,10 +1,12 @@
 """Fixtures that many tests share: Ray, the demo checkpoint, sample catalogs."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import ray
+import torch
 
 from jobs.cluster import ray_cluster
 from jobs.demo.run import CHECKPOINT_DIR
@@ -51,3 +53,12 @@ def scene_store(
     )
     build_index(IndexConfig(store_uri=str(folder / "store")))
     return folder / "store"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip GPU tests where there is none; with REQUIRE_GPU=1 its absence fails them."""
+    if item.get_closest_marker("gpu") is None or torch.cuda.is_available():
+        return
+    if os.environ.get("REQUIRE_GPU") == "1":
+        pytest.fail("REQUIRE_GPU=1, but there is no CUDA GPU")
+    pytest.skip("no CUDA GPU")

@@ -71,9 +71,10 @@ class Pipeline:
             DeviceMemoryError: The GPU or the host has too little free memory.
         """
         self._device = device
-        self._upload, self.stream, self._download = (
+        self._streams = [
             _kept(resources, device.create_stream(), device.destroy_stream) for _ in range(3)
-        )
+        ]
+        self._upload, self.stream, self._download = self._streams
 
         def pinned(num_bytes: int) -> NDArray[np.uint8]:
             return _kept(resources, device.allocate_pinned(num_bytes), device.free_pinned)
@@ -118,7 +119,8 @@ class Pipeline:
         if self._ended is not None:
             raise DeviceError(self._ended)
         with self._failing():
-            self._drain()  # what an abandoned run has left under way
+            for stream in self._streams:  # what an abandoned run has left under way
+                self._device.synchronize(stream)
         self._run_number += 1
         run_number = self._run_number
         free = deque(self.slots)
@@ -140,11 +142,8 @@ class Pipeline:
         """Wait until nothing is under way, and take no more."""
         self._ended = "this encoder is closed"
         self._run_number += 1
-        self._drain()
-
-    def _drain(self) -> None:
-        for stream in (self._upload, self.stream, self._download):
-            self._device.synchronize(stream)
+        for stream in self._streams:
+            self._device.settle(stream)
 
     def _start(self, slot: Slot, batch: NDArray[Any], compute: Compute) -> int:
         """Enqueue all that is to be done with a batch; the slot is free of earlier work."""
