@@ -165,3 +165,79 @@ def test_cuda_for_python_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_open_device(monkeypatch: pytest.MonkeyPatch, cuda: Any) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
     assert open_device().architecture == "sm_89"
+
+
+def without_gpu() -> bool:
+    try:
+        open_device()
+    except DeviceError:
+        return True
+    return False
+
+
+@pytest.mark.skipif(not without_gpu(), reason="with a GPU, CUDA is called for real below")
+def test_the_real_cuda_takes_the_arguments() -> None:
+    gpu = Device.__new__(Device)
+    gpu._cuda, gpu._lost = real, None
+    stream, event, memory = real.cudaStream_t(0), real.cudaEvent_t(0), np.zeros(8, dtype=np.uint8)
+    graph = real.cudaGraphExec_t(0)
+    for call in (
+        gpu.memory,
+        lambda: gpu.allocate(8),
+        lambda: gpu.free(4096),
+        lambda: gpu.allocate_pinned(8),
+        lambda: gpu.free_pinned(memory),
+        gpu.create_stream,
+        lambda: gpu.destroy_stream(stream),
+        lambda: gpu.synchronize(stream),
+        lambda: gpu._call("cudaMemset", 4096, 0, 8),
+        lambda: gpu._call("cudaStreamSynchronize", device._DEFAULT_STREAM),
+        gpu.create_event,
+        lambda: gpu.destroy_event(event),
+        lambda: gpu.record(event, stream),
+        lambda: gpu.wait(stream, event),
+        lambda: gpu.synchronize_event(event),
+        lambda: gpu.upload(memory, 4096, stream),
+        lambda: gpu.download(4096, memory, stream),
+        lambda: gpu.capture(lambda: True, stream),
+        lambda: gpu._call("cudaGraphInstantiate", real.cudaGraph_t(0), 0),
+        lambda: gpu._call("cudaGraphDestroy", real.cudaGraph_t(0)),
+        lambda: gpu.launch(graph, stream),
+        lambda: gpu.destroy_graph(graph),
+    ):
+        with pytest.raises(DeviceError, match=r"no GPU can be used"):
+            call()
+
+
+@pytest.mark.gpu
+def test_a_real_gpu() -> None:
+    gpu = open_device()
+    assert gpu.architecture.startswith("sm_")
+    free, total = gpu.memory()
+    assert 0 < free <= total
+    address, stream, event = gpu.allocate(8 * MIB), gpu.create_stream(), gpu.create_event()
+    source, target = gpu.allocate_pinned(8 * MIB), gpu.allocate_pinned(8 * MIB)
+    gpu.download(address, target, stream)
+    gpu.synchronize(stream)
+    assert not target.any()
+
+    def enqueue() -> bool:
+        gpu.upload(source, address, stream)
+        gpu.download(address, target, stream)
+        return True
+
+    graph = gpu.capture(enqueue, stream)
+    for value in (1, 2):
+        source[:] = value
+        gpu.launch(graph, stream)
+        gpu.record(event, stream)
+        gpu.synchronize_event(event)
+        assert (target == value).all()
+    gpu.destroy_graph(graph)
+    gpu.free_pinned(source)
+    gpu.free_pinned(target)
+    gpu.destroy_event(event)
+    gpu.destroy_stream(stream)
+    gpu.free(address)
+    with pytest.raises(DeviceMemoryError):
+        gpu.allocate(2 * total)

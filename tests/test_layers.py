@@ -14,8 +14,9 @@ PACKAGES = ("engine", "pipelines", "jobs")
 
 # Library -> the only files that may import it.
 ONLY_IN = {
-    "tensorrt": ("engine/plan.py", "engine/backends/trt.py"),
-    "tensorrt_rtx": ("engine/plan.py", "engine/backends/trt.py"),
+    "tensorrt": ("engine/runtimes.py",),
+    "tensorrt_rtx": ("engine/runtimes.py",),
+    "cuda": ("engine/device.py",),
     "modelopt": ("engine/quantize.py", "engine/export.py", "engine/gate.py"),
     "onnx": ("engine/quantize.py", "engine/export.py", "engine/gate.py"),
     "faiss": ("pipelines/indexing.py", "pipelines/search.py"),
@@ -30,9 +31,11 @@ LIGHT_MODULES = (
     "engine.preprocess",
     "engine.manifest",
     "engine.registry",
+    "engine.plan_builder",
     "engine.backends.onnx_cpu",
+    "engine.backends.trt",
 )
-HEAVY_LIBRARIES = ("torch", "transformers", "tensorrt", "faiss")
+HEAVY_LIBRARIES = ("torch", "transformers", "tensorrt", "tensorrt_rtx", "cuda", "faiss")
 
 # Home and scratch folders of one machine. A reader's own are spelled with ~ or a variable.
 MACHINE_PATH = re.compile(
@@ -103,8 +106,12 @@ def test_the_rules_see_the_imports() -> None:
 @pytest.mark.parametrize(
     ("name", "source", "found"),
     [
-        ("engine/plan.py", "import tensorrt as trt", []),
-        ("engine/backends/trt.py", "from tensorrt import Logger", []),
+        ("engine/runtimes.py", "import tensorrt as trt", []),
+        (
+            "engine/backends/trt.py",
+            "from tensorrt import Logger",
+            ["engine/backends/trt.py imports tensorrt"],
+        ),
         ("engine/gate.py", "import tensorrt", ["engine/gate.py imports tensorrt"]),
         ("engine/towers.py", "from onnx import helper", ["engine/towers.py imports onnx"]),
         ("engine/towers.py", "import onnxruntime", []),
