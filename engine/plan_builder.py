@@ -3,8 +3,6 @@
 Knows nothing of who builds when, or where engines are kept: it fills the folder it is given.
 """
 
-import os
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -36,6 +34,7 @@ from engine.plan_layers import (
     layers_json,
 )
 from engine.runtimes import Library, installed_library
+from engine.timing_cache import TimingCache
 
 OLDEST_TENSORRT = (10, 13)  # native FP8 in strongly typed networks, as this module builds them
 _ONNX_FILES: dict[Tower, str] = {"image": IMAGE_ONNX, "text": TEXT_ONNX}
@@ -54,9 +53,8 @@ class PlanConfig:
     fp8_products: Mapping[Tower, frozenset[str]] = field(default_factory=dict)
     """ONNX MatMul nodes that the graphs want in FP8, to tell which of them fell back."""
     timing_cache_dir: Path | None = None
-    """Folder where TensorRT's measurements of kernels are kept, which makes the next build faster;
-    any number of builds may share it. With one, the same build may choose other kernels of like
-    speed than before. None measures anew."""
+    """Folder of TensorRT's measurements of kernels (see engine/timing_cache.py), which builds may
+    share; None measures anew."""
 
 
 def plan_key(config: PlanConfig) -> PlanKey:
@@ -109,15 +107,17 @@ def _architecture_here(config: PlanConfig) -> str:
 
 
 def _compute_capability(library: Library, architecture: str) -> Any:
-    known = library.api.ComputeCapability.__members__
-    name = architecture.replace("_", "").upper()
-    if name not in known:
-        names = (f"sm_{each[2:]}" for each in known if each.startswith("SM"))
+    known = {
+        f"sm_{name[2:]}": value
+        for name, value in library.api.ComputeCapability.__members__.items()
+        if name.startswith("SM")
+    }
+    if architecture not in known:
         raise PlanError(
-            f"TensorRT for RTX {library.version} builds for {', '.join(sorted(names))}, not for "
+            f"TensorRT for RTX {library.version} builds for {', '.join(known)}, not for "
             f"{architecture}: use TensorRT (`pip install 'clipmill[gpu]'`) on such a card"
         )
-    return known[name]
+    return known[architecture]
 
 
 def build_plans(engine_dir: Path, *, plan_dir: Path, config: PlanConfig) -> PlanRecord:
@@ -175,9 +175,8 @@ def _build_tower(
     config: PlanConfig,
 ) -> TowerPlan:
     timing_cache = None
-    if library.flavour == "tensorrt" and config.timing_cache_dir is not None:  # RTX has none
-        name = f"{key.flavour}-{key.version}-{key.architecture}.timing"
-        timing_cache = config.timing_cache_dir / name
+    if library.flavour == "tensorrt" and config.timing_cache_dir is not None:
+        timing_cache = TimingCache(config.timing_cache_dir, key)
     with library.log.recording() as messages:
         plan = _compiled(
             onnx_path, shapes=shapes, library=library, key=key, timing_cache=timing_cache
@@ -211,7 +210,7 @@ def _compiled(
     shapes: tuple[Shape, Shape],
     library: Library,
     key: PlanKey,
-    timing_cache: Path | None,
+    timing_cache: TimingCache | None,
 ) -> Any:
     """The serialized plan, an `IHostMemory`."""
     api = library.api
@@ -244,7 +243,7 @@ def _compiled(
     profile.set_shape(network.get_input(0).name, smallest, largest, largest)
     config.add_optimization_profile(profile)
     if timing_cache is not None:
-        _use_timing_cache(config, timing_cache)
+        timing_cache.attach(config)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise PlanError(
@@ -252,7 +251,7 @@ def _compiled(
             f"{key.architecture} ({library.log.errors})"
         )
     if timing_cache is not None:
-        _publish(memoryview(config.get_timing_cache().serialize()), timing_cache)
+        timing_cache.publish(config)
     return plan
 
 
@@ -260,23 +259,6 @@ def _parser_errors(parser: Any) -> str:
     errors = [parser.get_error(number) for number in range(parser.num_errors)]
     nodes = [f"{error.node_operator()} {error.node_name()}: ".lstrip(" :") for error in errors]
     return "; ".join(node + error.desc() for node, error in zip(nodes, errors, strict=True))
-
-
-def _use_timing_cache(config: Any, path: Path) -> None:
-    """Give a build the measurements of earlier ones; an unusable file counts as none."""
-    known = path.read_bytes() if path.exists() else b""
-    cache = config.create_timing_cache(known)
-    if cache is None or not config.set_timing_cache(cache, False):
-        config.set_timing_cache(config.create_timing_cache(b""), False)
-
-
-def _publish(content: memoryview, path: Path) -> None:
-    """Replace a file as a whole; of several writers, the last one's stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-    os.replace(temporary, path)
 
 
 def _is_here(architecture: str) -> bool:

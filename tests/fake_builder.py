@@ -24,7 +24,7 @@ class FakeBuilderApi:
 
     def __init__(self, version: str = "11.4.0.106") -> None:
         self.__version__ = version
-        self.configs: list[_Config] = []
+        self.configs: list[FakeConfig] = []
         self.refuses: str | None = None
 
     def Builder(self, logger: Any) -> Any:  # noqa: N802
@@ -75,7 +75,7 @@ class _TimingCache:
         return self.known
 
 
-class _Config:
+class FakeConfig:
     profiling_verbosity = "names only"
 
     def __init__(self) -> None:
@@ -110,14 +110,14 @@ class _Builder:
         assert flags == 1 << FakeBuilderApi.NetworkDefinitionCreationFlag.STRONGLY_TYPED
         return _Network()
 
-    def create_builder_config(self) -> _Config:
-        self._api.configs.append(_Config())
+    def create_builder_config(self) -> FakeConfig:
+        self._api.configs.append(FakeConfig())
         return self._api.configs[-1]
 
     def create_optimization_profile(self) -> _Profile:
         return _Profile()
 
-    def build_serialized_network(self, network: _Network, config: _Config) -> Any:
+    def build_serialized_network(self, network: _Network, config: FakeConfig) -> Any:
         if self._api.refuses_to("compile", self._logger):
             return None
         if config.cache is not None:

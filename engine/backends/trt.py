@@ -83,7 +83,7 @@ class TrtEncoder(TowerEncoder):
             PlanError: The plan is missing, damaged, of another engine, or for another card or
                 version.
             DeviceError: There is no GPU or no TensorRT.
-            DeviceMemoryError: The GPU has too little free memory; nothing was allocated.
+            DeviceMemoryError: The GPU has too little free memory; none of it is kept.
         """
         manifest = read_manifest(engine_dir)
         record = read_plan(plan_dir)
