@@ -14,8 +14,9 @@ PACKAGES = ("engine", "pipelines", "jobs")
 
 # Library -> the only files that may import it.
 ONLY_IN = {
-    "tensorrt": ("engine/plan.py", "engine/backends/trt.py"),
-    "tensorrt_rtx": ("engine/plan.py", "engine/backends/trt.py"),
+    "tensorrt": ("engine/runtimes.py",),
+    "tensorrt_rtx": ("engine/runtimes.py",),
+    "cuda": ("engine/device.py",),
     "modelopt": ("engine/quantize.py",),
     "onnx": ("engine/audit.py",),
     "triton": ("engine/backends/kernels.py", "engine/backends/attention_kernel.py"),
@@ -32,9 +33,11 @@ LIGHT_MODULES = (
     "engine.manifest",
     "engine.registry",
     "engine.build",
+    "engine.plan_builder",
     "engine.backends.onnx_cpu",
+    "engine.backends.trt",
 )
-HEAVY_LIBRARIES = ("torch", "transformers", "tensorrt", "faiss")
+HEAVY_LIBRARIES = ("torch", "transformers", "tensorrt", "tensorrt_rtx", "cuda", "faiss")
 
 # Home and scratch folders of one machine. A reader's own are spelled with ~ or a variable.
 MACHINE_PATH = re.compile(
@@ -105,8 +108,12 @@ def test_the_rules_see_the_imports() -> None:
 @pytest.mark.parametrize(
     ("name", "source", "found"),
     [
-        ("engine/plan.py", "import tensorrt as trt", []),
-        ("engine/backends/trt.py", "from tensorrt import Logger", []),
+        ("engine/runtimes.py", "import tensorrt as trt", []),
+        (
+            "engine/backends/trt.py",
+            "from tensorrt import Logger",
+            ["engine/backends/trt.py imports tensorrt"],
+        ),
         ("engine/gate.py", "import tensorrt", ["engine/gate.py imports tensorrt"]),
         ("engine/towers.py", "from onnx import helper", ["engine/towers.py imports onnx"]),
         ("engine/towers.py", "import onnxruntime", []),

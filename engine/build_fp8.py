@@ -1,0 +1,212 @@
+"""Builds fp8 engines: a checkpoint and a sample -> FP8 weights, audited graphs, an account of both.
+
+Knows nothing of where the sample comes from or of where engines are kept.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.accuracy import Thresholds
+from engine.audit import Audit, audit_graph, check
+from engine.build import engine_id_of, write_manifest, write_tokenizer, write_towers
+from engine.checkpoint import Checkpoint
+from engine.errors import QuantizationError
+from engine.manifest import (
+    FP8_RECIPE,
+    IMAGE_ONNX,
+    TEXT_ONNX,
+    TOKENIZER_FILE,
+    Manifest,
+    Quantization,
+    TextInput,
+)
+from engine.model import Model
+from engine.quantize import OnProgress, QuantizedTower, quantize_tower
+from engine.sample import Sample
+from engine.tokenization import Tokenizer
+from engine.towers import Tower
+from engine.units import units_of
+
+QUANTIZATION_FILE, AUDIT_FILE, README_FILE = "quantization.json", "audit.json", "README.md"
+ROWS_PER_BATCH = 16
+ONNX_FILES = {"image": IMAGE_ONNX, "text": TEXT_ONNX}
+
+README = """# {engine_id}
+
+`{checkpoint}` in FP8 (E4M3), quantized by Clipmill with NVIDIA ModelOpt {modelopt}.
+
+| file | holds |
+|---|---|
+| `image.safetensors`, `text.safetensors` | weights: FP8 with a scale beside each, the rest float16 |
+| `image.onnx`, `text.onnx` | the same as graphs, with QuantizeLinear and DequantizeLinear |
+| `config.json`, `tokenizer.json` | the checkpoint's own, the tokenizer cutting at {max_tokens} tokens |
+| `quantization.json` | recipe, sample, cost of each unit, what was kept in 16 bit |
+| `audit.json` | which products of the graphs are FP8 |
+| `manifest.json` | checksums, preprocessing, versions |
+
+A weight stands for its FP8 numbers times `<layer>.weight_scale`. An input x of a layer is rounded
+to FP8(x / `<point>.scale`), where the point is the layer's: `input_point` for query, key and value,
+else `<layer>_point`. Without a scale, layer and input are float16. To read them:
+
+    from safetensors.torch import load_file
+    tensors = load_file("image.safetensors")
+    layer = "backbone.blocks.0.feed_forward.fc1"
+    weight = tensors[layer + ".weight"].float() * tensors[layer + ".weight_scale"]
+
+Kept in 16 bit: {kept}.
+"""
+
+
+def fp8_engine_id(checkpoint: Checkpoint, *, sample: Sample, thresholds: Thresholds) -> str:
+    """The id of the engine that `build_fp8` makes of these."""
+    recipe = f"{FP8_RECIPE} {thresholds} {sample.digest}"
+    return engine_id_of(checkpoint, precision="fp8", recipe=recipe)
+
+
+def build_fp8(
+    checkpoint: Checkpoint,
+    model: Model,
+    directory: Path,
+    *,
+    sample: Sample,
+    thresholds: Thresholds,
+    device: str,
+    on_progress: OnProgress,
+) -> Manifest:
+    """Quantize, export, audit and write an engine into an empty folder, its manifest last.
+
+    Args:
+        checkpoint: What the model was loaded from.
+        model: Its towers in float32; left as they are.
+        directory: Where to.
+        sample: To calibrate with: images, and texts if there is a text tower.
+        thresholds: How close to the model the engine must be, on the sample itself.
+        device: `cpu` or `cuda`: where the towers run meanwhile.
+        on_progress: Called with a stage's name, and how many of how many steps are done.
+
+    Raises:
+        CheckpointError: The tokenizer does not fit.
+        QuantizationError: The sample or a layer does not allow FP8.
+    """
+    text = write_tokenizer(checkpoint, model, directory)
+    batches = _batches(sample, text=text, directory=directory)
+    towers: dict[str, Tower] = {"image": model.image_tower}
+    if model.text_tower is not None:
+        towers["text"] = model.text_tower
+    made: dict[str, QuantizedTower] = {}
+    for name, tower in towers.items():
+        if name not in batches:
+            raise QuantizationError(f"the sample has no {name}s to calibrate the {name} tower with")
+        made[name] = quantize_tower(
+            tower.to(device),
+            [batch.to(device) for batch in batches[name]],
+            thresholds=thresholds,
+            on_progress=lambda stage, done, total, name=name: on_progress(
+                f"{name}: {stage}", done, total
+            ),
+        )
+        tower.to("cpu")
+    quantized = dataclasses.replace(
+        model,
+        image_tower=made["image"].tower.to("cpu"),
+        text_tower=made["text"].tower.to("cpu") if "text" in made else None,
+    )
+    on_progress("export", 0, 1)
+    write_towers(checkpoint, quantized, directory, precision="fp8")
+    audits = {name: _audited(directory, name, made[name], tower) for name, tower in towers.items()}
+    on_progress("export", 1, 1)
+    engine_id = fp8_engine_id(checkpoint, sample=sample, thresholds=thresholds)
+    quantization = Quantization(
+        calibration_uri=sample.uri,
+        calibration_digest=sample.digest,
+        num_calibration_rows=sample.num_rows,
+        kept_in_16_bit=tuple(
+            f"{name}.{unit}" for name, tower in made.items() for unit in tower.kept
+        ),
+    )
+    _write_json(directory / AUDIT_FILE, audits)
+    _write_json(directory / QUANTIZATION_FILE, _account(made, thresholds, quantization))
+    _write_readme(
+        directory, engine_id=engine_id, checkpoint=checkpoint, text=text, quantization=quantization
+    )
+    return write_manifest(
+        checkpoint,
+        model,
+        directory,
+        engine_id=engine_id,
+        precision="fp8",
+        text=text,
+        quantization=quantization,
+    )
+
+
+def _batches(
+    sample: Sample, *, text: TextInput | None, directory: Path
+) -> dict[str, list[torch.Tensor]]:
+    batches: dict[str, list[torch.Tensor]] = {}
+    if sample.pixels is not None:
+        batches["image"] = list(torch.from_numpy(sample.pixels).split(ROWS_PER_BATCH))
+    if text is not None and sample.texts is not None:
+        tokenizer = Tokenizer(directory / TOKENIZER_FILE, text=text)
+        made = tokenizer.batches(sample.texts, max_rows=ROWS_PER_BATCH, length_step=1)
+        token_ids = [torch.from_numpy(rows) for _, rows in made]
+        # They come by length; the first ones should be like all.
+        order = np.random.default_rng(0).permutation(len(token_ids))
+        batches["text"] = [token_ids[number] for number in order]
+    return batches
+
+
+def _audited(directory: Path, name: str, made: QuantizedTower, original: Tower) -> Audit:
+    path = directory / ONNX_FILES[name]
+    quantized = [unit for unit in units_of(original) if unit.name not in made.kept]
+    audit = audit_graph(path, units=quantized)
+    check(audit, path=path)
+    return audit
+
+
+def _account(
+    made: dict[str, QuantizedTower], thresholds: Thresholds, quantization: Quantization
+) -> dict[str, Any]:
+    return {
+        "recipe": FP8_RECIPE,
+        "sample": dataclasses.asdict(quantization),
+        "thresholds": dataclasses.asdict(thresholds),
+        "towers": {
+            name: {
+                "agreement": dataclasses.asdict(tower.agreement),
+                "kept_in_16_bit": tower.kept,
+                "costs": [dataclasses.asdict(cost) for cost in tower.costs],
+            }
+            for name, tower in made.items()
+        },
+    }
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1, default=dataclasses.asdict) + "\n")
+
+
+def _write_readme(
+    directory: Path,
+    *,
+    engine_id: str,
+    checkpoint: Checkpoint,
+    text: TextInput | None,
+    quantization: Quantization,
+) -> None:
+    from importlib.metadata import version
+
+    (directory / README_FILE).write_text(
+        README.format(
+            engine_id=engine_id,
+            checkpoint=checkpoint.name,
+            modelopt=version("nvidia-modelopt"),
+            max_tokens=0 if text is None else text.max_tokens,
+            kept=quantization.kept_in_words() or "no unit",
+        )
+    )
