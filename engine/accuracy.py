@@ -154,7 +154,8 @@ def pair_recalls(
 
 def _recall(queries: Embeddings, among: Embeddings) -> dict[int, float]:
     scores = queries @ among.T
-    ranks = (scores > scores.diagonal()[:, None]).sum(axis=1)
+    # Rows as near as the own one do not count against it: they are copies of it. NaN counts.
+    ranks = (~(scores <= scores.diagonal()[:, None])).sum(axis=1)
     return {cutoff: float(np.mean(ranks < cutoff)) for cutoff in RECALL_CUTOFFS}
 
 
