@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import ray
@@ -13,9 +12,6 @@ from pipelines.catalog import CatalogConfig
 from pipelines.embedding import EmbedConfig, embed
 from pipelines.indexing import IndexConfig, build_index
 from tests.catalogs import scene_rows, write_rows
-
-if TYPE_CHECKING:
-    from tests.quantized import QuantizedDemo
 
 
 @pytest.fixture(scope="session")
@@ -55,11 +51,3 @@ def scene_store(
     )
     build_index(IndexConfig(store_uri=str(folder / "store")))
     return folder / "store"
-
-
-@pytest.fixture(scope="session")
-def quantized_demo() -> "QuantizedDemo":
-    """Both towers of the demo checkpoint in FP8; tests leave them as they are."""
-    from tests.quantized import quantize_demo  # takes seconds, and most tests do without
-
-    return quantize_demo()

@@ -80,6 +80,18 @@ def test_copies_of_rows_agree_with_themselves() -> None:
     assert agreement(rows, rows).neighbour_overlap == 1.0
 
 
+def test_copies_that_differ_by_rounding_change_places_without_harm() -> None:
+    rows = np.repeat(random_rows(5, seed=3), 20, axis=0)
+    ours, theirs = (
+        (rows + 1e-8 * np.random.default_rng(seed).standard_normal(rows.shape)).astype(np.float32)
+        for seed in (10, 11)
+    )
+    assert not np.array_equal(ours, theirs)
+    assert neighbour_overlap(ours, theirs) == 1.0
+    for recall in pair_recalls(images=ours, texts=theirs, reference=(theirs, ours)):
+        assert recall.measured == recall.reference == {1: 1.0, 5: 1.0, 10: 1.0}
+
+
 @pytest.mark.parametrize("num_rows", [1, 2])
 def test_one_row_and_two(num_rows: int) -> None:
     rows = at_angles(*range(num_rows))
