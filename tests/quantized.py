@@ -14,8 +14,17 @@ from transformers import AutoTokenizer
 
 from engine.accuracy import Thresholds
 from engine.checkpoint import find_checkpoint
-from engine.export import export_image_tower, export_text_tower
+from engine.export import export_image_tower, export_text_tower, export_tokenizer
 from engine.images import ImageLimits
+from engine.manifest import (
+    IMAGE_ONNX,
+    TEXT_ONNX,
+    TOKENIZER_FILE,
+    Manifest,
+    Precision,
+    TextInput,
+    file_digest,
+)
 from engine.model import Model, load_model
 from engine.preprocess import decode_pixels
 from engine.quantize import MIN_ROWS, OnProgress, QuantizedTower, quantize_tower
@@ -96,6 +105,36 @@ def quantize_demo() -> QuantizedDemo:
         towers=towers,
         quantized={name: tower.quantize() for name, tower in towers.items()},
     )
+
+
+def write_demo_engine(
+    directory: Path, model: Model, *, image: Tower, text: Tower, precision: Precision
+) -> Manifest:
+    """Write an engine of the demo checkpoint with these towers."""
+    assert model.max_tokens is not None
+    export(image, directory / IMAGE_ONNX)
+    export(text, directory / TEXT_ONNX)
+    checkpoint = find_checkpoint(str(CHECKPOINT_DIR))
+    max_tokens, pad_token_id = export_tokenizer(
+        checkpoint,
+        max_tokens=model.max_tokens,
+        special_token_ids=model.special_token_ids,
+        path=directory / TOKENIZER_FILE,
+    )
+    manifest = Manifest(
+        engine_id=f"{precision}-0123456789abcdef",
+        checkpoint="acme/demo",
+        revision=None,
+        checkpoint_digest=checkpoint.digest,
+        precision=precision,
+        embedding_dim=model.embedding_dim,
+        preprocessing=model.preprocessing,
+        text=TextInput(max_tokens=max_tokens, pad_token_id=pad_token_id),
+        files={path.name: file_digest(path) for path in directory.iterdir()},
+        versions={},
+    )
+    manifest.write(directory)
+    return manifest
 
 
 @torch.inference_mode()
