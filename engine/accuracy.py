@@ -59,7 +59,7 @@ class Thresholds:
     min_cosine_min: float = 0.9
     """Of the worst row: below, a row is lost, not blurred."""
     min_neighbour_overlap: float = 0.93
-    """Of ten neighbours; ties and near duplicates change places even at high cosines."""
+    """Of ten neighbours; near duplicates change places even at high cosines."""
     max_recall_loss: float = 0.01
     """Of recall@10 between images and texts, in either direction."""
     max_top1_loss: float = 0.01
