@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 NEIGHBOURS = 10
 RECALL_CUTOFFS = (1, 5, 10)
 HISTOGRAM_BINS = 40
+# Scores of unit vectors nearer to each other than float32 computes them.
+TIE = 1e-6
 
 Embeddings = NDArray[np.float32]
 
@@ -29,7 +31,7 @@ class Agreement:
     cosine_min: float
     """Worst row."""
     neighbour_overlap: float
-    """Share of a row's ten nearest rows (by the reference) that stay among its ten nearest."""
+    """Share of a row's ten nearest rows that are among its ten nearest by the reference."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +59,7 @@ class Thresholds:
     min_cosine_min: float = 0.9
     """Of the worst row: below, a row is lost, not blurred."""
     min_neighbour_overlap: float = 0.93
-    """Of ten neighbours; ties and near duplicates change places even at high cosines."""
+    """Of ten neighbours; near duplicates change places even at high cosines."""
     max_recall_loss: float = 0.01
     """Of recall@10 between images and texts, in either direction."""
     max_top1_loss: float = 0.01
@@ -108,23 +110,24 @@ def row_cosines(measured: Embeddings, reference: Embeddings) -> NDArray[np.float
 
 
 def neighbour_overlap(measured: Embeddings, reference: Embeddings) -> float:
-    """Mean share of each row's nearest ten, itself not counted, that both have in common."""
+    """Mean share of each row's nearest ten, itself not counted, that the reference has there too.
+
+    Rows that the reference puts as near as its tenth count as well, so that copies do no harm.
+    """
     num_neighbours = min(NEIGHBOURS, len(measured) - 1)
     if num_neighbours < 1:
         return 1.0
-    shared = [
-        len(np.intersect1d(ours, theirs, assume_unique=True))
-        for ours, theirs in zip(
-            _nearest(measured, num_neighbours), _nearest(reference, num_neighbours), strict=True
-        )
-    ]
-    return float(np.mean(shared)) / num_neighbours
+    nearest = np.argpartition(_among_others(measured), -num_neighbours, axis=1)[:, -num_neighbours:]
+    scores = _among_others(reference)
+    last = np.partition(scores, -num_neighbours, axis=1)[:, -num_neighbours]
+    shared = np.take_along_axis(scores, nearest, axis=1) >= last[:, None] - TIE
+    return float(shared.mean())
 
 
-def _nearest(embeddings: Embeddings, count: int) -> NDArray[np.intp]:
-    scores = embeddings @ embeddings.T
+def _among_others(embeddings: Embeddings) -> Embeddings:
+    scores: Embeddings = embeddings @ embeddings.T
     np.fill_diagonal(scores, -np.inf)
-    return np.argpartition(-scores, count - 1, axis=1)[:, :count]
+    return scores
 
 
 def pair_recalls(
@@ -154,7 +157,8 @@ def pair_recalls(
 
 def _recall(queries: Embeddings, among: Embeddings) -> dict[int, float]:
     scores = queries @ among.T
-    ranks = (scores > scores.diagonal()[:, None]).sum(axis=1)
+    # Rows as near as the own one do not count against it: they are copies of it. NaN does.
+    ranks = (~(scores <= scores.diagonal()[:, None] + TIE)).sum(axis=1)
     return {cutoff: float(np.mean(ranks < cutoff)) for cutoff in RECALL_CUTOFFS}
 
 

@@ -3,12 +3,11 @@
 Knows nothing of who made the graph or compiles it.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-from torch import nn
 
 from engine.errors import QuantizationError
 from engine.units import Unit
@@ -32,13 +31,12 @@ class Audit:
     """What differs from what was asked for; empty in an engine that may be used."""
 
 
-def audit_graph(path: Path, *, tower: nn.Module, units: Iterable[Unit]) -> Audit:
+def audit_graph(path: Path, *, units: Sequence[Unit]) -> Audit:
     """Compare an exported graph with the units that were to be quantized.
 
     Args:
         path: ONNX file.
-        tower: What it was exported from, for the names of its modules.
-        units: The units that are quantized; every product outside them must not be.
+        units: Those of its tower that are quantized; every product outside them must not be.
     """
     graph = onnx.load(str(path), load_external_data=False).graph
     made_by = {output: node for node in graph.node for output in node.output}

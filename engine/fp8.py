@@ -4,8 +4,8 @@ Knows nothing of how scales are found, nor of the hardware that multiplies FP8.
 
 A value x is stored as the E4M3 number nearest to x / scale and stands for that number times scale
 (Micikevicius et al. 2022, arXiv 2209.05433). E4M3 is a floating format: within its range the
-relative error is the same everywhere, so scales are powers of two. Division by one is exact, and
-every runtime quantizes alike.
+relative error is the same everywhere, so scales are powers of two (but for that of softmax).
+Division by one is exact, and every runtime quantizes alike.
 """
 
 import math
@@ -18,15 +18,20 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 # Softmax outputs lie in 0..1 whatever the data. TensorRT's attention kernels expect this scale.
 PROBABILITIES_SCALE = 1 / FP8_MAX
+# Scales are float16 in graphs of 16 bit: its smallest normal number, below which it is coarse and
+# then zero. Costs nothing above 2^-20, where FP8 at this scale becomes coarse itself.
+MIN_SCALE = 2.0**-14
 
 
 def power_of_two_scale(amax: float) -> float:
-    """The smallest power of two under which `amax` does not exceed the largest FP8 number."""
-    return float(2.0 ** math.ceil(math.log2(amax / FP8_MAX)))
+    """The smallest power of two, from MIN_SCALE on, times which FP8 reaches `amax` (above 0)."""
+    mantissa, exponent = math.frexp(amax)
+    max_mantissa, max_exponent = math.frexp(FP8_MAX)
+    return max(math.ldexp(1.0, exponent - max_exponent + (mantissa > max_mantissa)), MIN_SCALE)
 
 
 def quantized(x: Tensor, scale: float) -> Tensor:
-    """Nearest FP8 numbers to x / scale; beyond the range, the largest."""
+    """Nearest FP8 numbers to x / scale; beyond the range the largest, of NaN NaN."""
     return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
 
 

@@ -13,6 +13,7 @@ A layer without `weight_scale`, and a point without `scale`, is in 16 bit. So is
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,10 +23,11 @@ from torch import Tensor, nn
 from engine.errors import EngineError
 from engine.fp8 import FP8, QuantizedLinear, QuantizedPoint
 from engine.towers import Tower
-from engine.units import replace
+from engine.units import replace, units_of
 
 WEIGHT_SCALE, POINT_SCALE = "weight_scale", "scale"
 DTYPE = torch.float16
+MAX_DETAIL_CHARS = 300
 
 
 def save_tower(tower: Tower, path: Path) -> None:
@@ -56,10 +58,11 @@ def load_tower(tower: Tower, path: Path) -> Tower:
         replace(tower, _quantized_modules(tower, tensors))
         tower.to_dtype(DTYPE)
         tower.load_state_dict(tensors)
-    except (AttributeError, KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, ValueError) as error:
+        detail = " ".join(str(error).split())[:MAX_DETAIL_CHARS]
         raise EngineError(
-            f"{path}: does not fit the engine's config.json ({str(error).splitlines()[0]}); remove "
-            "the engine's folder and build it again"
+            f"{path}: does not fit the engine's config.json ({detail}); remove the engine's folder "
+            "and build it again"
         ) from error
     return tower.eval()
 
@@ -67,16 +70,26 @@ def load_tower(tower: Tower, path: Path) -> Tower:
 def _quantized_modules(tower: nn.Module, tensors: dict[str, Tensor]) -> dict[str, nn.Module]:
     """FP8 modules for the tensors that need them; takes out of `tensors` what is then in place."""
     made: dict[str, nn.Module] = {}
-    for name in list(tensors):
-        module, _, kind = name.rpartition(".")
-        if kind == WEIGHT_SCALE:
-            weight = tensors[f"{module}.weight"]
-            if weight.dtype != FP8:
-                raise KeyError(f"{module}.weight is {weight.dtype}, not FP8")
-            made[module] = QuantizedLinear(
-                weight, scale=float(tensors.pop(name)), bias=tensors.get(f"{module}.bias")
+    units = units_of(tower)
+    for name in [layer for unit in units for layer in unit.layers]:
+        scale, weight = tensors.pop(f"{name}.{WEIGHT_SCALE}", None), tensors[f"{name}.weight"]
+        original: Any = tower.get_submodule(name)
+        if weight.shape != original.weight.shape:
+            raise ValueError(
+                f"{name}.weight is {list(weight.shape)}, not {list(original.weight.shape)}"
             )
-            tensors[f"{module}.weight"] = weight.t()
-        elif kind == POINT_SCALE:
-            made[module] = QuantizedPoint(float(tensors.pop(name)))
+        if (scale is None) != (weight.dtype != FP8):
+            raise ValueError(f"{name}: FP8 without a scale, or a scale without FP8")
+        if scale is not None:
+            bias = None if original.bias is None else tensors[f"{name}.bias"]
+            made[name] = QuantizedLinear(weight, scale=float(scale), bias=bias)
+            tensors[f"{name}.weight"] = weight.t()
+    for name in [point for unit in units for point in unit.points]:
+        scale = tensors.pop(f"{name}.{POINT_SCALE}", None)
+        if scale is not None:
+            made[name] = QuantizedPoint(float(scale))
+    for unit in units:
+        parts = {*unit.points, *unit.layers}
+        if not parts <= made.keys() and not parts.isdisjoint(made):
+            raise ValueError(f"{unit.name}: some of its points and layers are FP8, others not")
     return made

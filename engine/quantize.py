@@ -10,7 +10,6 @@ units go back to 16 bit, first those that gain most accuracy for the operations 
 
 import copy
 import io
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
@@ -31,14 +30,17 @@ from engine.fp8 import (
     dequantized,
     power_of_two_scale,
 )
+from engine.half_precision import check_weights, watched_activations
 from engine.rounding import round_weight
 from engine.sensitivity import UnitCost, unit_costs
 from engine.towers import QuantizationPoint, Tower
 from engine.units import Unit, replace, units_of
 
 with warnings.catch_warnings():
-    # It warns of any transformers that it was not tested with; none of its transformers code runs.
+    # It warns of any transformers that it was not tested with (none of its transformers code runs),
+    # and torch warns of torch.jit, which it uses.
     warnings.simplefilter("ignore", UserWarning)
+    warnings.simplefilter("ignore", DeprecationWarning)
     import modelopt.torch.quantization as mtq
     from modelopt.torch.quantization.nn import QuantInputBase, QuantModuleRegistry, TensorQuantizer
 
@@ -52,8 +54,6 @@ TOKENS_PER_ROW = 64
 # Rows on which units are ranked, and on which a choice of units is judged.
 RANKING_ROWS, RANKING_BATCH_ROWS, JUDGING_ROWS = 32, 4, 128
 FIRST_GUESS = 4  # units kept in 16 bit
-# What float16 holds is 65,504; rows outside the sample may go beyond those in it.
-MAX_ACTIVATION = 32_768.0
 
 E4M3 = {"num_bits": (4, 3), "axis": None}
 MODELOPT_CONFIG = {
@@ -112,6 +112,7 @@ def quantize_tower(
     units = units_of(tower)
     if not units:
         raise QuantizationError(f"{type(tower).__name__} has no unit that could be quantized")
+    check_weights(tower)
     simulation = _Simulation(copy.deepcopy(tower), units=units)
     reference = simulation.calibrate(batches, on_progress=on_progress)
     simulation.round_weights(on_progress=on_progress)
@@ -196,19 +197,17 @@ class _Simulation:
         if QuantizationPoint not in QuantModuleRegistry:
             QuantModuleRegistry.register({QuantizationPoint: "QuantizationPoint"})(QuantInputBase)
         embeddings: list[Embeddings] = []
-        ranges = _Ranges()
         correlations = {
             unit.points[0]: _Correlation() for unit in self._units.values() if unit.layers
         }
 
         def run_sample(converted: nn.Module) -> None:
             with ExitStack() as hooks:
+                hooks.enter_context(watched_activations(converted))
                 for name, module in converted.named_modules():
                     if name in correlations:
                         add = module.register_forward_pre_hook(correlations[name])
                         hooks.callback(add.remove)
-                    if _is_block(name):
-                        hooks.callback(module.register_forward_hook(ranges).remove)
                 for number, batch in enumerate(batches):
                     on_progress("calibrate", number, len(batches))
                     embeddings.append(_embeddings(converted, [batch]))
@@ -217,7 +216,6 @@ class _Simulation:
         with redirect_stdout(io.StringIO()):  # it prints how many quantizers it made
             mtq.quantize(self.tower, MODELOPT_CONFIG)
         mtq.calibrate(self.tower, algorithm="max", forward_loop=run_sample)
-        ranges.check()
         for name, quantizer in self._quantizers():
             scale = _scale(name, quantizer)
             self._scales[name] = scale
@@ -326,32 +324,9 @@ class _Correlation:
         return self._sum / self._num_tokens
 
 
-class _Ranges:
-    """Watches that what flows from block to block fits 16 bit; hangs on blocks as a hook."""
-
-    def __init__(self) -> None:
-        self._largest = 0.0
-
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self._largest = max(self._largest, float(output.abs().amax()))
-
-    def check(self) -> None:
-        """Raise QuantizationError if it does not."""
-        if not self._largest <= MAX_ACTIVATION:
-            raise QuantizationError(
-                f"activations between blocks reach {self._largest:,.0f}, float16 ends at 65,504: "
-                "this checkpoint cannot run in 16 bit; use --precision fp32"
-            )
-
-
-def _is_block(name: str) -> bool:
-    return name.rpartition(".")[0].endswith(".blocks")
-
-
 def _scale(name: str, quantizer: TensorQuantizer) -> float:
-    amax = float("nan") if quantizer.amax is None else float(quantizer.amax)
-    if not math.isfinite(amax):
-        raise QuantizationError(f"{name}: its values in the sample are not finite ({amax})")
+    assert quantizer.amax is not None, name  # units lie in blocks, and every point is passed
+    amax = float(quantizer.amax)
     if amax == 0:
         raise QuantizationError(
             f"{name}: always zero in the sample, so no scale can be found; the checkpoint is "

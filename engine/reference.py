@@ -52,6 +52,7 @@ class _Tower:
     def run(self, batches: Iterable[NDArray[Any]]) -> Iterator[NDArray[np.float32]]:
         for batch in batches:
             with torch.inference_mode():
-                embeddings = self._tower(torch.from_numpy(batch).to(self._device))
+                # Copied, since torch warns of arrays that it could not write to.
+                embeddings = self._tower(torch.tensor(batch, device=self._device))
             result: NDArray[np.float32] = embeddings.cpu().numpy()
             yield result

@@ -34,13 +34,16 @@ class UnitCost:
     """Of the operations of all units: what FP8 does twice as fast there."""
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class _Call:
     """One call of a module that holds units."""
 
     inputs: tuple[Any, ...]
+    """As they were given."""
     output: Tensor
+    """What came of them."""
     gradients: list[Tensor]
+    """At the output, one for each direction."""
 
 
 def unit_costs(
@@ -91,15 +94,14 @@ def _recorded(
     generator: torch.Generator,
 ) -> dict[str, _Call]:
     """Run a batch forward once and backward once for each direction."""
-    calls: dict[str, _Call] = {}
+    inputs: dict[str, tuple[Any, ...]] = {}
+    outputs: dict[str, Tensor] = {}
 
     def record(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        def hook(module: nn.Module, given: tuple[Any, ...], output: Tensor) -> Tensor:
             if not output.requires_grad:  # nothing before the first module needs a gradient
                 output = output.detach().requires_grad_()
-            call = _Call(tuple(_detached(x) for x in inputs), output.detach(), [])
-            calls[name] = call
-            output.register_hook(call.gradients.append)
+            inputs[name], outputs[name] = given, output
             return output
 
         return hook
@@ -108,10 +110,25 @@ def _recorded(
         for name, module in parents.items():
             hooks.callback(module.register_forward_hook(record(name)).remove)
         embeddings = tower(batch)
-        for _ in range(NUM_DIRECTIONS):
-            direction = torch.randn(embeddings.shape, generator=generator).to(embeddings.device)
-            (embeddings * direction).sum().backward(retain_graph=True)
-    return calls
+        gradients = [
+            torch.autograd.grad(
+                embeddings,
+                list(outputs.values()),
+                torch.randn(embeddings.shape, generator=generator).to(embeddings.device),
+                retain_graph=True,
+            )
+            for _ in range(NUM_DIRECTIONS)
+        ]
+    return {
+        name: _Call(
+            inputs=tuple(_detached(x) for x in inputs[name]),
+            output=output.detach(),
+            gradients=list(of_output),
+        )
+        for (name, output), of_output in zip(
+            outputs.items(), zip(*gradients, strict=True), strict=True
+        )
+    }
 
 
 def _detached(value: Any) -> Any:

@@ -5,10 +5,12 @@ Knows nothing of engines but the pixels that they take.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from engine.preprocess import Preprocessing
 from engine.sample import Sample
@@ -20,8 +22,8 @@ from pipelines.errors import CatalogError
 from pipelines.reading import CatalogDatasource, RowGroupRows
 from pipelines.schema import Modality
 
-# A row group is read whole for each row that is wanted of it: rows come from this many at most,
-# themselves drawn at random.
+# A row group is read whole for each row that is wanted of it: rows come from about this many,
+# themselves drawn at random, and from more only where these have too few.
 MAX_ROW_GROUPS = 64
 # More rows are drawn than needed, since some cannot be decoded.
 SPARE_SHARE = 0.25
@@ -81,20 +83,23 @@ def draw_samples(
     rng = np.random.default_rng(config.seed)
     pieces = list(_draw(catalog, num_rows=int(needed * (1 + SPARE_SHARE)) + 1, rng=rng))
     num_drawn = sum(len(piece.rows) for piece in pieces if piece.rows is not None)
+    num_read = 0
     parts: list[pa.Table] = []
     for table in _tables(catalog, pieces, modalities=modalities):
-        on_progress("sample", sum(map(len, parts)), needed)
+        on_progress("sample", num_read, num_drawn)
         parts.append(
             _usable(table, config=config, preprocessing=preprocessing, modalities=modalities)
         )
+        num_read += table.num_rows
+    on_progress("sample", num_read, num_drawn)
     rows = pa.concat_tables(parts)
     if rows.num_rows < config.num_rows + MIN_HELD_OUT_ROWS:
         raise CatalogError(
             f"catalog {config.catalog.uri}: {rows.num_rows} usable rows of {num_drawn} drawn at "
             f"random; {config.num_rows} to calibrate and at least {MIN_HELD_OUT_ROWS} to judge are "
-            f"needed, each with {' and '.join(modalities)}. Name a larger catalog"
+            f"needed, each with {' and '.join(modalities)}. Name a larger catalog, or one with "
+            "fewer rejects"
         )
-    on_progress("sample", needed, needed)
     shuffled = rows.take(rng.permutation(rows.num_rows))
     calibration = shuffled.slice(0, config.num_rows)
     held_out = shuffled.slice(config.num_rows, config.num_held_out)
@@ -126,36 +131,44 @@ def _open(config: SampleConfig, *, modalities: Sequence[Modality]) -> Catalog:
 
 
 def _draw(catalog: Catalog, *, num_rows: int, rng: np.random.Generator) -> Iterator[RowGroupRows]:
-    """Rows at random, of not too many row groups."""
+    """At least so many rows, or all there are, each as likely as any other."""
     groups = [
-        (file.path, number, size)
+        (file.path, number, first_row, size)
         for file in catalog.files
-        for number, size in enumerate(file.row_groups)
-        if size
+        for number, (first_row, size) in enumerate(
+            zip(accumulate(file.row_groups, initial=0), file.row_groups, strict=False)
+        )
     ]
-    sizes = np.array([size for _, _, size in groups], dtype=np.int64)
-    if len(groups) > MAX_ROW_GROUPS:
-        # Large ones are likelier, so that every row is about as likely.
-        chosen = rng.choice(len(groups), MAX_ROW_GROUPS, replace=False, p=sizes / sizes.sum())
-        groups, sizes = [groups[number] for number in sorted(chosen)], sizes[np.sort(chosen)]
-    ends = np.cumsum(sizes)
-    drawn = np.sort(rng.choice(ends[-1], min(num_rows, int(ends[-1])), replace=False))
-    first_rows = {
-        (file.path, number): sum(file.row_groups[:number])
-        for file in catalog.files
-        for number in range(len(file.row_groups))
-    }
-    for (path, number, size), end in zip(groups, ends.tolist(), strict=True):
-        within = drawn[np.searchsorted(drawn, end - size) : np.searchsorted(drawn, end)]
-        if len(within):
-            first_row = first_rows[path, number]
+    counts = _rows_per_group(
+        np.array([size for *_, size in groups], dtype=np.int64), num_rows=num_rows, rng=rng
+    )
+    for (path, number, first_row, size), count in zip(groups, counts.tolist(), strict=True):
+        if count:
             yield RowGroupRows(
                 path=path,
                 row_group=number,
                 first_row=first_row,
-                rows=within - (end - size) + first_row,
-                wanted={name: np.ones(len(within), dtype=np.bool_) for name in catalog.modalities},
+                rows=first_row + np.sort(rng.choice(size, count, replace=False)),
+                wanted={name: np.ones(count, dtype=np.bool_) for name in catalog.modalities},
             )
+
+
+def _rows_per_group(
+    sizes: NDArray[np.int64], *, num_rows: int, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """How many rows to draw of each row group."""
+    num_rows = min(num_rows, int(sizes.sum()))
+    rows = rng.choice(int(sizes.sum()), num_rows, replace=False)
+    group_of_row = np.searchsorted(np.cumsum(sizes), rows, side="right")
+    # These rows, or the first few of them with others of their row groups in the place of the
+    # rest: a group is drawn as often as its size calls for, so that all rows are as likely.
+    num_groups = num_rows if len(sizes) <= MAX_ROW_GROUPS else min(MAX_ROW_GROUPS, num_rows)
+    while True:
+        drawn = np.bincount(group_of_row[:num_groups], minlength=len(sizes))
+        counts: NDArray[np.int64] = np.minimum(drawn * -(-num_rows // num_groups), sizes)
+        if counts.sum() >= num_rows:
+            return counts
+        num_groups = min(2 * num_groups, num_rows)  # too small to make up for the rest
 
 
 def _tables(

@@ -27,6 +27,14 @@ def engines_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def quantized_demo():
+    """Both towers of the demo checkpoint in FP8 (`QuantizedDemo`); tests leave them as they are."""
+    from tests.quantized import quantize_demo  # takes seconds, and most tests do without
+
+    return quantize_demo()
+
+
+@pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """Ray on this machine, as a command starts it; one for the whole session."""
     with ray_cluster(None):

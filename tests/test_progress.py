@@ -8,7 +8,16 @@ import ray
 
 from jobs.progress import progress_line, shown_progress, stage_total
 from pipelines.ledger import Counts
-from pipelines.progress import STAGES, Progress, ProgressBoard, StageCount, StageMeter, polled
+from pipelines.progress import (
+    STAGES,
+    Progress,
+    ProgressBoard,
+    StageCount,
+    StageMeter,
+    metered,
+    polled,
+)
+from tests.meters import ListMeter
 
 COUNTS = Counts(
     num_rows=100,
@@ -48,6 +57,20 @@ def test_a_batch_that_fails_is_not_counted(board):
     with pytest.raises(RuntimeError), meter.batch():
         raise RuntimeError
     assert ray.get(board.progress.remote()).stages["encode"].num_rows == 0
+
+
+def test_what_is_metered_counts_where_there_is_a_meter():
+    meter = ListMeter()
+    with metered(meter) as size:
+        size(10, 1_000)
+        size(20, 2_000)
+    with metered(None) as size:
+        size(30, 3_000)
+    with pytest.raises(RuntimeError), metered(meter):
+        raise RuntimeError
+    with pytest.raises(RuntimeError), metered(None):
+        raise RuntimeError
+    assert meter.batches == [(20, 2_000)]
 
 
 def test_progress_is_handed_over_from_another_thread_and_at_the_end(board):
