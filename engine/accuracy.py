@@ -3,8 +3,8 @@
 Knows nothing of what made either.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,20 +72,43 @@ class Thresholds:
             if not 0 <= value <= 1:
                 raise ValueError(f"{field.name}={value}: expected 0 to 1")
 
+    def tightened(self, factors: Mapping[str, float]) -> "Thresholds":
+        """Stricter ones: field -> what share of the error it allows is allowed still."""
+        return replace(
+            self,
+            **{name: 1 - factor * (1 - getattr(self, name)) for name, factor in factors.items()},
+        )
+
     def faults(self, agreement: Agreement) -> list[str]:
         """What of an agreement does not pass, in words."""
-        measured = {
-            "1st percentile of cosines": (agreement.cosine_p1, self.min_cosine_p1),
-            "lowest cosine": (agreement.cosine_min, self.min_cosine_min),
-            "overlap of ten neighbours": (
-                agreement.neighbour_overlap,
-                self.min_neighbour_overlap,
-            ),
-        }
         return [
             f"{what} {value:.4f} is below {bound:g}"
-            for what, (value, bound) in measured.items()
+            for what, value, bound, _ in self._bounds(agreement)
             if not value >= bound  # NaN fails too
+        ]
+
+    def loss_factor(self, agreement: Agreement) -> float:
+        """By what the mean 1 - cosine must be multiplied, about, for an agreement to pass."""
+        factors = [
+            ((1 - bound) / (1 - value)) ** power
+            for _, value, bound, power in self._bounds(agreement)
+            if value < bound
+        ]
+        return min(factors, default=1.0)
+
+    def _bounds(self, agreement: Agreement) -> list[tuple[str, float, float, int]]:
+        """(what, measured, at least, the power with which its error enters the mean loss)."""
+        # An error of the embeddings changes neighbours in proportion to its length, and 1 - cosine
+        # is half the square of that (seen so over all choices of units of a ViT-B/16).
+        return [
+            ("1st percentile of cosines", agreement.cosine_p1, self.min_cosine_p1, 1),
+            ("lowest cosine", agreement.cosine_min, self.min_cosine_min, 1),
+            (
+                "overlap of ten neighbours",
+                agreement.neighbour_overlap,
+                self.min_neighbour_overlap,
+                2,
+            ),
         ]
 
 

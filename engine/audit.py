@@ -13,6 +13,7 @@ from engine.errors import QuantizationError
 from engine.units import Unit
 
 PRODUCTS = ("MatMul", "Gemm", "Conv")
+FP8 = onnx.TensorProto.FLOAT8E4M3FN
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,13 +55,18 @@ def audit_graph(path: Path, *, units: Sequence[Unit]) -> Audit:
     weights = [
         node
         for node in graph.node
-        if node.op_type == "DequantizeLinear"
-        and stored.get(node.input[0]) == onnx.TensorProto.FLOAT8E4M3FN
+        if node.op_type == "DequantizeLinear" and stored.get(node.input[0]) == FP8
     ]
     faults = [f"{name}: only one operand is FP8" for name in sorted(half_done)]
     faults += [f"{name}: should be FP8 and is not" for name in sorted(expected - fp8 - half_done)]
     faults += [f"{name}: is FP8 and should not be" for name in sorted(fp8 - expected)]
     faults += _stray_uses(graph)
+    types = {**stored, **_constant_types(graph)}
+    faults += [
+        f"{node.name}: quantizes to another type than FP8 E4M3"
+        for node in quantizing
+        if types.get(node.input[2] if len(node.input) > 2 else "") != FP8
+    ]
     if len(quantizing) != len(points):
         faults.append(f"{len(quantizing)} activations are quantized, {len(points)} should be")
     if len(weights) != len(layers):
@@ -91,6 +97,17 @@ def check(audit: Audit, *, path: Path) -> None:
 def _is_dequantized(name: str, made_by: dict[str, onnx.NodeProto]) -> bool:
     node = made_by.get(name)
     return node is not None and node.op_type == "DequantizeLinear"
+
+
+def _constant_types(graph: onnx.GraphProto) -> dict[str, int]:
+    """Element types of Constant nodes; a zero point has that of what it quantizes to."""
+    return {
+        node.output[0]: attribute.t.data_type
+        for node in graph.node
+        if node.op_type == "Constant"
+        for attribute in node.attribute
+        if attribute.name == "value"
+    }
 
 
 def _products_of(unit: Unit, operands: Collection[str]) -> list[str]:

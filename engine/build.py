@@ -4,12 +4,13 @@ Knows nothing of where engines are kept.
 """
 
 import hashlib
+import shutil
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from engine.checkpoint import Checkpoint
+from engine.checkpoint import CONFIG_FILE, Checkpoint
 from engine.manifest import (
     IMAGE_ONNX,
     RECIPE_VERSION,
@@ -17,9 +18,14 @@ from engine.manifest import (
     TOKENIZER_FILE,
     Manifest,
     Precision,
+    Quantization,
+    TextInput,
     file_digest,
 )
 from engine.registry import Engine, Registry
+
+if TYPE_CHECKING:
+    from engine.model import Model
 
 # Precisions that need nothing but the checkpoint, so that any node can build such an engine.
 UnquantizedPrecision = Literal["fp32", "fp16"]
@@ -69,27 +75,76 @@ def build_unquantized(
         CheckpointError: The checkpoint cannot be built from.
     """
     # torch and transformers are needed to build an engine, not to find or run one.
-    import torch
-
-    from engine.export import export_image_tower, export_text_tower, export_tokenizer
     from engine.model import load_model
 
-    dtype = torch.float16 if precision == "fp16" else torch.float32
     model = load_model(checkpoint)
+    text = write_tokenizer(checkpoint, model, directory)
+    write_towers(checkpoint, model, directory, precision=precision)
+    return write_manifest(
+        checkpoint,
+        model,
+        directory,
+        engine_id=engine_id_of(checkpoint, precision=precision),
+        precision=precision,
+        text=text,
+        quantization=None,
+    )
+
+
+def write_tokenizer(checkpoint: Checkpoint, model: "Model", directory: Path) -> TextInput | None:
+    """Write `tokenizer.json` for a model with a text tower; CheckpointError if they do not fit."""
+    from engine.export import export_tokenizer
+
+    if model.token_rules is None:
+        return None
+    return export_tokenizer(checkpoint, rules=model.token_rules, path=directory / TOKENIZER_FILE)
+
+
+def write_towers(
+    checkpoint: Checkpoint, model: "Model", directory: Path, *, precision: Precision
+) -> None:
+    """Write the towers, and their graphs as ONNX; below fp32 both are in 16 bit but for FP8.
+
+    Raises:
+        QuantizationError: Weights that 16 bit cannot hold.
+    """
+    from engine.export import export_image_tower, export_text_tower
+    from engine.half_precision import check_weights
+    from engine.stored_towers import load_towers, save_towers
+
+    if precision != "fp32":
+        for tower in filter(None, (model.image_tower, model.text_tower)):
+            check_weights(tower)
+        shutil.copyfile(checkpoint.directory / CONFIG_FILE, directory / CONFIG_FILE)
+        save_towers(model, directory)
+        # The graphs are made of what is stored, so that whoever runs either runs the same.
+        model = load_towers(directory, preprocessing=model.preprocessing)
+    preprocessing = model.preprocessing
     export_image_tower(
-        model.image_tower.to_dtype(dtype),
-        height=model.preprocessing.height,
-        width=model.preprocessing.width,
+        model.image_tower,
+        height=preprocessing.height,
+        width=preprocessing.width,
         path=directory / IMAGE_ONNX,
     )
-    text = None
-    if model.text_tower is not None and model.token_rules is not None:
-        export_text_tower(model.text_tower.to_dtype(dtype), path=directory / TEXT_ONNX)
-        text = export_tokenizer(
-            checkpoint, rules=model.token_rules, path=directory / TOKENIZER_FILE
-        )
+    if model.text_tower is not None:
+        export_text_tower(model.text_tower, path=directory / TEXT_ONNX)
+
+
+def write_manifest(
+    checkpoint: Checkpoint,
+    model: "Model",
+    directory: Path,
+    *,
+    engine_id: str,
+    precision: Precision,
+    text: TextInput | None,
+    quantization: Quantization | None,
+) -> Manifest:
+    """Write `manifest.json` over all files that are in the folder."""
+    libraries = ["clipmill", "torch", "transformers", "onnx"]
+    libraries += [] if quantization is None else ["nvidia-modelopt"]
     manifest = Manifest(
-        engine_id=engine_id_of(checkpoint, precision=precision),
+        engine_id=engine_id,
         checkpoint=checkpoint.name,
         revision=checkpoint.revision,
         checkpoint_digest=checkpoint.digest,
@@ -97,8 +152,9 @@ def build_unquantized(
         embedding_dim=model.embedding_dim,
         preprocessing=model.preprocessing,
         text=text,
+        quantization=quantization,
         files={path.name: file_digest(path) for path in sorted(directory.iterdir())},
-        versions={name: version(name) for name in ("clipmill", "torch", "transformers", "onnx")},
+        versions={name: version(name) for name in libraries},
     )
     manifest.write(directory)
     return manifest

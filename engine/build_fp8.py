@@ -5,6 +5,8 @@ Knows nothing of where the sample comes from or of where engines are kept.
 
 import dataclasses
 import json
+from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,10 @@ from engine.manifest import (
     TextInput,
 )
 from engine.model import Model
-from engine.quantize import OnProgress, QuantizedTower, quantize_tower
+from engine.quantize import QuantizedTower, quantize_tower
 from engine.sample import Sample
+from engine.simulation import OnProgress, TowerT
 from engine.tokenization import Tokenizer
-from engine.towers import Tower
-from engine.units import units_of
 
 QUANTIZATION_FILE, AUDIT_FILE, README_FILE = "quantization.json", "audit.json", "README.md"
 ROWS_PER_BATCH = 16
@@ -42,9 +43,9 @@ README = """# {engine_id}
 
 | file | holds |
 |---|---|
-| `image.safetensors`, `text.safetensors` | weights: FP8 with a scale beside each, the rest float16 |
+| `image.safetensors`, `text.safetensors` | weights: FP8, a scale beside each; the rest float16 |
 | `image.onnx`, `text.onnx` | the same as graphs, with QuantizeLinear and DequantizeLinear |
-| `config.json`, `tokenizer.json` | the checkpoint's own, the tokenizer cutting at {max_tokens} tokens |
+| `config.json`, `tokenizer.json` | the checkpoint's own; texts are cut at the model's length |
 | `quantization.json` | recipe, sample, cost of each unit, what was kept in 16 bit |
 | `audit.json` | which products of the graphs are FP8 |
 | `manifest.json` | checksums, preprocessing, versions |
@@ -95,30 +96,29 @@ def build_fp8(
     """
     text = write_tokenizer(checkpoint, model, directory)
     batches = _batches(sample, text=text, directory=directory)
-    towers: dict[str, Tower] = {"image": model.image_tower}
-    if model.text_tower is not None:
-        towers["text"] = model.text_tower
-    made: dict[str, QuantizedTower] = {}
-    for name, tower in towers.items():
+
+    def quantized(name: str, tower: TowerT) -> QuantizedTower[TowerT]:
         if name not in batches:
             raise QuantizationError(f"the sample has no {name}s to calibrate the {name} tower with")
-        made[name] = quantize_tower(
+        made = quantize_tower(
             tower.to(device),
             [batch.to(device) for batch in batches[name]],
             thresholds=thresholds,
-            on_progress=lambda stage, done, total, name=name: on_progress(
-                f"{name}: {stage}", done, total
-            ),
+            on_progress=lambda stage, *counts: on_progress(f"{name}: {stage}", *counts),
         )
         tower.to("cpu")
-    quantized = dataclasses.replace(
-        model,
-        image_tower=made["image"].tower.to("cpu"),
-        text_tower=made["text"].tower.to("cpu") if "text" in made else None,
-    )
+        made.tower.to("cpu")
+        return made
+
+    image = quantized("image", model.image_tower)
+    made: dict[str, QuantizedTower[Any]] = {"image": image}
+    quantized_model = dataclasses.replace(model, image_tower=image.tower)
+    if model.text_tower is not None:
+        made["text"] = quantized("text", model.text_tower)
+        quantized_model = dataclasses.replace(quantized_model, text_tower=made["text"].tower)
     on_progress("export", 0, 1)
-    write_towers(checkpoint, quantized, directory, precision="fp8")
-    audits = {name: _audited(directory, name, made[name], tower) for name, tower in towers.items()}
+    write_towers(checkpoint, quantized_model, directory, precision="fp8")
+    audits = {name: _audited(directory / ONNX_FILES[name], tower) for name, tower in made.items()}
     on_progress("export", 1, 1)
     engine_id = fp8_engine_id(checkpoint, sample=sample, thresholds=thresholds)
     quantization = Quantization(
@@ -131,9 +131,13 @@ def build_fp8(
     )
     _write_json(directory / AUDIT_FILE, audits)
     _write_json(directory / QUANTIZATION_FILE, _account(made, thresholds, quantization))
-    _write_readme(
-        directory, engine_id=engine_id, checkpoint=checkpoint, text=text, quantization=quantization
+    readme = README.format(
+        engine_id=engine_id,
+        checkpoint=checkpoint.name,
+        modelopt=version("nvidia-modelopt"),
+        kept=quantization.kept_in_words() or "no unit",
     )
+    (directory / README_FILE).write_text(readme)
     return write_manifest(
         checkpoint,
         model,
@@ -150,7 +154,7 @@ def _batches(
 ) -> dict[str, list[torch.Tensor]]:
     batches: dict[str, list[torch.Tensor]] = {}
     if sample.pixels is not None:
-        batches["image"] = list(torch.from_numpy(sample.pixels).split(ROWS_PER_BATCH))
+        batches["image"] = list(torch.tensor(sample.pixels).split(ROWS_PER_BATCH))
     if text is not None and sample.texts is not None:
         tokenizer = Tokenizer(directory / TOKENIZER_FILE, text=text)
         made = tokenizer.batches(sample.texts, max_rows=ROWS_PER_BATCH, length_step=1)
@@ -161,16 +165,14 @@ def _batches(
     return batches
 
 
-def _audited(directory: Path, name: str, made: QuantizedTower, original: Tower) -> Audit:
-    path = directory / ONNX_FILES[name]
-    quantized = [unit for unit in units_of(original) if unit.name not in made.kept]
-    audit = audit_graph(path, units=quantized)
+def _audited(path: Path, made: QuantizedTower[Any]) -> Audit:
+    audit = audit_graph(path, units=made.quantized)
     check(audit, path=path)
     return audit
 
 
 def _account(
-    made: dict[str, QuantizedTower], thresholds: Thresholds, quantization: Quantization
+    made: Mapping[str, QuantizedTower[Any]], thresholds: Thresholds, quantization: Quantization
 ) -> dict[str, Any]:
     return {
         "recipe": FP8_RECIPE,
@@ -189,24 +191,3 @@ def _account(
 
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=1, default=dataclasses.asdict) + "\n")
-
-
-def _write_readme(
-    directory: Path,
-    *,
-    engine_id: str,
-    checkpoint: Checkpoint,
-    text: TextInput | None,
-    quantization: Quantization,
-) -> None:
-    from importlib.metadata import version
-
-    (directory / README_FILE).write_text(
-        README.format(
-            engine_id=engine_id,
-            checkpoint=checkpoint.name,
-            modelopt=version("nvidia-modelopt"),
-            max_tokens=0 if text is None else text.max_tokens,
-            kept=quantization.kept_in_words() or "no unit",
-        )
-    )

@@ -19,6 +19,8 @@ FORMAT_VERSION = 2
 # Part of every engine_id. Raised whenever the same checkpoint would give other embeddings than
 # before: by decoding, resizing, tokenizing or the exported graph.
 RECIPE_VERSION = 1
+# Part of every fp8 engine's id. Raised whenever the same sample would give other FP8 weights.
+FP8_RECIPE = "modelopt-max-gptq-1"
 IMAGE_ONNX, TEXT_ONNX, TOKENIZER_FILE = "image.onnx", "text.onnx", "tokenizer.json"
 
 # fp32: the reference. fp16: 16 bit throughout. fp8: the products of the blocks in FP8, the rest

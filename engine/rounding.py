@@ -3,8 +3,8 @@
 Knows nothing of towers or of how the inputs were sampled.
 
 Source: GPTQ (Frantar et al. 2022, arXiv 2210.17323), with FP8 numbers for its grid: weights are
-rounded one input after the other, and what rounding one of them adds to the output is taken back
-by those not yet rounded, as far as the inputs are correlated.
+rounded one input after the other, the strongest first, and what rounding one of them adds to the
+output is taken back by those not yet rounded, as far as the inputs are correlated.
 """
 
 import torch
@@ -29,6 +29,8 @@ def round_weight(weight: Tensor, *, scale: float, gram: Tensor) -> Tensor:
     Returns:
         float8_e4m3fn [out, in].
     """
+    order = gram.diagonal().argsort(descending=True, stable=True)
+    weight, gram = weight[:, order], gram[order][:, order]
     num_inputs = weight.shape[1]
     damped = gram + DAMPING * gram.diagonal().mean() * torch.eye(num_inputs, device=gram.device)
     # Row i holds, over its diagonal element, how the inputs after i make up for an error at i.
@@ -48,4 +50,5 @@ def round_weight(weight: Tensor, *, scale: float, gram: Tensor) -> Tensor:
             errors[:, column] = (block[:, column] - kept) / here[column]
             block[:, column:] -= torch.outer(errors[:, column], here[column:])
         remaining[:, last:] -= errors @ factor[first:last, last:]
-    return rounded
+    # Bytes, since torch cannot index FP8 on every device.
+    return rounded.view(torch.uint8)[:, order.argsort()].view(torch.float8_e4m3fn)

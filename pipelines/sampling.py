@@ -25,8 +25,8 @@ from pipelines.schema import Modality
 # A row group is read whole for each row that is wanted of it: rows come from about this many,
 # themselves drawn at random, and from more only where these have too few.
 MAX_ROW_GROUPS = 64
-# More rows are drawn than needed, since some cannot be decoded.
-SPARE_SHARE = 0.25
+# Twice as many rows are drawn as needed, since some cannot be decoded or lack a text.
+SPARE_SHARE = 1.0
 MIN_HELD_OUT_ROWS = 64
 
 

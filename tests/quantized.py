@@ -22,17 +22,19 @@ from engine.manifest import (
     TOKENIZER_FILE,
     Manifest,
     Precision,
-    TextInput,
     file_digest,
 )
 from engine.model import Model, load_model
 from engine.preprocess import decode_pixels
-from engine.quantize import MIN_ROWS, OnProgress, QuantizedTower, quantize_tower
+from engine.quantize import MIN_ROWS, QuantizedTower, quantize_tower
+from engine.simulation import OnProgress
 from engine.towers import ImageTower, TextTower, Tower
 from jobs.demo.catalog import sample_rows
 from jobs.demo.run import CHECKPOINT_DIR
 
 NUM_HELD_OUT = 128
+# The demo's scenes lie close together, so that neighbours change places early.
+DEMO_THRESHOLDS = Thresholds(min_neighbour_overlap=0.9)
 BATCH_ROWS = 64
 
 
@@ -52,12 +54,12 @@ class DemoTower:
         *,
         thresholds: Thresholds | None = None,
         on_progress: OnProgress = lambda stage, done, total: None,
-    ) -> QuantizedTower:
+    ) -> QuantizedTower[Tower]:
         """Quantize the original, or a copy with other weights."""
         return quantize_tower(
             self.original if tower is None else tower,
             self.sample.split(BATCH_ROWS),
-            thresholds=thresholds or Thresholds(),
+            thresholds=thresholds or DEMO_THRESHOLDS,
             on_progress=on_progress,
         )
 
@@ -73,8 +75,8 @@ class QuantizedDemo:
     """Of the same."""
     towers: Mapping[str, DemoTower]
     """By modality."""
-    quantized: Mapping[str, QuantizedTower]
-    """By modality, at the default thresholds."""
+    quantized: Mapping[str, QuantizedTower[Tower]]
+    """By modality, at DEMO_THRESHOLDS."""
 
 
 def quantize_demo() -> QuantizedDemo:
@@ -111,15 +113,12 @@ def write_demo_engine(
     directory: Path, model: Model, *, image: Tower, text: Tower, precision: Precision
 ) -> Manifest:
     """Write an engine of the demo checkpoint with these towers."""
-    assert model.max_tokens is not None
+    assert model.token_rules is not None
     export(image, directory / IMAGE_ONNX)
     export(text, directory / TEXT_ONNX)
     checkpoint = find_checkpoint(str(CHECKPOINT_DIR))
-    max_tokens, pad_token_id = export_tokenizer(
-        checkpoint,
-        max_tokens=model.max_tokens,
-        special_token_ids=model.special_token_ids,
-        path=directory / TOKENIZER_FILE,
+    text_input = export_tokenizer(
+        checkpoint, rules=model.token_rules, path=directory / TOKENIZER_FILE
     )
     manifest = Manifest(
         engine_id=f"{precision}-0123456789abcdef",
@@ -129,7 +128,7 @@ def write_demo_engine(
         precision=precision,
         embedding_dim=model.embedding_dim,
         preprocessing=model.preprocessing,
-        text=TextInput(max_tokens=max_tokens, pad_token_id=pad_token_id),
+        text=text_input,
         files={path.name: file_digest(path) for path in directory.iterdir()},
         versions={},
     )

@@ -17,7 +17,7 @@ ONLY_IN = {
     "tensorrt": ("engine/runtimes.py",),
     "tensorrt_rtx": ("engine/runtimes.py",),
     "cuda": ("engine/device.py",),
-    "modelopt": ("engine/quantize.py",),
+    "modelopt": ("engine/simulation.py",),
     "onnx": ("engine/audit.py",),
     "triton": ("engine/backends/kernels.py", "engine/backends/attention_kernel.py"),
     "faiss": ("pipelines/indexing.py", "pipelines/search.py"),

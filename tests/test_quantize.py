@@ -20,7 +20,6 @@ from engine.fp8 import (
     quantized,
 )
 from engine.quantize import (
-    FIRST_GUESS,
     JUDGING_ROWS,
     MIN_ROWS,
     QuantizedTower,
@@ -28,7 +27,7 @@ from engine.quantize import (
 )
 from engine.towers import ImageTower, Normalize, QuantizationPoint, Tower
 from engine.units import units_of
-from tests.quantized import BATCH_ROWS, DemoTower, QuantizedDemo, embed, with_gains
+from tests.quantized import BATCH_ROWS, DEMO_THRESHOLDS, DemoTower, QuantizedDemo, embed, with_gains
 
 MODALITIES = ("image", "text")
 OUTLIERS = (5, 60, 100)
@@ -58,7 +57,7 @@ def state(tower: nn.Module) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def planted(quantized_demo: QuantizedDemo) -> tuple[DemoTower, Tower, QuantizedTower]:
+def planted(quantized_demo: QuantizedDemo) -> tuple[DemoTower, Tower, QuantizedTower[Tower]]:
     """An image tower with channels a million times as large as others in block 1, quantized."""
     demo = quantized_demo.towers["image"]
     tower = with_gains(demo.original, block=1, channels=OUTLIERS, gain=2.0**10)
@@ -73,7 +72,7 @@ def test_all_units_of_the_demo_are_fp8_within_the_thresholds(
     demo, result = quantized_demo.towers[modality], quantized_demo.quantized[modality]
     assert result.kept == ()
     assert result.costs == ()
-    assert Thresholds().faults(result.agreement) == []
+    assert DEMO_THRESHOLDS.faults(result.agreement) == []
     judged = demo.sample[:JUDGING_ROWS]
     again = agreement(embed(result.fake_quantized, judged), embed(demo.original, judged))
     assert again.num_rows == result.agreement.num_rows == JUDGING_ROWS
@@ -187,7 +186,7 @@ def test_a_hundredfold_channel_is_within_the_reach_of_fp8(quantized_demo: Quanti
 
 
 def test_units_beyond_the_reach_of_fp8_stay_in_16_bit(
-    planted: tuple[DemoTower, Tower, QuantizedTower],
+    planted: tuple[DemoTower, Tower, QuantizedTower[Tower]],
 ) -> None:
     demo, tower, result = planted
     assert np.array_equal(embed(tower, demo.held_out), embed(demo.original, demo.held_out))
@@ -210,7 +209,7 @@ def test_units_beyond_the_reach_of_fp8_stay_in_16_bit(
 
 
 def test_costs_are_those_of_all_units_best_to_keep_first(
-    planted: tuple[DemoTower, Tower, QuantizedTower],
+    planted: tuple[DemoTower, Tower, QuantizedTower[Tower]],
 ) -> None:
     _, tower, result = planted
     assert {cost.unit for cost in result.costs} == {unit.name for unit in units_of(tower)}
@@ -257,8 +256,7 @@ def test_same_input_same_result_said_to_the_caller_alone(
     assert progress == [
         *(("calibrate", done, num_batches) for done in range(num_batches + 1)),
         *(("round", done, num_units) for done in range(num_units + 1)),
-        ("judge", 0, 1),
-        ("judge", 1, 1),
+        ("judge", 0, 0),
     ]
 
 
@@ -267,7 +265,7 @@ def test_rows_in_batches_of_any_size(quantized_demo: QuantizedDemo) -> None:
     result = quantize_tower(
         demo.original,
         demo.sample.split([100, 1, 411]),
-        thresholds=Thresholds(),
+        thresholds=DEMO_THRESHOLDS,
         on_progress=lambda stage, done, total: None,
     )
     assert result.agreement.num_rows == JUDGING_ROWS
@@ -284,7 +282,7 @@ def test_too_few_rows(quantized_demo: QuantizedDemo) -> None:
         quantize_tower(
             demo.original,
             [demo.sample[:511]],
-            thresholds=Thresholds(),
+            thresholds=DEMO_THRESHOLDS,
             on_progress=lambda stage, done, total: None,
         )
 
@@ -308,12 +306,10 @@ def test_thresholds_out_of_reach(quantized_demo: QuantizedDemo) -> None:
         quantized_demo.towers["text"].quantize(
             thresholds=Thresholds(min_cosine_min=1), on_progress=lambda *step: steps.append(step)
         )
-    assert [step for step in steps if step[0] == "choose"] == [
-        ("choose", 1, 0),  # FIRST_GUESS units
-        ("choose", 2, 0),  # twice as many
-        ("choose", 3, 0),  # all ten
+    assert [step for step in steps if step[0].startswith("judge")] == [
+        ("judge", 0, 0),
+        ("judge with 10 of 10 units in 16 bit", 0, 0),
     ]
-    assert FIRST_GUESS == 4
 
 
 def nan_weight(block: nn.Module) -> None:

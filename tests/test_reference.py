@@ -62,7 +62,7 @@ def test_it_embeds_as_the_towers_do(
 def test_an_image_only_checkpoint_has_no_texts(model: Model, engine_dir: Path) -> None:
     manifest = OnnxCpuEncoder(engine_dir, num_threads=1).manifest
     encoder = reference(
-        dataclasses.replace(model, text_tower=None, max_tokens=None),
+        dataclasses.replace(model, text_tower=None, token_rules=None),
         engine_dir=engine_dir,
         manifest=dataclasses.replace(manifest, text=None),
     )

@@ -31,7 +31,7 @@ Progress = list[tuple[str, int, int]]
 @pytest.fixture(scope="module")
 def preprocessing() -> Preprocessing:
     config = find_checkpoint(str(CHECKPOINT_DIR)).preprocessor_config
-    return preprocessing_from_config(config, image_size=64)
+    return preprocessing_from_config(config)
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,7 @@ class Built:
     model: Model
     reference: Model
 
-    def load(self, directory: Path) -> Model:
+    def load(self, directory: Path, *, preprocessing: Preprocessing) -> Model:
         assert directory == self.directory
         return copy.deepcopy(self.model)
 
@@ -178,7 +178,7 @@ def test_batches_that_do_not_fit(tmp_path: Path) -> None:
         TorchEncoder(tmp_path, load_towers=built.load, max_rows=2**28)
 
 
-def never_loaded(directory: Path) -> Model:
+def never_loaded(directory: Path, *, preprocessing: Preprocessing) -> Model:
     raise AssertionError("towers are read only for a card that can run them")
 
 

@@ -84,7 +84,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_engine(Path(folder), model=model)
         started = time.monotonic()
-        encoder = TorchEncoder(Path(folder), load_towers=lambda directory: model)
+        encoder = TorchEncoder(Path(folder), load_towers=lambda directory, preprocessing: model)
         seconds = time.monotonic() - started
     found = {"seconds": round(seconds, 2), "GiB": round(encoder.device_memory_bytes / 2**30, 3)}
     sys.stdout.write(json.dumps(found) + "\n")

@@ -11,7 +11,6 @@ Together 156 us, or 6,400 images/s. ViT-B/32 (12 blocks, 50 tokens, width 768): 
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,9 +18,8 @@ from engine.backends.encoder import TowerEncoder
 from engine.backends.torch_device import find_device, typed_errors
 from engine.errors import EngineError
 from engine.manifest import read_manifest
-
-if TYPE_CHECKING:
-    from engine.model import Model
+from engine.model import Model
+from engine.stored_towers import load_towers
 
 # Rows of a batch. 256 images of ViT-B/32 are 12,800 rows of each product, enough to fill a card;
 # those of ViT-L/14 need about 1 GB between products.
@@ -44,7 +42,7 @@ class TorchEncoder(TowerEncoder):
         self,
         engine_dir: Path,
         *,
-        load_towers: "Callable[[Path], Model]",
+        load_towers: Callable[..., Model] = load_towers,
         max_rows: int = MAX_ROWS,
         device_index: int = 0,
     ) -> None:
@@ -52,7 +50,7 @@ class TorchEncoder(TowerEncoder):
 
         Args:
             engine_dir: The engine's folder, as the registry leaves it.
-            load_towers: Reads that folder's towers, quantized or in 16 bit, onto the CPU.
+            load_towers: Reads that folder's towers onto the CPU.
             max_rows: Images or texts of one batch.
             device_index: Of the CUDA card.
 
@@ -78,7 +76,7 @@ class TorchEncoder(TowerEncoder):
 
         with typed_errors(device, max_rows=max_rows):
             reserved_before = torch.cuda.memory_reserved(device)
-            model = load_towers(engine_dir)
+            model = load_towers(engine_dir, preprocessing=manifest.preprocessing)
             for tower in (model.image_tower, model.text_tower):
                 if tower is not None:
                     fuse(tower.to(device))

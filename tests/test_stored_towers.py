@@ -16,8 +16,8 @@ from torch import Tensor
 from engine.checkpoint import find_checkpoint
 from engine.errors import EngineError
 from engine.fp8 import FP8, QuantizedLinear, QuantizedPoint
-from engine.fp8_checkpoint import load_tower, save_tower
 from engine.model import load_model
+from engine.stored_towers import load_tower, save_tower
 from engine.towers import QuantizationPoint, Tower
 from engine.units import replace, units_of
 from tests.checkpoints import save_clip
@@ -43,7 +43,7 @@ sys.modules["modelopt"] = None
 from pathlib import Path
 import torch
 from engine.checkpoint import find_checkpoint
-from engine.fp8_checkpoint import load_tower
+from engine.stored_towers import load_tower
 from engine.model import load_model
 model = load_model(find_checkpoint(sys.argv[1]))
 tower = load_tower(model.image_tower, Path(sys.argv[2]))

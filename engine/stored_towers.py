@@ -1,8 +1,9 @@
-"""A quantized tower on disk: one safetensors file, loadable without ModelOpt.
+"""Towers on disk: a safetensors file each, FP8 or 16 bit, loadable without ModelOpt.
 
 Knows nothing of how a tower was quantized or of what executes it.
 
-Tensors have the names of the tower's own modules:
+Beside `image.safetensors` and `text.safetensors` lies the checkpoint's `config.json`, which has
+their sizes. Tensors have the names of the tower's own modules:
 
     backbone.blocks.0.attention.query.weight          float8_e4m3fn [out, in]
     backbone.blocks.0.attention.query.weight_scale    float32 [], a power of two
@@ -20,14 +21,43 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from engine.errors import EngineError
+from engine.errors import CheckpointError, EngineError
 from engine.fp8 import FP8, QuantizedLinear, QuantizedPoint
+from engine.model import Model, build_model, read_config
+from engine.preprocess import Preprocessing
 from engine.towers import Tower
 from engine.units import replace, units_of
 
+IMAGE_WEIGHTS, TEXT_WEIGHTS = "image.safetensors", "text.safetensors"
 WEIGHT_SCALE, POINT_SCALE = "weight_scale", "scale"
 DTYPE = torch.float16
 MAX_DETAIL_CHARS = 300
+
+
+def save_towers(model: Model, directory: Path) -> None:
+    """Write the tensors of a model's towers: FP8 where they have FP8 modules, else float16."""
+    save_tower(model.image_tower, directory / IMAGE_WEIGHTS)
+    if model.text_tower is not None:
+        save_tower(model.text_tower, directory / TEXT_WEIGHTS)
+
+
+def load_towers(directory: Path, *, preprocessing: Preprocessing) -> Model:
+    """Read what `save_towers` wrote, beside a `config.json`, as float16 towers on the CPU.
+
+    Raises:
+        EngineError: A file is missing, damaged, or does not fit the others.
+    """
+    try:
+        model = build_model(read_config(directory), preprocessing=preprocessing)
+    except (CheckpointError, OSError) as error:
+        raise EngineError(
+            f"{directory}: {error}; remove the folder and build the engine again"
+        ) from error
+    model.settle()
+    load_tower(model.image_tower, directory / IMAGE_WEIGHTS)
+    if model.text_tower is not None:
+        load_tower(model.text_tower, directory / TEXT_WEIGHTS)
+    return model
 
 
 def save_tower(tower: Tower, path: Path) -> None:
