@@ -19,6 +19,7 @@ from engine.build import engine_id_of, write_manifest, write_tokenizer, write_to
 from engine.checkpoint import Checkpoint
 from engine.errors import QuantizationError
 from engine.manifest import (
+    AUDIT_FILE,
     FP8_RECIPE,
     IMAGE_ONNX,
     TEXT_ONNX,
@@ -33,7 +34,7 @@ from engine.sample import Sample
 from engine.simulation import OnProgress, TowerT
 from engine.tokenization import Tokenizer
 
-QUANTIZATION_FILE, AUDIT_FILE, README_FILE = "quantization.json", "audit.json", "README.md"
+QUANTIZATION_FILE, README_FILE = "quantization.json", "README.md"
 ROWS_PER_BATCH = 16
 ONNX_FILES = {"image": IMAGE_ONNX, "text": TEXT_ONNX}
 

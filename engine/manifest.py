@@ -22,6 +22,8 @@ RECIPE_VERSION = 1
 # Part of every fp8 engine's id. Raised whenever the same sample would give other FP8 weights.
 FP8_RECIPE = "modelopt-max-gptq-1"
 IMAGE_ONNX, TEXT_ONNX, TOKENIZER_FILE = "image.onnx", "text.onnx", "tokenizer.json"
+# Of fp8 engines: which products of the graphs are FP8.
+AUDIT_FILE = "audit.json"
 
 # fp32: the reference. fp16: 16 bit throughout. fp8: the products of the blocks in FP8, the rest
 # in 16 bit.

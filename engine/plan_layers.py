@@ -111,7 +111,8 @@ def layers_from_inspector(information: str) -> list[Layer]:
             tactic=record.get("TacticName", ""),
             onnx_layers=tuple(_ONNX_NODE.findall(record.get("Metadata", ""))),
         )
-        for record in json.loads(information)["Layers"]
+        # Not strict: metadata of layers holds control characters as they are.
+        for record in json.loads(information, strict=False)["Layers"]
     ]
 
 

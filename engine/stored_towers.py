@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from engine.errors import CheckpointError, EngineError
@@ -69,7 +69,8 @@ def save_tower(tower: Tower, path: Path) -> None:
             tensors[f"{name}.{WEIGHT_SCALE}"] = torch.tensor(module.scale)
         elif isinstance(module, QuantizedPoint):
             tensors[f"{name}.{POINT_SCALE}"] = torch.tensor(module.scale)
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
+    # Not `save_file`, whose files nobody else may read.
+    path.write_bytes(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
 
 
 def load_tower(tower: Tower, path: Path) -> Tower:

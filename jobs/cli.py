@@ -11,6 +11,7 @@ from jobs.command import run
 
 COMMANDS = {
     "demo": ("jobs.demo.run", "offline, from nothing to a report with pictures"),
+    "engine": ("jobs.engine", "build engines, judge them, promote them or go back"),
     "embed": ("jobs.embed", "embed what is new or changed in a catalog"),
     "index": ("jobs.index", "build the index of the current snapshot"),
     "query": ("jobs.query", "find the nearest rows to a text or an image"),

@@ -6,8 +6,11 @@ Knows nothing of how it is done.
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from typing import get_args
 
+from engine.backends.choice import WANTED
 from engine.images import ImageLimits
+from engine.manifest import Precision
 from engine.registry import default_engines_uri
 from jobs.cluster import ray_cluster
 from jobs.command import CommandParser, print_result, run
@@ -15,6 +18,7 @@ from jobs.progress import shown_progress
 from pipelines.catalog import CatalogConfig
 from pipelines.decode import RowLimits
 from pipelines.embedding import EmbedConfig, embed
+from pipelines.engines import EngineChoice
 from pipelines.report import RunReport, make_report, summary
 from pipelines.runs import save_report
 from pipelines.stages import Resources
@@ -51,9 +55,14 @@ def config_from(options: Namespace) -> EmbedConfig:
             carry_columns=tuple(options.carry),
         ),
         store_uri=options.store,
-        checkpoint=options.checkpoint,
-        revision=options.revision,
-        engines_uri=options.engines,
+        engine=EngineChoice(
+            checkpoint=options.checkpoint,
+            revision=options.revision,
+            engine_id=options.engine,
+            precision=options.precision,
+            backend=options.backend,
+            engines_uri=options.engines,
+        ),
         dtype=options.dtype,
         limits=RowLimits(
             image=ImageLimits(
@@ -68,6 +77,7 @@ def config_from(options: Namespace) -> EmbedConfig:
             batch_rows=options.batch_rows,
             rows_per_file=options.rows_per_file,
             encoder_cpus=options.encoder_cpus,
+            encoder_gpus=options.encoder_gpus,
             decode_cpus=options.decode_cpus,
         ),
         retry=tuple(options.retry),
@@ -80,8 +90,16 @@ def _parser() -> CommandParser:
     what = parser.add_argument_group("what")
     what.add_argument("--catalog", required=True, metavar="URI", help="Parquet file or folder")
     what.add_argument("--store", required=True, metavar="URI", help="output folder")
-    what.add_argument("--checkpoint", required=True, metavar="ID_OR_DIR", help="the model")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument(
+        "--checkpoint", metavar="ID_OR_DIR", help="the model: its promoted engine, or else fp32"
+    )
+    model.add_argument("--engine", metavar="ID", help="one engine, by its id")
     what.add_argument("--revision", help="hub branch, tag or commit of the checkpoint")
+    what.add_argument(
+        "--precision", choices=get_args(Precision), help="that the promoted engine must have"
+    )
+    what.add_argument("--backend", default="auto", choices=WANTED, help="what executes the engine")
     what.add_argument("--engines", default=default_engines_uri(), metavar="URI")
     what.add_argument("--dtype", default="float32", choices=("float32", "float16"))
     columns = parser.add_argument_group("columns of the catalog")
@@ -111,8 +129,9 @@ def _parser() -> CommandParser:
     where.add_argument("--num-encoders", type=int, help="one for every two CPUs if left out")
     where.add_argument("--encoder-threads", type=int, default=resources.encoder_threads)
     where.add_argument("--encoder-cpus", type=float, default=resources.encoder_cpus)
+    where.add_argument("--encoder-gpus", type=float, default=resources.encoder_gpus)
     where.add_argument("--decode-cpus", type=float, default=resources.decode_cpus)
-    where.add_argument("--batch-rows", type=int, default=resources.batch_rows)
+    where.add_argument("--batch-rows", type=int, help="32 on CPUs, 256 on GPUs if left out")
     where.add_argument("--rows-per-file", type=int, default=resources.rows_per_file)
     return parser
 

@@ -4,7 +4,8 @@ Knows nothing of how the counts come about.
 """
 
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -16,6 +17,7 @@ from rich.progress import (
     Task,
     TaskID,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.text import Text
@@ -51,6 +53,58 @@ def shown_progress() -> Iterator[ProgressSink]:
         console=console,
     ) as bars:
         yield _Bars(bars)
+
+
+@contextmanager
+def shown_steps() -> Iterator[Callable[[str, int, int], None]]:
+    """Show stages and their steps on stderr for the length of a block.
+
+    Yields:
+        To be called with a stage's name, and how many of how many steps are done; 0 of 0 for a
+        stage that does not count.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _StepLines()
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console) as bars:
+        yield _StepBars(bars)
+
+
+class _StepBars:
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._stage: str | None = None
+        self._task: TaskID | None = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage:
+            self._finish()
+            self._stage, self._task = stage, self._bars.add_task(stage, total=total or None)
+        if self._task is not None:
+            self._bars.update(self._task, completed=done)
+
+    def _finish(self) -> None:
+        """A stage that does not count ends when the next begins."""
+        if self._task is not None:
+            task = next(task for task in self._bars.tasks if task.id == self._task)
+            total = task.total or 1
+            self._bars.update(self._task, completed=total, total=total)
+
+
+class _StepLines:
+    def __init__(self) -> None:
+        self._stage: str | None = None
+        self._said_seconds = 0.0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if stage == self._stage and now - self._said_seconds < LOG_SECONDS:
+            return
+        self._stage, self._said_seconds = stage, now
+        counts = f" {done} of {total}" if total else ""
+        print(f"{stage}{counts}", file=sys.stderr, flush=True)
 
 
 class _RateColumn(TextColumn):

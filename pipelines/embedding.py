@@ -13,16 +13,15 @@ from typing import Any, cast
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from engine.build import engine_id_of
-from engine.checkpoint import find_checkpoint
+from engine.backends.choice import Backend
 from engine.errors import EngineError
 from engine.manifest import Manifest
-from engine.registry import Engine, Registry, default_engines_uri
+from engine.registry import Engine, Registry
 from pipelines import schema
 from pipelines.assembly import count_rejects, next_files
 from pipelines.catalog import Catalog, CatalogConfig, open_catalog
 from pipelines.decode import RowLimits
-from pipelines.encode import ready_engine
+from pipelines.engines import EngineChoice, chosen_backend, chosen_engine, ready_engine
 from pipelines.errors import IncompleteRunError, StoreError, TooManyRejectsError
 from pipelines.ledger import Counts, Ledger
 from pipelines.planning import (
@@ -51,12 +50,8 @@ class EmbedConfig:
     """What to embed."""
     store_uri: str
     """Where embeddings, rejects and snapshots go: any fsspec URI that all nodes can write."""
-    checkpoint: str
-    """Hub id, or a folder that all nodes can read."""
-    revision: str | None = None
-    """Hub branch, tag or commit."""
-    engines_uri: str = field(default_factory=default_engines_uri)
-    """Where engines are kept: a folder, each node's own or shared, or any fsspec URI."""
+    engine: EngineChoice
+    """What to embed it with."""
     dtype: EmbeddingDtype = "float32"
     """Of stored embeddings; float16 halves the store, but not every reader of Parquet knows it."""
     limits: RowLimits = field(default_factory=RowLimits)
@@ -99,6 +94,8 @@ class EmbedResult:
     """What the stages did; None if there was nothing to embed."""
     workers: dict[str, int]
     """Stage -> how many could work at once."""
+    backend: Backend
+    """What executed the engine, or would have."""
 
 
 def embed(
@@ -121,8 +118,9 @@ def embed(
     """
     store = Store(config.store_uri)
     catalog = open_catalog(config.catalog)
-    engine = _engine_record(config)
-    registry = Registry(config.engines_uri)
+    registry = Registry(config.engine.engines_uri)
+    engine = chosen_engine(config.engine, registry=registry)
+    backend = chosen_backend(config.engine.backend, engine=engine)
     store.check_writable()
     parent = current_snapshot(store)
     _check_parent(parent, config=config, catalog=catalog, engine=engine, store=store)
@@ -150,6 +148,7 @@ def embed(
                 engine=engine,
                 manifest=manifest,
                 registry=registry,
+                backend=backend,
                 store=store,
                 plan_id=plan_id,
                 dtype=config.dtype,
@@ -187,6 +186,7 @@ def embed(
         embedding_dtype=config.dtype,
         modalities=catalog.modalities,
         files=tuple(sorted(files, key=lambda file: file.path)),
+        backend=backend,
     )
     committed = parent is None or not _same_state(snapshot, parent)
     if committed:
@@ -208,17 +208,8 @@ def embed(
         },
         rejects_by_reason=count_rejects(store, snapshot.files_of("rejects")),
         progress=progress,
-        workers=num_workers(config.resources),
-    )
-
-
-def _engine_record(config: EmbedConfig) -> EngineRecord:
-    checkpoint = find_checkpoint(config.checkpoint, revision=config.revision)
-    return EngineRecord(
-        engine_id=engine_id_of(checkpoint),
-        # A folder is recorded in full, so that a query from elsewhere finds it.
-        checkpoint=checkpoint.name if checkpoint.revision else str(checkpoint.directory),
-        revision=checkpoint.revision,
+        workers=num_workers(config.resources, backend=backend),
+        backend=backend,
     )
 
 
@@ -239,7 +230,7 @@ def _ready_manifest(
     if absent:
         leave_out = " ".join(f"--{modality}-column none" for modality in absent)
         raise EngineError(
-            f"checkpoint {config.checkpoint} has no {' or '.join(absent)} tower, the catalog has "
+            f"checkpoint {manifest.checkpoint} has no {' or '.join(absent)} tower, the catalog has "
             f"such a column; leave it out with {leave_out}"
         )
     return manifest
@@ -299,7 +290,7 @@ def _check_parent(
     if parent.engine.engine_id != engine.engine_id:
         faults.append(
             f"embeddings of engine {parent.engine.engine_id} ({parent.engine.checkpoint}), "
-            f"{config.checkpoint} gives {engine.engine_id}"
+            f"{engine.checkpoint} gives {engine.engine_id}"
         )
     if parent.key_type != str(catalog.key_type):
         faults.append(f"keys of type {parent.key_type}, the catalog's are {catalog.key_type}")
@@ -315,5 +306,5 @@ def _check_parent(
     if faults:
         raise StoreError(
             f"store {store.uri} holds {'; '.join(faults)}. They never mix: name another --store, "
-            "or embed with what this one was made with"
+            "or embed with what this one was made with (--engine ID)"
         )

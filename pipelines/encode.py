@@ -9,45 +9,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from engine.backends.choice import Backend, load_encoder
 from engine.backends.encoder import Encoder
-from engine.backends.onnx_cpu import OnnxCpuEncoder
-from engine.build import engine_id_of, load_or_build, unquantized_precision
-from engine.checkpoint import find_checkpoint
-from engine.errors import ClipmillError, EngineError
-from engine.registry import Engine, Registry
+from engine.errors import ClipmillError
+from engine.registry import Registry
 from pipelines import schema
+from pipelines.engines import ready_engine
 from pipelines.progress import StageMeter
 from pipelines.snapshots import EngineRecord
-
-
-def ready_engine(record: EngineRecord, *, registry: Registry) -> Engine:
-    """Find the very engine that a record names; build it only if it is not there.
-
-    Raises:
-        CheckpointError: Its checkpoint cannot be found or built from.
-        EngineError: The checkpoint there now gives another engine, or the engine takes more than
-            a checkpoint to build.
-    """
-    found = registry.find(record.engine_id)
-    if found is not None:
-        return found
-    precision = unquantized_precision(record.engine_id)
-    if precision is None:
-        raise EngineError(
-            f"engine {record.engine_id} is not among the engines at {registry.uri}, and a worker "
-            "cannot build it: it was calibrated on a catalog. Name with --engines the URI that it "
-            "was built under, one that every node reaches, or build it there with "
-            "`clipmill engine build`"
-        )
-    checkpoint = find_checkpoint(record.checkpoint, revision=record.revision)
-    engine_id = engine_id_of(checkpoint, precision=precision)
-    if engine_id != record.engine_id:
-        raise EngineError(
-            f"checkpoint {record.checkpoint} gives engine {engine_id} here, "
-            f"{record.engine_id} is needed: its files have changed or differ between machines. "
-            "Bring the same files back, or embed into another store"
-        )
-    return load_or_build(checkpoint, registry=registry, precision=precision)
 
 
 class EncodeStage:
@@ -58,19 +27,24 @@ class EncodeStage:
         *,
         engine: EngineRecord,
         registry: Registry,
+        backend: Backend,
         num_threads: int,
         dtype: schema.EmbeddingDtype,
         meter: StageMeter,
     ) -> None:
-        """Load the engine, building it first if nobody has.
+        """Load the engine, building it or its plan for this GPU first if nobody has.
 
         What goes wrong is raised by the first call: Ray reports an actor that fails to start only
         as dead, without its error.
         """
         self._error: ClipmillError | None = None
         try:
-            directory = ready_engine(engine, registry=registry).directory
-            self._encoder: Encoder = OnnxCpuEncoder(directory, num_threads=num_threads)
+            self._encoder: Encoder = load_encoder(
+                ready_engine(engine, registry=registry),
+                backend=backend,
+                registry=registry,
+                num_threads=num_threads,
+            )
         except ClipmillError as error:
             self._error = error
         self._dtype = np.dtype(dtype)

@@ -54,6 +54,8 @@ class RunReport:
     """With what."""
     engine_id: str
     """Same id, same embeddings."""
+    backend: str
+    """What executed it in this run."""
     embedding_dim: int
     """D."""
     snapshot: int
@@ -94,6 +96,7 @@ def make_report(result: EmbedResult, *, catalog_uri: str, store_uri: str) -> Run
         store_uri=store_uri,
         checkpoint=snapshot.engine.checkpoint,
         engine_id=snapshot.engine.engine_id,
+        backend=result.backend,
         embedding_dim=snapshot.embedding_dim,
         snapshot=snapshot.number,
         committed=result.committed,
@@ -154,7 +157,8 @@ def summary(report: RunReport) -> str:
     state = "committed" if report.committed else "unchanged"
     lines = [
         f"snapshot {report.snapshot} {state}: {report.num_keys:,} keys of "
-        f"{report.num_catalog_rows:,} rows"
+        f"{report.num_catalog_rows:,} rows",
+        f"  engine {report.engine_id} by {report.backend}",
     ]
     for modality, num_stored in report.num_stored.items():
         lines.append(

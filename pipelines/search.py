@@ -14,7 +14,7 @@ from engine.backends.onnx_cpu import OnnxCpuEncoder
 from engine.images import ImageLimits
 from engine.preprocess import decode_pixels
 from engine.registry import Registry
-from pipelines.encode import ready_engine
+from pipelines.engines import ready_engine
 from pipelines.errors import StoreError
 from pipelines.indexing import load_index
 from pipelines.schema import Modality
@@ -61,6 +61,7 @@ class Searcher:
         self.modality: Modality = modality or snapshot.modalities[0]
         self._index, self._keys = load_index(store, snapshot, modality=self.modality)
         engine = ready_engine(snapshot.engine, registry=Registry(engines_uri))
+        # A query is short, and the CPU runs the graphs of all engines.
         self._encoder = OnnxCpuEncoder(engine.directory, num_threads=os.cpu_count() or 1)
 
     def by_text(self, texts: Sequence[str], *, num_hits: int) -> list[list[Hit]]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from engine.backends.choice import Backend
 from pipelines.errors import StoreError
 from pipelines.schema import EmbeddingDtype, Modality
 from pipelines.store import Store
@@ -89,6 +90,8 @@ class Snapshot:
     """What each key has an embedding or a reject of."""
     files: tuple[StoredFile, ...]
     """All files; what is in no snapshot does not exist for a reader."""
+    backend: Backend = "onnxruntime"
+    """What executed the engine in the run that committed it."""
 
     @property
     def path(self) -> str:

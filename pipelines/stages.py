@@ -12,12 +12,14 @@ from typing import Any
 import ray
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 
+from engine.backends.choice import Backend
 from engine.manifest import Manifest
 from engine.registry import Registry
 from pipelines import schema
 from pipelines.catalog import Catalog
 from pipelines.decode import RowLimits, decode_batch
 from pipelines.encode import EncodeStage
+from pipelines.engines import num_gpus
 from pipelines.ledger import DueRows
 from pipelines.progress import StageMeter
 from pipelines.reading import CatalogDatasource, RowGroupRows
@@ -36,19 +38,22 @@ class Resources:
     """What the stages take of the cluster."""
 
     num_encoders: int | None = None
-    """Encode actors; None: one for every two CPUs of the cluster."""
+    """Encode actors; None: one for every two CPUs of the cluster, or for each of its GPUs."""
     encoder_threads: int = 2
     """Threads of one encode actor."""
     encoder_cpus: float = 0.5
     """CPUs that Ray reserves for an encode actor; below its threads, so that decoding, which is
     short beside encoding on CPUs, can use the same cores."""
+    encoder_gpus: float = 1.0
+    """GPUs that Ray reserves for an encode actor, if the engine runs on GPUs."""
     decode_cpus: float = 0.5
     """CPUs that Ray reserves for a decode task; it uses one, but also has to fit beside an encode
     actor on a node of one CPU."""
     io_cpus: float = 0.25
     """CPUs for a read or write task; they mostly wait."""
-    batch_rows: int = 32
-    """Rows given to an encode actor at once; also rows of a decode task."""
+    batch_rows: int | None = None
+    """Rows given to an encode actor at once, also rows of a decode task; None: 32 on CPUs, 256 on
+    GPUs, which smaller batches leave idle."""
     rows_per_file: int = 4096
     """Rows of a written file; a killed run redoes at most those not yet written."""
     in_flight_bytes: int = 128 * 2**20
@@ -60,9 +65,9 @@ class Resources:
         if self.num_encoders is not None and self.num_encoders < 1:
             raise ValueError(f"num_encoders={self.num_encoders}: expected at least 1")
         for name in ("encoder_threads", "batch_rows", "rows_per_file", "in_flight_bytes"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
-        for name in ("encoder_cpus", "decode_cpus", "io_cpus"):
+        for name in ("encoder_cpus", "encoder_gpus", "decode_cpus", "io_cpus"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected more than 0")
 
@@ -79,6 +84,8 @@ class Pass:
     """Of that engine."""
     registry: Registry
     """Where the engine is kept."""
+    backend: Backend
+    """What executes it."""
     store: Store
     """Where to."""
     plan_id: str
@@ -103,7 +110,9 @@ def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Iterator[l
         board: Handle of the ProgressBoard that the stages report to.
     """
     catalog, resources = pass_.catalog, pass_.resources
-    workers = num_workers(resources)
+    on_cpus = pass_.backend == "onnxruntime"
+    batch_rows = resources.batch_rows or (32 if on_cpus else 256)
+    workers = num_workers(resources, backend=pass_.backend)
     _check_room(resources, num_encoders=workers["encode"])
     source = CatalogDatasource(
         catalog,
@@ -121,7 +130,7 @@ def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Iterator[l
             meter=StageMeter(board, stage="decode"),
         ),
         batch_format="pyarrow",
-        batch_size=resources.batch_rows,
+        batch_size=batch_rows,
         num_cpus=resources.decode_cpus,
     )
     encoded = decoded.map_batches(
@@ -129,13 +138,15 @@ def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Iterator[l
         fn_constructor_kwargs={
             "engine": pass_.engine,
             "registry": pass_.registry,
+            "backend": pass_.backend,
             "num_threads": resources.encoder_threads,
             "dtype": pass_.dtype,
             "meter": StageMeter(board, stage="encode"),
         },
         batch_format="pyarrow",
-        batch_size=resources.batch_rows,
+        batch_size=batch_rows,
         num_cpus=resources.encoder_cpus,
+        num_gpus=0 if on_cpus else resources.encoder_gpus,
         compute=ActorPoolStrategy(size=workers["encode"]),
     )
     reports = encoded.map_batches(
@@ -160,14 +171,15 @@ def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Iterator[l
         yield stored_files(report)
 
 
-def num_workers(resources: Resources) -> dict[str, int]:
+def num_workers(resources: Resources, *, backend: Backend) -> dict[str, int]:
     """Stage -> how many of its workers the cluster has room for at once."""
     cpus = _num_cpus()
     io = max(1, int(cpus / resources.io_cpus))
+    encoders = cpus // 2 if backend == "onnxruntime" else num_gpus() / resources.encoder_gpus
     return {
         "read": io,
         "decode": max(1, int(cpus / max(1.0, resources.decode_cpus))),
-        "encode": resources.num_encoders or max(1, int(cpus) // 2),
+        "encode": resources.num_encoders or max(1, int(encoders)),
         "write": io,
     }
 

@@ -12,6 +12,7 @@ from jobs.cluster import ray_cluster
 from jobs.demo.run import CHECKPOINT_DIR
 from pipelines.catalog import CatalogConfig
 from pipelines.embedding import EmbedConfig, embed
+from pipelines.engines import EngineChoice
 from pipelines.indexing import IndexConfig, build_index
 from tests.catalogs import scene_rows, write_rows
 
@@ -55,8 +56,7 @@ def scene_store(
         EmbedConfig(
             catalog=CatalogConfig(uri=str(write_rows(folder / "catalog", scene_rows(60)))),
             store_uri=str(folder / "store"),
-            checkpoint=str(checkpoint_dir),
-            engines_uri=str(engines_dir),
+            engine=EngineChoice(checkpoint=str(checkpoint_dir), engines_uri=str(engines_dir)),
         )
     )
     build_index(IndexConfig(store_uri=str(folder / "store")))

@@ -20,6 +20,7 @@ from engine.registry import Registry
 from pipelines.catalog import CatalogConfig
 from pipelines.decode import RowLimits
 from pipelines.embedding import EmbedConfig, EmbedResult, embed
+from pipelines.engines import EngineChoice
 from pipelines.errors import CatalogError, StoreError, TooManyRejectsError
 from pipelines.schema import REASONS
 from pipelines.stages import Resources
@@ -50,8 +51,7 @@ def run(checkpoint_dir: Path, engines_dir: Path, local_ray: None):
             EmbedConfig(
                 catalog=CatalogConfig(uri=str(catalog_dir), **(columns or {})),
                 store_uri=str(store_dir),
-                checkpoint=str(checkpoint),
-                engines_uri=str(engines_dir),
+                engine=EngineChoice(checkpoint=str(checkpoint), engines_uri=str(engines_dir)),
                 **options,
             )
         )

@@ -14,6 +14,7 @@ from jobs.demo.catalog import SampleRow, sample_rows, write_catalog
 from jobs.embed import run_embed
 from pipelines.catalog import CatalogConfig
 from pipelines.embedding import EmbedConfig
+from pipelines.engines import EngineChoice
 from pipelines.indexing import IndexConfig, build_index
 from pipelines.report import RunReport, summary
 from pipelines.report_page import Hit, QuerySheet
@@ -43,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = EmbedConfig(
         catalog=CatalogConfig(uri=str(catalog_dir)),
         store_uri=str(store_dir),
-        checkpoint=str(CHECKPOINT_DIR),
-        engines_uri=options.engines,
+        engine=EngineChoice(checkpoint=str(CHECKPOINT_DIR), engines_uri=options.engines),
     )
     report, _ = run_embed(config)
     build_index(IndexConfig(store_uri=config.store_uri))
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _save_page(config: EmbedConfig, *, report: RunReport, rows: Sequence[SampleRow]) -> str:
-    searcher = Searcher(config.store_uri, engines_uri=config.engines_uri, modality="image")
+    searcher = Searcher(config.store_uri, engines_uri=config.engine.engines_uri, modality="image")
     asked = rows[:: len(rows) // NUM_SHEETS][:NUM_SHEETS]
     by_words, by_picture = asked[:-2], asked[-2:]
     answers = [

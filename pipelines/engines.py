@@ -1,0 +1,155 @@
+"""Which engine and backend a run uses: chosen before it starts, the same for all its workers.
+
+Knows nothing of the rows that it encodes.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import ray
+
+from engine.backends.choice import (
+    WANTED,
+    Backend,
+    Machine,
+    Wanted,
+    choose_backend,
+    this_machine,
+)
+from engine.build import engine_id_of, load_or_build, unquantized_precision
+from engine.checkpoint import find_checkpoint
+from engine.errors import EngineError, GateError
+from engine.gates import last_gate
+from engine.manifest import Precision
+from engine.promotion import promoted
+from engine.registry import Engine, Registry, default_engines_uri
+from pipelines.snapshots import EngineRecord
+
+# Of a GPU, for looking what there is: it waits for none to become free.
+PROBE_GPUS = 0.001
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineChoice:
+    """What a run is to encode with."""
+
+    checkpoint: str | None = None
+    """Hub id, or a folder that all nodes can read: its promoted engine, else its fp32 one."""
+    revision: str | None = None
+    """Hub branch, tag or commit."""
+    engine_id: str | None = None
+    """One engine by its id, in the place of a checkpoint."""
+    precision: Precision | None = None
+    """Of the checkpoint's engine: an error if another one is promoted. None takes what is."""
+    backend: Wanted = "auto"
+    """What executes it."""
+    engines_uri: str = field(default_factory=default_engines_uri)
+    """Where engines are kept: a folder, each node's own or shared, or any fsspec URI."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without looking."""
+        if (self.checkpoint is None) == (self.engine_id is None):
+            raise ValueError("name either a checkpoint or an engine, by its id")
+        if self.engine_id is not None and (self.revision or self.precision):
+            raise ValueError(f"engine {self.engine_id} has a revision and a precision of its own")
+        if self.backend not in WANTED:
+            raise ValueError(f"backend={self.backend!r}: expected one of {', '.join(WANTED)}")
+
+
+def chosen_engine(choice: EngineChoice, *, registry: Registry) -> EngineRecord:
+    """Find out which engine a choice means; it need not be built yet if it is fp32.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be found.
+        GateError: The engine may not be used: its gate failed or never ran.
+        EngineError: There is no such engine.
+    """
+    if choice.engine_id is not None:
+        return _engine_by_id(choice.engine_id, registry=registry)
+    assert choice.checkpoint is not None
+    checkpoint = find_checkpoint(choice.checkpoint, revision=choice.revision)
+    wanted = choice.precision
+    engine_id = promoted(registry, checkpoint.digest)
+    if engine_id is None or (wanted is not None and not engine_id.startswith(f"{wanted}-")):
+        if wanted not in (None, "fp32"):
+            current = f"; {engine_id} is" if engine_id else ""
+            raise GateError(
+                f"engines {registry.uri}: no {wanted} engine of {choice.checkpoint} is promoted"
+                f"{current}. Build, check and promote one: `clipmill engine build --precision "
+                f"{wanted} --checkpoint {choice.checkpoint} --calibrate CATALOG`"
+            )
+        engine_id = engine_id_of(checkpoint)
+    return EngineRecord(
+        engine_id=engine_id,
+        # A folder is recorded in full, so that a query from elsewhere finds it.
+        checkpoint=checkpoint.name if checkpoint.revision else str(checkpoint.directory),
+        revision=checkpoint.revision,
+    )
+
+
+def _engine_by_id(engine_id: str, *, registry: Registry) -> EngineRecord:
+    manifest = registry.manifest(engine_id)
+    if manifest is None:
+        raise EngineError(
+            f"engines {registry.uri}: no engine {engine_id}; `clipmill engine list` shows those "
+            "there are"
+        )
+    if manifest.precision != "fp32":
+        gate = last_gate(registry, engine_id)
+        if gate is None or not gate.passed:
+            what = "was never compared with fp32" if gate is None else "failed its gate"
+            raise GateError(
+                f"engine {engine_id} {what}, so it is not used; `clipmill engine build` compares"
+            )
+    return EngineRecord(
+        engine_id=engine_id, checkpoint=manifest.checkpoint, revision=manifest.revision
+    )
+
+
+def chosen_backend(wanted: Wanted, *, engine: EngineRecord) -> Backend:
+    """Choose what executes an engine on this cluster, by a look at one of its workers.
+
+    Raises:
+        DeviceError, EngineError: As for `choose_backend`.
+    """
+    precision = cast("Precision", engine.engine_id.partition("-")[0])
+    machine = Machine(architecture=None, tensorrt=None, has_torch=False)
+    if wanted != "onnxruntime" and precision != "fp32" and num_gpus():
+        look: Any = ray.remote(cast("Any", this_machine))
+        machine = ray.get(look.options(num_cpus=0, num_gpus=PROBE_GPUS).remote())
+    return choose_backend(wanted, precision=precision, machine=machine)
+
+
+def num_gpus() -> float:
+    """GPUs of the cluster."""
+    return float(ray.cluster_resources().get("GPU", 0))
+
+
+def ready_engine(record: EngineRecord, *, registry: Registry) -> Engine:
+    """Find the very engine that a record names; build it only if it is not there.
+
+    Raises:
+        CheckpointError: Its checkpoint cannot be found or built from.
+        EngineError: The checkpoint there now gives another engine, or the engine takes more than
+            a checkpoint to build.
+    """
+    found = registry.find(record.engine_id)
+    if found is not None:
+        return found
+    precision = unquantized_precision(record.engine_id)
+    if precision is None:
+        raise EngineError(
+            f"engine {record.engine_id} is not among the engines at {registry.uri}, and a worker "
+            "cannot build it: it was calibrated on a catalog. Name with --engines the URI that it "
+            "was built under, one that every node reaches, or build it there with "
+            "`clipmill engine build`"
+        )
+    checkpoint = find_checkpoint(record.checkpoint, revision=record.revision)
+    engine_id = engine_id_of(checkpoint, precision=precision)
+    if engine_id != record.engine_id:
+        raise EngineError(
+            f"checkpoint {record.checkpoint} gives engine {engine_id} here, "
+            f"{record.engine_id} is needed: its files have changed or differ between machines. "
+            "Bring the same files back, or embed into another store"
+        )
+    return load_or_build(checkpoint, registry=registry, precision=precision)

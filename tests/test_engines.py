@@ -1,0 +1,172 @@
+"""Which engine and backend a run takes: promoted, named, or of the checkpoint alone; refusals."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from engine.build import engine_id_of, load_or_build
+from engine.checkpoint import Checkpoint, find_checkpoint
+from engine.errors import CheckpointError, EngineError, GateError
+from engine.gates import add_gate_report
+from engine.promotion import promote, rollback
+from engine.registry import Registry
+from pipelines.engines import EngineChoice, chosen_backend, chosen_engine, ready_engine
+from pipelines.snapshots import EngineRecord
+from tests.checkpoints import save_clip
+from tests.engines import flip_byte
+
+
+@pytest.fixture(scope="module")
+def record(checkpoint_dir: Path) -> EngineRecord:
+    engine_id = engine_id_of(find_checkpoint(str(checkpoint_dir)))
+    return EngineRecord(engine_id=engine_id, checkpoint=str(checkpoint_dir), revision=None)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return find_checkpoint(str(save_clip(tmp_path_factory.mktemp("clip"))))
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    return Registry(str(tmp_path / "engines"))
+
+
+def gated(registry: Registry, checkpoint: Checkpoint, *, passed: bool = True) -> str:
+    """Build the fp16 engine and let its gate say so."""
+    engine = load_or_build(checkpoint, registry=registry, precision="fp16")
+    engine_id = engine.manifest.engine_id
+    add_gate_report(registry, engine_id, passed=passed, files={})
+    return engine_id
+
+
+def test_without_a_promoted_engine_a_checkpoint_means_its_fp32_one(
+    registry: Registry, small: Checkpoint
+) -> None:
+    for precision in (None, "fp32"):
+        found = chosen_engine(
+            EngineChoice(checkpoint=small.name, precision=precision), registry=registry
+        )
+        assert found.engine_id == engine_id_of(small)
+        assert found.checkpoint == str(small.directory)
+    assert registry.engine_ids() == []  # it is not built yet
+
+
+def test_a_promoted_engine_is_taken_until_it_is_rolled_back(
+    registry: Registry, small: Checkpoint
+) -> None:
+    fp32 = load_or_build(small, registry=registry).manifest.engine_id
+    promote(registry, fp32)
+    fp16 = gated(registry, small)
+    choice = EngineChoice(checkpoint=small.name)
+    assert chosen_engine(choice, registry=registry).engine_id == fp32  # built is not promoted
+    promote(registry, fp16)
+    assert chosen_engine(choice, registry=registry).engine_id == fp16
+    assert (
+        chosen_engine(
+            EngineChoice(checkpoint=small.name, precision="fp32"), registry=registry
+        ).engine_id
+        == fp32
+    )
+    rollback(registry, small.digest)
+    assert chosen_engine(choice, registry=registry).engine_id == fp32
+
+
+def test_a_precision_that_is_not_promoted_is_an_error_with_the_command(
+    registry: Registry, small: Checkpoint
+) -> None:
+    promote(registry, gated(registry, small))
+    with pytest.raises(GateError) as caught:
+        chosen_engine(EngineChoice(checkpoint=small.name, precision="fp8"), registry=registry)
+    for part in (
+        f"no fp8 engine of {small.name} is promoted; fp16-",
+        f"`clipmill engine build --precision fp8 --checkpoint {small.name} --calibrate CATALOG`",
+    ):
+        assert part in str(caught.value)
+
+
+def test_an_engine_by_its_id_needs_a_passed_gate_but_no_promotion(
+    registry: Registry, small: Checkpoint
+) -> None:
+    engine_id = load_or_build(small, registry=registry, precision="fp16").manifest.engine_id
+    choice = EngineChoice(engine_id=engine_id)
+    with pytest.raises(GateError, match="was never compared with fp32, so it is not used"):
+        chosen_engine(choice, registry=registry)
+    gated(registry, small, passed=False)
+    with pytest.raises(GateError, match="failed its gate, so it is not used"):
+        chosen_engine(choice, registry=registry)
+    gated(registry, small)
+    assert chosen_engine(choice, registry=registry).engine_id == engine_id
+    fp32 = load_or_build(small, registry=registry).manifest.engine_id
+    assert chosen_engine(EngineChoice(engine_id=fp32), registry=registry).engine_id == fp32
+    with pytest.raises(EngineError, match="no engine fp8-0; `clipmill engine list`"):
+        chosen_engine(EngineChoice(engine_id="fp8-0"), registry=registry)
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ({}, "name either a checkpoint or an engine"),
+        ({"checkpoint": "a", "engine_id": "fp32-0"}, "name either a checkpoint or an engine"),
+        ({"engine_id": "fp32-0", "precision": "fp32"}, "a precision of its own"),
+        ({"engine_id": "fp32-0", "revision": "main"}, "has a revision"),
+        ({"checkpoint": "a", "backend": "cuda"}, "expected one of auto, onnxruntime, "),
+    ],
+)
+def test_choices_that_contradict_themselves(options: dict[str, str], fault: str) -> None:
+    with pytest.raises(ValueError, match=fault):
+        EngineChoice(**options)
+
+
+def test_a_cluster_without_gpus_runs_on_its_cpus(local_ray: None) -> None:
+    for engine_id in ("fp8-0", "fp16-0", "fp32-0"):
+        engine = EngineRecord(engine_id=engine_id, checkpoint="a", revision=None)
+        assert chosen_backend("auto", engine=engine) == "onnxruntime"
+        assert chosen_backend("onnxruntime", engine=engine) == "onnxruntime"
+
+
+def test_a_checkpoint_that_changed_is_not_taken_for_the_one_recorded(
+    record: EngineRecord, tmp_path: Path
+):
+    changed = tmp_path / "changed"
+    shutil.copytree(record.checkpoint, changed)
+    config = changed / "config.json"
+    config.write_text(config.read_text() + "\n")
+    other = EngineRecord(engine_id=record.engine_id, checkpoint=str(changed), revision=None)
+    with pytest.raises(EngineError, match=r"its files have changed or differ between machines"):
+        ready_engine(other, registry=Registry(str(tmp_path / "engines")))
+
+
+def test_neither_engine_nor_checkpoint_is_an_error(tmp_path: Path):
+    gone = EngineRecord(engine_id="fp32-0", checkpoint=str(tmp_path / "gone"), revision=None)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        ready_engine(gone, registry=Registry(str(tmp_path / "engines")))
+
+
+def test_an_engine_that_takes_more_than_a_checkpoint_is_not_built_by_a_worker(
+    record: EngineRecord, tmp_path: Path
+):
+    fp8 = EngineRecord(engine_id="fp8-0", checkpoint=record.checkpoint, revision=None)
+    uri = str(tmp_path / "engines")
+    with pytest.raises(EngineError) as caught:
+        ready_engine(fp8, registry=Registry(uri))
+    for part in ("fp8-0", uri, "every node reaches", "--engines", "`clipmill engine build`"):
+        assert part in str(caught.value)
+
+
+def test_a_damaged_engine_is_built_anew(record: EngineRecord, engines_dir: Path, tmp_path: Path):
+    whole = ready_engine(record, registry=Registry(str(engines_dir)))
+    shutil.copytree(whole.directory, tmp_path / record.engine_id)
+    flip_byte(tmp_path / record.engine_id / "image.onnx")
+    mended = ready_engine(record, registry=Registry(str(tmp_path)))
+    assert mended.manifest == whole.manifest
+    assert mended.directory == tmp_path / record.engine_id
+
+
+def test_a_16_bit_engine_is_built_from_its_checkpoint(record: EngineRecord, tmp_path: Path):
+    engine_id = engine_id_of(find_checkpoint(record.checkpoint), precision="fp16")
+    fp16 = EngineRecord(engine_id=engine_id, checkpoint=record.checkpoint, revision=None)
+    built = ready_engine(fp16, registry=Registry(str(tmp_path)))
+    assert built.manifest.engine_id == engine_id
+    assert built.manifest.precision == "fp16"
