@@ -6,7 +6,7 @@ Knows nothing of where engines are kept.
 import hashlib
 import shutil
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -154,7 +154,14 @@ def write_manifest(
         text=text,
         quantization=quantization,
         files={path.name: file_digest(path) for path in sorted(directory.iterdir())},
-        versions={name: version(name) for name in libraries},
+        versions={name: _version(name) for name in libraries},
     )
     manifest.write(directory)
     return manifest
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "not installed"  # Clipmill itself, run from Ray's working_dir
