@@ -109,7 +109,7 @@ def write_towers(
         QuantizationError: Weights that 16 bit cannot hold.
     """
     from engine.export import export_image_tower, export_text_tower
-    from engine.half_precision import check_weights
+    from engine.quantization.half_precision import check_weights
     from engine.stored_towers import load_towers, save_towers
 
     if precision != "fp32":

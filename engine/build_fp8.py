@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from engine.accuracy import Thresholds
-from engine.audit import Audit, audit_graph, check
 from engine.build import engine_id_of, write_manifest, write_tokenizer, write_towers
 from engine.checkpoint import Checkpoint
 from engine.errors import QuantizationError
@@ -29,9 +28,10 @@ from engine.manifest import (
     TextInput,
 )
 from engine.model import Model
-from engine.quantize import QuantizedTower, quantize_tower
+from engine.quantization.audit import Audit, audit_graph, check
+from engine.quantization.quantize import QuantizedTower, quantize_tower
+from engine.quantization.simulation import OnProgress, TowerT
 from engine.sample import Sample
-from engine.simulation import OnProgress, TowerT
 from engine.tokenization import Tokenizer
 
 QUANTIZATION_FILE, README_FILE = "quantization.json", "README.md"

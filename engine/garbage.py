@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
-from engine.artifacts import BUILDING_DIR, Artifact
 from engine.errors import EngineError
-from engine.folders import Folder
 from engine.inventory import published_at
-from engine.leases import LEASES_DIR
 from engine.manifest import MANIFEST_FILE
 from engine.promotion import history, line_of_succession, promoted
+from engine.publishing.artifacts import BUILDING_DIR, Artifact
+from engine.publishing.folders import Folder
+from engine.publishing.leases import LEASES_DIR
+from engine.publishing.remote import FILES_DIR, read_record, stored_name
 from engine.registry import (
     PLAN_FILE,
     PLANS_DIR,
@@ -25,7 +26,6 @@ from engine.registry import (
     is_engine_id,
     plan_artifact,
 )
-from engine.remote import FILES_DIR, read_record, stored_name
 
 # Off disks, what a builder has uploaded is no engine yet, and its lease the only sign of life. A
 # beat comes every few seconds and an upload ends within a day, whatever the clocks say.

@@ -6,11 +6,11 @@ Knows nothing of what should lie there.
 from dataclasses import dataclass
 from datetime import datetime
 
-from engine.gates import last_gate
+from engine.gate_reports import last_gate
 from engine.manifest import MANIFEST_FILE, Manifest
 from engine.promotion import promoted
+from engine.publishing.remote import read_record
 from engine.registry import Registry, plan_artifact
-from engine.remote import read_record
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

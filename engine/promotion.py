@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from engine.errors import EngineError, GateError
-from engine.gates import last_gate
+from engine.gate_reports import last_gate
 from engine.registry import PROMOTIONS_DIR, Registry
 
 

@@ -6,11 +6,11 @@ A root on a disk is where engines are used, too. Engines of a root anywhere else
 folder of the node first, because runtimes load files.
 
     ENGINES/
-      fp8-0011223344556677/     an engine (`engine/artifacts.py`; off disks, `engine/remote.py`)
+      fp8-0011223344556677/     an engine (`engine/publishing/`)
         plans/PLAN/             a plan of it
-        gates/00000001/         a report of its gate (`engine/gates.py`)
+        gates/00000001/         a report of its gate (`engine/gate_reports.py`)
       promotions/DIGEST/        which engine of a checkpoint is current (`engine/promotion.py`)
-      leases/                   off disks: who builds (`engine/leases.py`)
+      leases/                   off disks: who builds (`engine/publishing/leases.py`)
 """
 
 import hashlib
@@ -25,12 +25,12 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
-from engine.artifacts import Artifact, LocalArtifacts
 from engine.errors import DamagedError, EngineError
-from engine.folders import Folder
-from engine.leases import Lease, LeaseQueue, LeaseTiming
 from engine.manifest import MANIFEST_FILE, Manifest, Precision, parse_manifest, read_manifest
-from engine.remote import pull, push, read_record
+from engine.publishing.artifacts import Artifact, LocalArtifacts
+from engine.publishing.folders import Folder
+from engine.publishing.leases import Lease, LeaseQueue, LeaseTiming
+from engine.publishing.remote import pull, push, read_record
 
 PLANS_DIR, PLAN_FILE = "plans", "plan.json"
 PROMOTIONS_DIR = "promotions"

@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from engine.errors import CheckpointError, EngineError
-from engine.fp8 import FP8, QuantizedLinear, QuantizedPoint
 from engine.model import Model, build_model, read_config
 from engine.preprocess import Preprocessing
+from engine.quantization.fp8 import FP8, QuantizedLinear, QuantizedPoint
+from engine.quantization.units import replace, units_of
 from engine.towers import Tower
-from engine.units import replace, units_of
 
 IMAGE_WEIGHTS, TEXT_WEIGHTS = "image.safetensors", "text.safetensors"
 WEIGHT_SCALE, POINT_SCALE = "weight_scale", "scale"

@@ -24,10 +24,10 @@ from engine.backends.encoder import Encoder
 from engine.build import load_or_build
 from engine.checkpoint import Checkpoint, find_checkpoint
 from engine.gate import GateReport, run_gate
-from engine.gates import add_gate_report
+from engine.gate_reports import add_gate_report
 from engine.manifest import Manifest, Precision
-from engine.plan import BULK, QUERY, PlanProfile
-from engine.plan_registry import obtain_plan
+from engine.plans.plan import BULK, QUERY, PlanProfile
+from engine.plans.plan_registry import obtain_plan
 from engine.promotion import promote
 from engine.registry import Engine, Registry, default_engines_uri
 from engine.sample import Sample

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from engine.file_systems import file_system_errors, open_file_system
+from engine.publishing.file_systems import file_system_errors, open_file_system
 from pipelines import schema
 from pipelines.errors import CatalogError
 from pipelines.schema import MODALITIES, Modality

@@ -19,7 +19,7 @@ from engine.backends.choice import (
 from engine.build import engine_id_of, load_or_build, unquantized_precision
 from engine.checkpoint import find_checkpoint
 from engine.errors import EngineError, GateError
-from engine.gates import last_gate
+from engine.gate_reports import last_gate
 from engine.manifest import Precision
 from engine.promotion import promoted
 from engine.registry import Engine, Registry, default_engines_uri

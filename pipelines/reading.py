@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from engine.file_systems import file_system_errors
+from engine.publishing.file_systems import file_system_errors
 from pipelines import schema
 from pipelines.catalog import Catalog, ImageLayout
 from pipelines.errors import CatalogError

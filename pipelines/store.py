@@ -17,7 +17,7 @@ from typing import BinaryIO, cast
 
 import pyarrow as pa
 
-from engine.folders import Folder
+from engine.publishing.folders import Folder
 from pipelines.errors import CommitConflictError, StoreError
 
 

@@ -8,6 +8,10 @@ import pytest
 import ray
 import torch
 
+if not torch.cuda.is_available():
+    # Triton reads it as it is imported: kernels then run on the CPU, in its interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from jobs.cluster import ray_cluster
 from jobs.demo.run import CHECKPOINT_DIR
 from pipelines.catalog import CatalogConfig

@@ -27,12 +27,13 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from engine import export
+from engine.build import load_or_build
 from engine.checkpoint import find_checkpoint
 from engine.images import ImageLimits
 from engine.manifest import IMAGE_ONNX, TEXT_ONNX, TOKENIZER_FILE, Manifest, file_digest
 from engine.model import load_model
 from engine.preprocess import decode_pixels
-from engine.registry import load_or_build
+from engine.registry import Registry
 from engine.tokenization import Tokenizer
 from jobs.demo.run import CHECKPOINT_DIR
 from jobs.demo.scenes import scenes
@@ -50,7 +51,8 @@ def main(checkpoint: str, out: Path) -> None:
         else:
             directory = CHECKPOINT_DIR if checkpoint == "demo" else Path(checkpoint)
         found = find_checkpoint(str(directory))
-        fp32 = load_or_build(found, engines_dir=Path(scratch))
+        engine = load_or_build(found, registry=Registry(str(Path(scratch) / "engines")))
+        fp32 = engine.manifest
         model = load_model(found)
         assert model.text_tower is not None
 
@@ -61,7 +63,7 @@ def main(checkpoint: str, out: Path) -> None:
         np.save(out / "pixels.npy", pixels)
         (out / "texts.json").write_text(json.dumps(texts))
 
-        tokenizer_path = Path(scratch) / fp32.engine_id / TOKENIZER_FILE
+        tokenizer_path = engine.directory / TOKENIZER_FILE
         assert fp32.text is not None
         tokenizer = Tokenizer(tokenizer_path, text=fp32.text)
         np.save(out / "images.npy", embed_images(model.image_tower, pixels))

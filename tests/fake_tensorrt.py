@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine import runtimes
+from engine.plans import runtimes
 from tests.fake_gpu import FakeCuda
 
 MEMORY_BYTES = 4096

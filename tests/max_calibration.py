@@ -9,18 +9,18 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from engine.fp8 import (
+from engine.quantization.fp8 import (
     PROBABILITIES_SCALE,
     QuantizedLinear,
     QuantizedPoint,
     power_of_two_scale,
     quantized,
 )
+from engine.quantization.units import replace, units_of
 from engine.towers import Tower
-from engine.units import replace, units_of
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def quantize(
     tower: Tower,
     example: Tensor,

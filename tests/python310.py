@@ -32,8 +32,8 @@ sys.meta_path.append(Mocks())
 
 from engine.backends import trt  # noqa: E402
 from engine.errors import DeviceError, PlanError  # noqa: E402
-from engine.plan import BULK, PlanKey, PlanRecord, TowerPlan, read_plan  # noqa: E402
-from engine.runtimes import installed_library  # noqa: E402
+from engine.plans.plan import BULK, PlanKey, PlanRecord, TowerPlan, read_plan  # noqa: E402
+from engine.plans.runtimes import installed_library  # noqa: E402
 
 tower = TowerPlan(
     min_shape=(1, 8),

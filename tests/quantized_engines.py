@@ -5,18 +5,17 @@ Knows nothing of how Clipmill finds scales: here each is the largest value of ra
 
 import dataclasses
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import onnx
 import torch
-from torch import Tensor, nn
 
-from engine import fp8
 from engine.checkpoint import find_checkpoint
 from engine.export import export_image_tower, export_text_tower
 from engine.manifest import IMAGE_ONNX, TEXT_ONNX, file_digest, read_manifest
 from engine.model import load_model
+from engine.quantization.units import replace
+from tests.max_calibration import quantize
 
 ENGINE_ID = "fp8-0123456789abcdef"
 
@@ -39,7 +38,9 @@ def save_quantized_engine(
     pixels = torch.randint(0, 256, (4, *size, 3), dtype=torch.uint8)
     token_ids = torch.randint(0, 600, (4, 16), dtype=torch.int32)
     for tower, example in ((model.image_tower, pixels), (model.text_tower, token_ids)):
-        quantize(tower, example, in_16_bit=in_16_bit)
+        kept = {in_16_bit: tower.get_submodule(in_16_bit)} if in_16_bit else {}
+        quantize(tower, example)
+        replace(tower, kept)
         tower.to_dtype(torch.float16)
     height, width = size
     export_image_tower(model.image_tower, height=height, width=width, path=directory / IMAGE_ONNX)
@@ -52,32 +53,6 @@ def save_quantized_engine(
         files={name: file_digest(directory / name) for name in manifest.files},
     ).write(directory)
     return directory
-
-
-@torch.no_grad()
-def quantize(tower: nn.Module, example: Tensor, *, in_16_bit: str) -> None:
-    amaxes: dict[str, float] = {}
-    hooks = [point.register_forward_hook(_keep(amaxes, name)) for name, point in fp8.points(tower)]
-    tower(example)
-    for hook in hooks:
-        hook.remove()
-    for name, _ in list(fp8.points(tower)):
-        is_softmax = name.endswith("probabilities_point")
-        scale = fp8.PROBABILITIES_SCALE if is_softmax else fp8.power_of_two_scale(amaxes[name])
-        fp8.replace(tower, name, fp8.QuantizedPoint(scale))
-    for name, layer in list(fp8.layers(tower)):
-        if name != in_16_bit:
-            scale = fp8.power_of_two_scale(float(layer.weight.abs().max()))
-            weight = fp8.quantized(layer.weight, scale)
-            made = fp8.QuantizedLinear(weight, scale=scale, bias=layer.bias)
-            fp8.replace(tower, name, made)
-
-
-def _keep(amaxes: dict[str, float], name: str) -> Callable[[nn.Module, object, Tensor], None]:
-    def keep(module: nn.Module, inputs: object, output: Tensor) -> None:
-        amaxes[name] = float(output.abs().max())
-
-    return keep
 
 
 def fp8_products(path: Path) -> frozenset[str]:

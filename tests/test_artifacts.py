@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.artifacts import Artifact, LocalArtifacts, listed_files
 from engine.errors import DamagedError, EngineError
+from engine.publishing.artifacts import Artifact, LocalArtifacts, listed_files
 from tests.engines import flip_byte, write_plan
 
 ARTIFACT = Artifact(path="engine/plans/plan", record="plan.json")

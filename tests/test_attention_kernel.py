@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.fp8 import dequantized, quantized
+from engine.quantization.fp8 import dequantized, quantized
 from engine.towers import MASKED
 from tests.triton_device import DEVICE
 

@@ -10,9 +10,9 @@ import pytest
 from onnx import helper, numpy_helper
 
 from engine.accuracy import row_cosines
-from engine.audit import Audit, audit_graph, check
 from engine.errors import QuantizationError
-from engine.units import Unit, replace, units_of
+from engine.quantization.audit import Audit, audit_graph, check
+from engine.quantization.units import Unit, replace, units_of
 from tests.quantized import QuantizedDemo, embed, export, in_16_bit, run_onnx
 
 MODALITIES = ("image", "text")

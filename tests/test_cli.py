@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import COMMANDS, main
+from jobs.engine import ACTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,10 +24,12 @@ def test_an_unknown_command_is_a_usage_error(capsys):
     assert "no command 'embedd'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS))
+@pytest.mark.parametrize(
+    "name", [*sorted(COMMANDS.keys() - {"engine"}), *(f"engine {action}" for action in ACTIONS)]
+)
 def test_every_command_explains_its_options(name: str, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main([name, "--help"])
+        main([*name.split(), "--help"])
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
     assert f"usage: clipmill {name}" in shown

@@ -8,7 +8,7 @@ import pytest
 from engine.build import engine_id_of, load_or_build
 from engine.checkpoint import Checkpoint, find_checkpoint
 from engine.errors import CheckpointError, EngineError, GateError
-from engine.gates import add_gate_report
+from engine.gate_reports import add_gate_report
 from engine.promotion import promote, rollback
 from engine.registry import Registry
 from pipelines.engines import EngineChoice, chosen_backend, chosen_engine, ready_engine

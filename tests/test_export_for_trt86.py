@@ -18,7 +18,7 @@ def test_the_folder_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     export_for_trt86.main("demo", folder)
     engine_dir = folder / "engine"
     manifest = read_manifest(engine_dir)
-    verify_files(manifest, engine_dir)
+    verify_files(manifest.files, directory=engine_dir)
     assert manifest.precision == "fp16"
     for name in ("image.onnx", "text.onnx"):
         model = onnx.load(engine_dir / name)

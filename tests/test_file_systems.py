@@ -1,9 +1,9 @@
-"""Tests of engine/file_systems.py."""
+"""Tests of engine/publishing/file_systems.py."""
 
 import fsspec
 import pytest
 
-from engine.file_systems import file_system_errors, open_file_system
+from engine.publishing.file_systems import file_system_errors, open_file_system
 
 
 def test_opens_a_file_system_and_finds_the_path_within_it():

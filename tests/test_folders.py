@@ -11,9 +11,9 @@ from botocore.exceptions import ClientError
 from fsspec.asyn import sync_wrapper
 from s3fs.errors import translate_boto_error
 
-from engine import folders
 from engine.errors import ClipmillError
-from engine.folders import Folder
+from engine.publishing import folders
+from engine.publishing.folders import Folder
 from tests.object_store import s3_bucket
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.export import export_image_tower
-from engine.fp8 import (
+from engine.quantization.fp8 import (
     FP8,
     FP8_MAX,
     MIN_SCALE,

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.fp8 import QuantizedPoint
+from engine.quantization.fp8 import QuantizedPoint
+from engine.quantization.units import replace, units_of
 from engine.towers import Tower
-from engine.units import replace, units_of
 from tests.max_calibration import quantize
 from tests.random_towers import bert_tower, clip_text_tower, image_tower, pixels, token_ids
 from tests.triton_device import DEVICE

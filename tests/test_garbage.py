@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from engine import garbage
-from engine.folders import Folder
 from engine.garbage import Retention, find_garbage, remove_garbage
-from engine.gates import add_gate_report
-from engine.leases import LeaseQueue, LeaseTiming
+from engine.gate_reports import add_gate_report
 from engine.promotion import promote, rollback
+from engine.publishing.folders import Folder
+from engine.publishing.leases import LeaseQueue, LeaseTiming
 from engine.registry import Registry, engine_artifact, plan_artifact
 from tests.engines import FP32_ID, PLAN_ID, flip_byte, write_engine, write_plan
 from tests.object_store import s3_bucket

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import QuantizationError
-from engine.half_precision import MAX_ACTIVATION, check_weights, watched_activations
+from engine.quantization.half_precision import MAX_ACTIVATION, check_weights, watched_activations
 from engine.towers import BlockShape, PreNormBlock
 
 SHAPE = BlockShape(width=4, hidden_width=6, num_heads=2, act="relu", norm_eps=1e-5)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.gates import add_gate_report
+from engine.gate_reports import add_gate_report
 from engine.inventory import engine_entry, list_engines
 from engine.promotion import promote
 from engine.registry import Registry

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from engine.fp8 import FP8, dequantized, quantized
+from engine.quantization.fp8 import FP8, dequantized, quantized
 from engine.towers import ACTIVATIONS
 from tests.triton_device import DEVICE
 

@@ -10,8 +10,8 @@ from engine.backends.launches import Launches
 from engine.backends.overlap import Pipeline, Slot
 from engine.device import Device
 from engine.errors import DeviceError
-from engine.plan import Shape
-from engine.runtimes import Library, MessageLog, _logger
+from engine.plans.plan import Shape
+from engine.plans.runtimes import Library, MessageLog, _logger
 from tests.fake_gpu import FakeCuda
 from tests.fake_tensorrt import FakeTensorrt, FakeTensorrtRtx, expected_embeddings, plan_bytes
 

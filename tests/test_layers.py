@@ -14,11 +14,11 @@ PACKAGES = ("engine", "pipelines", "jobs")
 
 # Library -> the only files that may import it.
 ONLY_IN = {
-    "tensorrt": ("engine/runtimes.py",),
-    "tensorrt_rtx": ("engine/runtimes.py",),
+    "tensorrt": ("engine/plans/runtimes.py",),
+    "tensorrt_rtx": ("engine/plans/runtimes.py",),
     "cuda": ("engine/device.py",),
-    "modelopt": ("engine/simulation.py",),
-    "onnx": ("engine/audit.py",),
+    "modelopt": ("engine/quantization/simulation.py",),
+    "onnx": ("engine/quantization/audit.py",),
     "triton": ("engine/backends/kernels.py", "engine/backends/attention_kernel.py"),
     "faiss": ("pipelines/indexing.py", "pipelines/search.py"),
 }
@@ -33,7 +33,7 @@ LIGHT_MODULES = (
     "engine.manifest",
     "engine.registry",
     "engine.build",
-    "engine.plan_builder",
+    "engine.plans.plan_builder",
     "engine.backends.onnx_cpu",
     "engine.backends.trt",
 )
@@ -108,7 +108,7 @@ def test_the_rules_see_the_imports() -> None:
 @pytest.mark.parametrize(
     ("name", "source", "found"),
     [
-        ("engine/runtimes.py", "import tensorrt as trt", []),
+        ("engine/plans/runtimes.py", "import tensorrt as trt", []),
         (
             "engine/backends/trt.py",
             "from tensorrt import Logger",

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from engine.errors import EngineError
-from engine.folders import Folder
-from engine.leases import LeaseQueue, LeaseTiming, is_released
+from engine.publishing.folders import Folder
+from engine.publishing.leases import LeaseQueue, LeaseTiming, is_released
 
 TIMING = LeaseTiming(beat_seconds=0.05, expiry_seconds=0.4)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from engine.backends.overlap import Pipeline, Slot
 from engine.device import Device
 from engine.errors import DeviceError, DeviceMemoryError
-from engine.plan import Shape
+from engine.plans.plan import Shape
 from tests.fake_gpu import FakeCuda
 
 MAX_ROWS, WIDTH = 4, 3

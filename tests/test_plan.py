@@ -9,7 +9,7 @@ import pytest
 
 from engine.errors import PlanError
 from engine.manifest import Manifest, TextInput, file_digest
-from engine.plan import (
+from engine.plans.plan import (
     BULK,
     QUERY,
     PlanKey,

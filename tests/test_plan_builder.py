@@ -8,13 +8,21 @@ from typing import Any
 import pytest
 import tensorrt_rtx_bindings as rtx
 
-from engine import plan_builder
+from engine.build import load_or_build
 from engine.checkpoint import find_checkpoint
 from engine.errors import DeviceError, EngineError, PlanError
 from engine.manifest import read_manifest
-from engine.plan import PlanKey, PlanProfile, PlanRecord, input_shapes, read_plan, verify_files
-from engine.plan_builder import PlanConfig, build_plans, plan_key
-from engine.registry import load_or_build
+from engine.plans import plan_builder
+from engine.plans.plan import (
+    PlanKey,
+    PlanProfile,
+    PlanRecord,
+    input_shapes,
+    read_plan,
+    verify_files,
+)
+from engine.plans.plan_builder import PlanConfig, build_plans, plan_key
+from engine.registry import Registry
 from tests.bindings import misuses
 from tests.fake_builder import FakeBuilderApi
 from tests.fake_gpu import FakeCuda
@@ -27,8 +35,8 @@ IN_16_BIT = "backbone.blocks.1.feed_forward.fc2"
 
 @pytest.fixture(scope="module")
 def fp32_engine_dir(checkpoint_dir: Path, engines_dir: Path) -> Path:
-    manifest = load_or_build(find_checkpoint(str(checkpoint_dir)), engines_dir=engines_dir)
-    return engines_dir / manifest.engine_id
+    checkpoint = find_checkpoint(str(checkpoint_dir))
+    return load_or_build(checkpoint, registry=Registry(str(engines_dir))).directory
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from engine.plan_layers import (
+from engine.plans.plan_layers import (
     Layer,
     LayerTensor,
     activation_bytes_from_log,

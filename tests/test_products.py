@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from engine.backends.products import join
 from engine.errors import EngineError
-from engine.fp8 import QuantizedLinear, QuantizedPoint, quantized
+from engine.quantization.fp8 import QuantizedLinear, QuantizedPoint, quantized
 from engine.towers import QuantizationPoint
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

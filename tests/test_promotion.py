@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import EngineError, GateError
-from engine.gates import add_gate_report
+from engine.gate_reports import add_gate_report
 from engine.promotion import history, line_of_succession, promote, promoted, rollback
 from engine.registry import Registry
 from tests.engines import DIGEST, write_engine

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from engine.accuracy import Thresholds, agreement, row_cosines
 from engine.errors import QuantizationError
-from engine.fp8 import (
+from engine.quantization.fp8 import (
     PROBABILITIES_SCALE,
     QuantizedLinear,
     QuantizedPoint,
@@ -19,14 +19,14 @@ from engine.fp8 import (
     power_of_two_scale,
     quantized,
 )
-from engine.quantize import (
+from engine.quantization.quantize import (
     JUDGING_ROWS,
     MIN_ROWS,
     QuantizedTower,
     quantize_tower,
 )
+from engine.quantization.units import units_of
 from engine.towers import ImageTower, Normalize, QuantizationPoint, Tower
-from engine.units import units_of
 from tests.quantized import BATCH_ROWS, DEMO_THRESHOLDS, DemoTower, QuantizedDemo, embed, with_gains
 
 MODALITIES = ("image", "text")

@@ -16,8 +16,8 @@ import pytest
 import s3fs
 
 from engine.errors import EngineError
-from engine.leases import Lease, LeaseQueue, LeaseTiming
 from engine.manifest import read_manifest
+from engine.publishing.leases import Lease, LeaseQueue, LeaseTiming
 from engine.registry import Engine, Registry, default_engines_uri, engine_artifact, plan_artifact
 from tests.engines import FP32_ID, PLAN_ID, flip_byte, write_engine, write_plan
 from tests.object_store import s3_bucket
@@ -32,7 +32,7 @@ NUM_ASKERS = 8
 ASK = """
 import os, sys, time
 from pathlib import Path
-from engine.leases import LeaseTiming
+from engine.publishing.leases import LeaseTiming
 from engine.registry import Registry
 from tests.engines import FP32_ID, write_engine
 
@@ -67,7 +67,7 @@ for child in children:
 # Builds half, says so, and goes on when it is told to.
 BUILD_HALF = """
 import sys
-from engine.leases import LeaseTiming
+from engine.publishing.leases import LeaseTiming
 from engine.registry import Registry
 from tests.engines import FP32_ID, write_engine
 
@@ -451,7 +451,7 @@ def test_default_uri(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 ASK_CLUSTER = """
 import os, sys, time
 import ray
-from engine.leases import LeaseTiming
+from engine.publishing.leases import LeaseTiming
 from engine.registry import Registry
 from tests.engines import FP32_ID, write_engine
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from engine.artifacts import Artifact
 from engine.errors import DamagedError, EngineError
-from engine.folders import Folder
+from engine.publishing.artifacts import Artifact
+from engine.publishing.folders import Folder
+from engine.publishing.remote import missing_files, pull, push, read_record
 from engine.registry import engine_artifact
-from engine.remote import missing_files, pull, push, read_record
 from tests.engines import FP32_ID, write_engine
 from tests.object_store import s3_bucket
 

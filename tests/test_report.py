@@ -98,6 +98,7 @@ def result(*, committed: bool = True) -> EmbedResult:
         rejects_by_reason={"null_image": 9, "empty_text": 1},
         progress=progress(encode=18) if committed else None,
         workers=WORKERS,
+        backend="onnxruntime",
     )
 
 
@@ -105,9 +106,10 @@ def test_a_report_has_the_numbers_of_its_run():
     report = make_report(result(), catalog_uri="catalog", store_uri="store")
     assert (report.run_id, report.snapshot, report.committed) == ("run", 3, True)
     assert (report.catalog_uri, report.store_uri) == ("catalog", "store")
-    assert (report.checkpoint, report.engine_id, report.embedding_dim) == (
+    assert (report.checkpoint, report.engine_id, report.backend, report.embedding_dim) == (
         "acme/clip",
         ENGINE_ID,
+        "onnxruntime",
         4,
     )
     assert (report.num_catalog_rows, report.num_keys) == (1105, 1100)
@@ -136,8 +138,9 @@ def test_a_report_survives_json():
 def test_the_summary_for_a_terminal():
     lines = summary(make_report(result(), catalog_uri="c", store_uri="s")).splitlines()
     assert lines[0] == "snapshot 3 committed: 1,100 keys of 1,105 rows"
-    assert " ".join(lines[1].split()) == "image 90 stored: 50 embedded now, 40 rows unchanged"
-    assert lines[3].split() == ["reject", "9", "null_image"]
+    assert lines[1].split() == ["engine", ENGINE_ID, "by", "onnxruntime"]
+    assert " ".join(lines[2].split()) == "image 90 stored: 50 embedded now, 40 rows unchanged"
+    assert lines[4].split() == ["reject", "9", "null_image"]
     encode = next(line for line in lines if line.strip().startswith("encode "))
     assert encode.split() == ["encode", "1,000", "18.0", "2", "90%", "111"]
     assert lines[-1].startswith("encode-bound")

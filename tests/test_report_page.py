@@ -37,6 +37,7 @@ REPORT = RunReport(
     store_uri="s3://embeddings/products",
     checkpoint="openai/clip-vit-base-patch32",
     engine_id="9b1cf2e07a44d1c8",
+    backend="onnxruntime",
     embedding_dim=512,
     snapshot=7,
     committed=True,
@@ -226,6 +227,7 @@ class TestSafety:
             store_uri=HOSTILE,
             checkpoint=HOSTILE,
             engine_id=HOSTILE,
+            backend=HOSTILE,
             bottleneck=HOSTILE,
             num_stored={HOSTILE: 1},
             rejects_by_reason={HOSTILE: 3, "$x": 1, "$y$": 1},
@@ -241,7 +243,7 @@ class TestSafety:
         assert img["alt"] == f"picture of {HOSTILE}"
         assert not any(name.startswith("on") for _, attrs in page.elements for name in attrs)
         isolated = [text for tag, text in page.texts if tag == "bdi"]
-        assert isolated == [*[HOSTILE] * 4, "512", *[HOSTILE] * 3]
+        assert isolated == [*[HOSTILE] * 5, "512", *[HOSTILE] * 3]
         assert page.text("h1") == f"Clipmill run {HOSTILE}"
         assert HOSTILE[:30] in page.text("text"), "the reason as it is, in the plot"
         (described,) = [a["aria-label"] for _, a in page.elements if "Rejects" in str(a)]

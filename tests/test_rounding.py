@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.fp8 import dequantized, power_of_two_scale, quantized
-from engine.rounding import BLOCK_INPUTS, round_weight
+from engine.quantization.fp8 import dequantized, power_of_two_scale, quantized
+from engine.quantization.rounding import BLOCK_INPUTS, round_weight
 
 NUM_OUTPUTS = 24
 

@@ -16,6 +16,7 @@ REPORT = RunReport(
     store_uri="store",
     checkpoint="acme/clip",
     engine_id="9b1cf2e07a44d1c8",
+    backend="onnxruntime",
     embedding_dim=512,
     snapshot=7,
     committed=True,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from engine.errors import DeviceError
-from engine.runtimes import MessageLog, installed_library
+from engine.plans.runtimes import MessageLog, installed_library
 from tests.fake_tensorrt import forget_libraries
 
 NAMES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")

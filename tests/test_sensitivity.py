@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig
 
 from engine.families.clip import ImageBackbone
-from engine.fp8 import QuantizedLinear, QuantizedPoint, power_of_two_scale, quantized
-from engine.sensitivity import UnitCost, unit_costs
+from engine.quantization.fp8 import QuantizedLinear, QuantizedPoint, power_of_two_scale, quantized
+from engine.quantization.sensitivity import UnitCost, unit_costs
+from engine.quantization.units import Unit, replace, units_of
 from engine.towers import ImageTower, Normalize
-from engine.units import Unit, replace, units_of
 
 WIDTH, HIDDEN, NUM_TOKENS, NUM_ROWS = 32, 48, 17, 64
 IMAGE_SIZE, PATCH_SIZE = 32, 8

@@ -26,10 +26,14 @@ def test_resources_out_of_bounds_name_field_and_value(name: str, value: float):
 
 
 def test_workers_follow_the_cluster(local_ray: None):
-    workers = num_workers(Resources(io_cpus=0.5, decode_cpus=1, num_encoders=3))
+    workers = num_workers(
+        Resources(io_cpus=0.5, decode_cpus=1, num_encoders=3), backend="onnxruntime"
+    )
     assert workers["encode"] == 3
     assert workers["read"] == workers["write"] == 2 * workers["decode"]
-    assert num_workers(Resources())["encode"] == max(1, workers["decode"] // 2)
+    assert num_workers(Resources(), backend="onnxruntime")["encode"] == max(
+        1, workers["decode"] // 2
+    )
 
 
 def test_ray_data_settings_are_of_the_block_only(local_ray: None):

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from engine.checkpoint import find_checkpoint
 from engine.errors import EngineError
-from engine.fp8 import FP8, QuantizedLinear, QuantizedPoint
 from engine.model import load_model
+from engine.quantization.fp8 import FP8, QuantizedLinear, QuantizedPoint
+from engine.quantization.units import replace, units_of
 from engine.stored_towers import load_tower, save_tower
 from engine.towers import QuantizationPoint, Tower
-from engine.units import replace, units_of
 from tests.checkpoints import save_clip
 from tests.quantized import QuantizedDemo, embed, in_16_bit
 

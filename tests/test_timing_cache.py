@@ -6,8 +6,8 @@ import pytest
 import tensorrt_rtx_bindings as rtx
 
 from engine.errors import PlanError
-from engine.plan import BULK, PlanKey
-from engine.timing_cache import TimingCache
+from engine.plans.plan import BULK, PlanKey
+from engine.plans.timing_cache import TimingCache
 from tests.bindings import misuses
 from tests.fake_builder import FakeConfig
 

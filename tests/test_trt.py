@@ -14,10 +14,11 @@ import pytest
 
 from engine.backends.onnx_cpu import OnnxCpuEncoder
 from engine.backends.trt import TrtConfig, TrtEncoder
+from engine.build import load_or_build
 from engine.checkpoint import find_checkpoint
 from engine.errors import DeviceError, DeviceMemoryError, EngineError, PlanError
 from engine.manifest import Manifest, file_digest, read_manifest
-from engine.plan import (
+from engine.plans.plan import (
     PlanKey,
     PlanProfile,
     PlanRecord,
@@ -26,8 +27,8 @@ from engine.plan import (
     plan_file,
     read_plan,
 )
-from engine.plan_builder import PlanConfig, build_plans, plan_key
-from engine.registry import load_or_build
+from engine.plans.plan_builder import PlanConfig, build_plans, plan_key
+from engine.registry import Registry
 from tests.fake_gpu import MIB, FakeCuda
 from tests.fake_tensorrt import (
     MEMORY_BYTES,
@@ -51,8 +52,8 @@ ONE_AT_A_TIME = TrtConfig(num_slots=1, max_graphs=0)
 
 @pytest.fixture(scope="module")
 def engine_dir(checkpoint_dir: Path, engines_dir: Path) -> Path:
-    manifest = load_or_build(find_checkpoint(str(checkpoint_dir)), engines_dir=engines_dir)
-    return engines_dir / manifest.engine_id
+    checkpoint = find_checkpoint(str(checkpoint_dir))
+    return load_or_build(checkpoint, registry=Registry(str(engines_dir))).directory
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from engine.quantization.units import Unit, replace, units_of
 from engine.towers import BlockShape, PostNormBlock, PreNormBlock, QuantizationPoint
-from engine.units import Unit, replace, units_of
 
 SHAPE = BlockShape(width=8, hidden_width=12, num_heads=2, act="gelu", norm_eps=1e-5)
 

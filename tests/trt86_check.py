@@ -31,7 +31,7 @@ from engine.backends.trt import TrtConfig, TrtEncoder
 from engine.device import Device, open_device
 from engine.errors import DeviceMemoryError, EngineError, PlanError
 from engine.manifest import IMAGE_ONNX, TEXT_ONNX, file_digest, read_manifest
-from engine.plan import (
+from engine.plans.plan import (
     PlanKey,
     PlanProfile,
     PlanRecord,
@@ -41,7 +41,7 @@ from engine.plan import (
     plan_file,
     read_plan,
 )
-from engine.runtimes import Library, installed_library
+from engine.plans.runtimes import Library, installed_library
 
 MIB = 2**20
 MIN_COSINE = 0.999
@@ -87,7 +87,7 @@ class Log:
 
 
 def build(engine_dir: Path, plan_dir: Path, *, profile: PlanProfile, library: Library) -> None:
-    """Write a plan folder as engine/plan_builder.py does, with TensorRT 8.6 and in FP16."""
+    """Write a plan folder as engine/plans/plan_builder.py does, with TensorRT 8.6 and in FP16."""
     manifest = read_manifest(engine_dir)
     plan_dir.mkdir(parents=True)
     started = time.monotonic()

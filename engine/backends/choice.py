@@ -12,9 +12,9 @@ from engine.backends.encoder import Encoder
 from engine.device import open_device
 from engine.errors import DeviceError, EngineError, PlanError
 from engine.manifest import Precision
-from engine.plan import BULK, PlanProfile
-from engine.plan_builder import PlanConfig, plan_key
-from engine.plan_registry import obtain_plan
+from engine.plans.plan import BULK, PlanProfile
+from engine.plans.plan_builder import PlanConfig, plan_key
+from engine.plans.plan_registry import obtain_plan
 from engine.registry import Engine, Registry
 
 Backend = Literal["onnxruntime", "tensorrt", "torch"]

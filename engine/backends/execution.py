@@ -6,8 +6,8 @@ Knows the differences between versions of TensorRT, and nothing of batches, stre
 from typing import Any
 
 from engine.errors import DeviceError, DeviceMemoryError, PlanError
-from engine.plan import Shape
-from engine.runtimes import Library
+from engine.plans.plan import Shape
+from engine.plans.runtimes import Library
 
 
 class _Contexts8:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from engine.backends.attention_kernel import HeadFactors, attend
 from engine.backends.kernels import activate, post_norm, pre_norm, quantize
 from engine.backends.products import Product, join
-from engine.fp8 import QuantizedPoint
+from engine.quantization.fp8 import QuantizedPoint
+from engine.quantization.units import replace
 from engine.towers import ACTIVATIONS, Attention, PostNormBlock, PreNormBlock, Tower
-from engine.units import replace
 
 
 class FusedBlock:

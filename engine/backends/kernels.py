@@ -4,9 +4,9 @@ Knows nothing of towers or checkpoints: tensors in, tensors out.
 
 Each kernel also rounds its result to what the next product reads: FP8 where that product is FP8
 (`scale` is a float), else the 16-bit type of its input (`scale` is None). The rounding is that of
-`engine.fp8`: the nearest E4M3 number to x / scale, and the largest beyond the range. Scales are
-powers of two, so that multiplying by 1 / scale is exact. NaN stays NaN, so that an overflow shows
-in the embedding. Sums and softmax are float32.
+`engine.quantization.fp8`: the nearest E4M3 number to x / scale, and the largest beyond the range.
+Scales are powers of two, so that multiplying by 1 / scale is exact. NaN stays NaN, so that an
+overflow shows in the embedding. Sums and softmax are float32.
 """
 
 import torch
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from engine.fp8 import FP8, FP8_MAX
+from engine.quantization.fp8 import FP8, FP8_MAX
 
 _LARGEST = tl.constexpr(FP8_MAX)
 NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)

@@ -10,7 +10,7 @@ from typing import Any
 from engine.backends.execution import LoadedTower
 from engine.backends.overlap import Slot
 from engine.device import Device
-from engine.plan import Shape
+from engine.plans.plan import Shape
 
 # Kept where none is captured.
 _MAX_CONTEXTS = 192

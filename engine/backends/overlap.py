@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from engine.device import Device
 from engine.errors import DeviceError, DeviceMemoryError
-from engine.plan import Shape
+from engine.plans.plan import Shape
 
 _T = TypeVar("_T")
 

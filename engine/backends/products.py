@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from engine.errors import EngineError
-from engine.fp8 import QuantizedLinear, QuantizedPoint
+from engine.quantization.fp8 import QuantizedLinear, QuantizedPoint
 from engine.towers import QuantizationPoint
 
 # cuBLAS multiplies FP8 matrices whose inner and outer widths are multiples of this.

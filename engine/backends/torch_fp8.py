@@ -75,6 +75,7 @@ class TorchEncoder(TowerEncoder):
         from engine.backends.fused import fuse
 
         with typed_errors(device, max_rows=max_rows):
+            torch.cuda.empty_cache()  # what others left and this encoder would take counts too
             reserved_before = torch.cuda.memory_reserved(device)
             model = load_towers(engine_dir, preprocessing=manifest.preprocessing)
             for tower in (model.image_tower, model.text_tower):

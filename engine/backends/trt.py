@@ -22,7 +22,7 @@ from engine.backends.overlap import Pipeline, Slot
 from engine.device import Device, open_device
 from engine.errors import DeviceError, DeviceMemoryError, PlanError
 from engine.manifest import Manifest, read_manifest
-from engine.plan import (
+from engine.plans.plan import (
     LENGTH_STEP,
     PlanKey,
     PlanRecord,
@@ -34,7 +34,7 @@ from engine.plan import (
     read_plan,
     read_verified,
 )
-from engine.runtimes import installed_library
+from engine.plans.runtimes import installed_library
 
 _MIB = 2**20
 _INPUT_DTYPES: dict[Tower, Any] = {"image": np.uint8, "text": np.int32}

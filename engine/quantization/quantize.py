@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from engine.accuracy import Agreement, Thresholds, agreement
 from engine.errors import QuantizationError
-from engine.half_precision import check_weights
-from engine.sensitivity import UnitCost, unit_costs
-from engine.simulation import OnProgress, Simulation, TowerT, embed
-from engine.units import Unit, units_of
+from engine.quantization.half_precision import check_weights
+from engine.quantization.sensitivity import UnitCost, unit_costs
+from engine.quantization.simulation import OnProgress, Simulation, TowerT, embed
+from engine.quantization.units import Unit, units_of
 
 # A calibration with fewer rows misses too many of the rare large activations.
 MIN_ROWS = 512

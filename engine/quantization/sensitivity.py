@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.units import Unit
+from engine.quantization.units import Unit
 
 NUM_DIRECTIONS = 4
 

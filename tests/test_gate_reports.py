@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import EngineError
-from engine.gates import add_gate_report, last_gate
+from engine.gate_reports import add_gate_report, last_gate
 from engine.registry import Registry
 from tests.engines import FP8_ID, write_engine
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 
 from engine.errors import QuantizationError
-from engine.units import Unit
+from engine.quantization.units import Unit
 
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 FP8 = onnx.TensorProto.FLOAT8E4M3FN

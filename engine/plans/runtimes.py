@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import DeviceError
-from engine.plan import Flavour
+from engine.plans.plan import Flavour
 
 # Modules by which each is imported: the package's own name, and that of the bare wheel.
 MODULES: dict[Flavour, tuple[str, ...]] = {

@@ -7,7 +7,8 @@ every few seconds. One who waits, and sees the last lease unchanged for long eno
 clock, creates the next number; the clocks of two nodes are never compared.
 
 A lease saves work and no more: a holder that was paused wakes up and goes on beside the next one.
-That both may finish, and only one's work counts, is the publication's affair (`engine/remote.py`).
+That both may finish, and only one's work counts, is the publication's affair
+(`engine/publishing/remote.py`).
 """
 
 import json
@@ -21,7 +22,7 @@ from types import TracebackType
 from typing import Self
 
 from engine.errors import EngineError
-from engine.folders import Folder
+from engine.publishing.folders import Folder
 
 LEASES_DIR = "leases"
 

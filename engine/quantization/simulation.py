@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from engine.accuracy import Embeddings
 from engine.errors import QuantizationError
-from engine.fp8 import (
+from engine.quantization.fp8 import (
     FP8_MAX,
     PROBABILITIES_SCALE,
     QuantizedLinear,
@@ -24,10 +24,10 @@ from engine.fp8 import (
     dequantized,
     power_of_two_scale,
 )
-from engine.half_precision import watched_activations
-from engine.rounding import round_weight
+from engine.quantization.half_precision import watched_activations
+from engine.quantization.rounding import round_weight
+from engine.quantization.units import Unit, replace
 from engine.towers import QuantizationPoint, Tower
-from engine.units import Unit, replace
 
 with warnings.catch_warnings():
     # It warns of any transformers that it was not tested with (none of its transformers code runs),

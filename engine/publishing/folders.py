@@ -16,7 +16,7 @@ from typing import cast
 from fsspec.implementations.local import LocalFileSystem
 
 from engine.errors import ClipmillError
-from engine.file_systems import file_system_errors, is_write_conflict, open_file_system
+from engine.publishing.file_systems import file_system_errors, is_write_conflict, open_file_system
 
 # Creating an object that others create at the same moment: the next try mostly finds it there.
 NUM_CREATE_TRIES = 8

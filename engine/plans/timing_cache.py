@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import PlanError
-from engine.plan import PlanKey
+from engine.plans.plan import PlanKey
 
 
 class TimingCache:

@@ -12,7 +12,7 @@ from typing import Any
 from engine.device import open_device
 from engine.errors import DeviceError, PlanError
 from engine.manifest import IMAGE_ONNX, TEXT_ONNX, file_digest, read_manifest
-from engine.plan import (
+from engine.plans.plan import (
     BULK,
     Flavour,
     PlanKey,
@@ -25,7 +25,7 @@ from engine.plan import (
     layers_file,
     plan_file,
 )
-from engine.plan_layers import (
+from engine.plans.plan_layers import (
     Layer,
     activation_bytes_from_log,
     fallbacks,
@@ -33,8 +33,8 @@ from engine.plan_layers import (
     layers_from_log,
     layers_json,
 )
-from engine.runtimes import Library, installed_library
-from engine.timing_cache import TimingCache
+from engine.plans.runtimes import Library, installed_library
+from engine.plans.timing_cache import TimingCache
 
 OLDEST_TENSORRT = (10, 13)  # native FP8 in strongly typed networks, as this module builds them
 _ONNX_FILES: dict[Tower, str] = {"image": IMAGE_ONNX, "text": TEXT_ONNX}
@@ -53,8 +53,8 @@ class PlanConfig:
     fp8_products: Mapping[Tower, frozenset[str]] = field(default_factory=dict)
     """ONNX MatMul nodes that the graphs want in FP8, to tell which of them fell back."""
     timing_cache_dir: Path | None = None
-    """Folder of TensorRT's measurements of kernels (see engine/timing_cache.py), which builds may
-    share; None measures anew."""
+    """Folder of TensorRT's measurements of kernels (`engine/plans/timing_cache.py`), which builds
+    may share; None measures anew."""
 
 
 def plan_key(config: PlanConfig) -> PlanKey:
@@ -125,7 +125,7 @@ def build_plans(engine_dir: Path, *, plan_dir: Path, config: PlanConfig) -> Plan
 
     Args:
         engine_dir: The engine's folder.
-        plan_dir: An empty folder, which becomes a plan folder (see engine/plan.py).
+        plan_dir: An empty folder, which becomes a plan folder (see engine/plans/plan.py).
         config: What to build.
 
     Returns:

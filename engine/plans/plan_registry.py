@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 from engine.manifest import AUDIT_FILE
-from engine.plan import Flavour, PlanProfile, Tower
-from engine.plan_builder import PlanConfig, build_plans, plan_key
+from engine.plans.plan import Flavour, PlanProfile, Tower
+from engine.plans.plan_builder import PlanConfig, build_plans, plan_key
 from engine.registry import PLANS_DIR, Engine, Registry
 
 

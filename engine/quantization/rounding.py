@@ -10,7 +10,7 @@ output is taken back by those not yet rounded, as far as the inputs are correlat
 import torch
 from torch import Tensor
 
-from engine.fp8 import dequantized, quantized
+from engine.quantization.fp8 import dequantized, quantized
 
 # Of the mean square of the inputs, added to each, so that inputs that never vary do no harm
 # (the share that the paper uses).

@@ -16,9 +16,9 @@ A builder that is killed leaves files without a record, which nobody reads.
 
 from pathlib import Path, PurePosixPath
 
-from engine.artifacts import Artifact
 from engine.errors import DamagedError
-from engine.folders import Folder
+from engine.publishing.artifacts import Artifact
+from engine.publishing.folders import Folder
 
 FILES_DIR = "files"
 

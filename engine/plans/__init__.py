@@ -1,0 +1,1 @@
+"""TensorRT plans: what they are, how they are compiled, what the compiler made of a graph."""
