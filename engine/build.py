@@ -145,7 +145,7 @@ def write_manifest(
     libraries += [] if quantization is None else ["nvidia-modelopt"]
     manifest = Manifest(
         engine_id=engine_id,
-        checkpoint=checkpoint.name,
+        checkpoint=checkpoint.location,
         revision=checkpoint.revision,
         checkpoint_digest=checkpoint.digest,
         precision=precision,

@@ -134,7 +134,7 @@ def build_fp8(
     _write_json(directory / QUANTIZATION_FILE, _account(made, thresholds, quantization))
     readme = README.format(
         engine_id=engine_id,
-        checkpoint=checkpoint.name,
+        checkpoint=checkpoint.location,
         modelopt=version("nvidia-modelopt"),
         kept=quantization.kept_in_words() or "no unit",
     )

@@ -40,6 +40,11 @@ class Checkpoint:
     """The parsed `config.json`."""
 
     @property
+    def location(self) -> str:
+        """Where it is found again, from anywhere: the hub id, or the folder in full."""
+        return self.name if self.revision else str(self.directory)
+
+    @property
     def model_type(self) -> str:
         """The family's name in `config.json`, for example `clip`."""
         return str(self.config["model_type"])

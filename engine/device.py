@@ -6,12 +6,13 @@ Knows nothing of what runs on it.
 import ctypes
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import DeviceError, DeviceMemoryError
+from engine.errors import DeviceError, DeviceMemoryError, NoGpuError
 
 # After these, says the reference of cudaError_t, every further call of the process fails too.
 _STICKY = {
@@ -33,11 +34,12 @@ _STICKY = {
     "cudaErrorTensorMemoryLeak",
     "cudaErrorUnknown",
 }
-_NO_GPU = {
+_UNUSABLE = {
     "cudaErrorInsufficientDriver": "its NVIDIA driver is missing or too old",
-    "cudaErrorNoDevice": "CUDA sees none; is CUDA_VISIBLE_DEVICES empty?",
     "cudaErrorSystemDriverMismatch": "the driver's parts are of different versions; reboot",
 }
+# One of them is there wherever the NVIDIA driver is; the second under WSL.
+_DRIVER_PATHS = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
 _CAPTURE_REFUSED = "cudaErrorStreamCapture"
 _DEFAULT_STREAM = 0
 
@@ -187,8 +189,11 @@ class Device:
         """The one place where results of CUDA calls are looked at."""
         if int(error) == 0:
             return
-        if error.name in _NO_GPU:
-            raise DeviceError(f"no GPU can be used on this machine: {_NO_GPU[error.name]}")
+        if error.name == "cudaErrorNoDevice":
+            raise NoGpuError("CUDA sees no GPU; is CUDA_VISIBLE_DEVICES empty?")
+        if error.name in _UNUSABLE:
+            kind = DeviceError if has_driver() else NoGpuError
+            raise kind(f"no GPU can be used on this machine: {_UNUSABLE[error.name]}")
         if error.name == "cudaErrorMemoryAllocation":
             raise DeviceMemoryError(
                 f"{name}: out of memory; end what else runs on the GPU, or use a plan with fewer "
@@ -204,11 +209,20 @@ class Device:
 
 
 def open_device() -> Device:
-    """The current GPU; DeviceError if there is none, or CUDA's Python package is missing."""
+    """The current GPU.
+
+    Raises:
+        NoGpuError: There is none.
+        DeviceError: There is one, but its driver or CUDA's Python package does not serve.
+    """
     try:
         cuda = importlib.import_module("cuda.bindings.runtime")
     except ModuleNotFoundError as error:
-        raise DeviceError(
-            f"CUDA for Python is missing ({error}): pip install 'clipmill[gpu]'"
-        ) from error
+        kind = DeviceError if has_driver() else NoGpuError
+        raise kind(f"CUDA for Python is missing ({error}): pip install 'clipmill[gpu]'") from error
     return Device(cuda)
+
+
+def has_driver() -> bool:
+    """Whether this machine, or container, has been given an NVIDIA driver."""
+    return any(path.exists() for path in _DRIVER_PATHS)

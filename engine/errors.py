@@ -10,7 +10,8 @@ Knows nothing of where they are raised.
     │   ├── GateError            an engine may not be promoted or used: its gate failed or never ran
     │   ├── PlanError            a plan cannot be built, is damaged, or fits another card or version
     │   └── DeviceError          the GPU is missing, or a call to it failed
-    │       └── DeviceMemoryError    the GPU has too little free memory
+    │       ├── DeviceMemoryError    the GPU has too little free memory
+    │       └── NoGpuError           there is no GPU
     └── PipelineError        see pipelines/errors.py
 
 A value that a caller could have checked (an option out of bounds) is a plain ValueError.
@@ -51,3 +52,7 @@ class DeviceError(EngineError):
 
 class DeviceMemoryError(DeviceError):
     """The GPU has too little free memory."""
+
+
+class NoGpuError(DeviceError):
+    """There is no GPU."""

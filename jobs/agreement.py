@@ -6,7 +6,7 @@ Knows nothing of how either is executed.
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -23,8 +23,11 @@ from engine.images import ImageLimits
 from engine.manifest import TextInput
 from engine.preprocess import decode_pixels
 from engine.registry import Registry
+from pipelines import schema
 from pipelines.catalog import CatalogConfig, open_catalog
+from pipelines.errors import CatalogError
 from pipelines.reading import CatalogDatasource, all_rows
+from pipelines.schema import Modality
 
 ROWS_PER_CALL = 8
 
@@ -53,13 +56,18 @@ def measure_agreement(
     Args:
         name: Checkpoint, a hub id or a folder.
         catalog_uri: With `image` bytes, and `text` if the checkpoint has a text tower.
-        num_rows: How many rows.
+        num_rows: How many rows; those without image or text are left out.
         engines_uri: Where engines are kept.
+
+    Raises:
+        CatalogError: The catalog lacks such a column or such rows.
     """
     checkpoint = find_checkpoint(name)
     engine = load_or_build(checkpoint, registry=Registry(engines_uri))
     encoder = OnnxCpuEncoder(engine.directory, num_threads=2)
-    images, texts = _first_rows(catalog_uri, num_rows=num_rows)
+    modalities: tuple[Modality, ...] = ("image", "text") if engine.manifest.text else ("image",)
+    rows = _first_rows(catalog_uri, modalities=modalities, num_rows=num_rows)
+    images = rows[schema.IMAGE].to_pylist()
     pixels = [
         decode_pixels(image, preprocessing=engine.manifest.preprocessing, limits=ImageLimits())
         for image in images
@@ -67,6 +75,7 @@ def measure_agreement(
     reference = _Reference(checkpoint, text=engine.manifest.text)
     results = [_compare("image", encoder.encode_images(np.stack(pixels)), reference.images(images))]
     if engine.manifest.text is not None:
+        texts = [text.decode() for text in rows[schema.TEXT].to_pylist()]
         results.append(_compare("text", encoder.encode_texts(texts), reference.texts(texts)))
     return results
 
@@ -79,17 +88,22 @@ def agreement_line(result: Agreement) -> str:
     )
 
 
-def _first_rows(catalog_uri: str, *, num_rows: int) -> tuple[list[bytes], list[str]]:
+def _first_rows(catalog_uri: str, *, modalities: Sequence[Modality], num_rows: int) -> pa.Table:
     catalog = open_catalog(CatalogConfig(uri=catalog_uri))
     pieces = all_rows(catalog, paths=[file.path for file in catalog.files])
-    source = CatalogDatasource(catalog, pieces=pieces, content=catalog.modalities)
+    absent = [name for name in modalities if name not in catalog.modalities]
+    if absent:
+        raise CatalogError(f"catalog {catalog_uri}: has no {' or '.join(absent)} column to compare")
+    source = CatalogDatasource(catalog, pieces=pieces, content=modalities)
     tables: list[pa.Table] = []
     for read in source.get_read_tasks(1):
-        tables += read()
+        # Images that would have to be fetched are null too.
+        tables += [table.select(modalities).drop_null() for table in cast("Any", read())]
         if sum(table.num_rows for table in tables) >= num_rows:
             break
-    rows = pa.concat_tables(tables).slice(0, num_rows)
-    return rows["image"].to_pylist(), [text.decode() for text in rows["text"].to_pylist()]
+    if not any(table.num_rows for table in tables):
+        raise CatalogError(f"catalog {catalog_uri}: no row has {' and '.join(modalities)} bytes")
+    return pa.concat_tables(tables).slice(0, num_rows)
 
 
 def _compare(modality: str, ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> Agreement:

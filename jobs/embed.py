@@ -126,7 +126,9 @@ def _parser() -> CommandParser:
     )
     where = parser.add_argument_group("resources")
     where.add_argument("--address", help="of a Ray cluster; otherwise Ray is started here")
-    where.add_argument("--num-encoders", type=int, help="one for every two CPUs if left out")
+    where.add_argument(
+        "--num-encoders", type=int, help="one for every two CPUs, or for each GPU, if left out"
+    )
     where.add_argument("--encoder-threads", type=int, default=resources.encoder_threads)
     where.add_argument("--encoder-cpus", type=float, default=resources.encoder_cpus)
     where.add_argument("--encoder-gpus", type=float, default=resources.encoder_gpus)

@@ -22,12 +22,12 @@ from pipelines.assembly import count_rejects, next_files
 from pipelines.catalog import Catalog, CatalogConfig, open_catalog
 from pipelines.decode import RowLimits
 from pipelines.engines import EngineChoice, chosen_backend, chosen_engine, ready_engine
-from pipelines.errors import IncompleteRunError, StoreError, TooManyRejectsError
+from pipelines.errors import IncompleteRunError, TooManyRejectsError
 from pipelines.ledger import Counts, Ledger
+from pipelines.parent import check_parent, same_state
 from pipelines.planning import (
     add_catalog,
     add_stored,
-    catalog_columns,
     catalog_record,
     plan_id_of,
     staged_files,
@@ -80,6 +80,8 @@ class EmbedResult:
 
     run_id: str
     """Names the run's reports."""
+    created_at: str
+    """When the run ended: UTC, ISO 8601."""
     snapshot: Snapshot
     """The current snapshot: a new one, or the one before if nothing had changed."""
     committed: bool
@@ -123,10 +125,18 @@ def embed(
     backend = chosen_backend(config.engine.backend, engine=engine)
     store.check_writable()
     parent = current_snapshot(store)
-    _check_parent(parent, config=config, catalog=catalog, engine=engine, store=store)
+    check_parent(
+        parent,
+        catalog=catalog,
+        engine=engine,
+        backend=backend,
+        wanted=config.engine.backend,
+        dtype=config.dtype,
+        store=store,
+    )
     limits = config.limits
     # The share of rejects is not among them: a run stopped by it goes on when more are accepted.
-    settings = [config.dtype, repr(limits.image), str(limits.max_text_chars)]
+    settings = [config.dtype, backend, repr(limits.image), str(limits.max_text_chars)]
     plan_id = plan_id_of(catalog, engine=engine, settings=settings)
     before = () if parent is None else parent.files
     written: list[StoredFile] = []
@@ -173,11 +183,13 @@ def embed(
             plan_id=plan_id,
             store=store,
         )
-    run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+    now = datetime.now(UTC)
+    run_id = f"{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+    created_at = now.isoformat(timespec="seconds")
     snapshot = Snapshot(
         number=1 if parent is None else parent.number + 1,
         parent=None if parent is None else parent.number,
-        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        created_at=created_at,
         run_id=run_id,
         engine=engine,
         catalog=catalog_record(catalog, num_keys=counts.num_keys),
@@ -188,13 +200,14 @@ def embed(
         files=tuple(sorted(files, key=lambda file: file.path)),
         backend=backend,
     )
-    committed = parent is None or not _same_state(snapshot, parent)
+    committed = parent is None or not same_state(snapshot, parent)
     if committed:
         commit(store, snapshot)
     elif parent is not None:
         snapshot = parent
     return EmbedResult(
         run_id=run_id,
+        created_at=created_at,
         snapshot=snapshot,
         committed=committed,
         counts=counts,
@@ -211,10 +224,6 @@ def embed(
         workers=num_workers(config.resources, backend=backend),
         backend=backend,
     )
-
-
-def _same_state(snapshot: Snapshot, parent: Snapshot) -> bool:
-    return set(snapshot.files) == set(parent.files) and snapshot.catalog == parent.catalog
 
 
 def _ready_manifest(
@@ -273,38 +282,4 @@ def _check_rejects(num_rejected: int, *, pass_: Pass, num_planned: int) -> None:
             f"{num_rejected} of {num_planned} rows rejected: more than {bound:.1%}. Nothing was "
             f"committed; the rejects with their reasons are in {folder}. Mend the catalog, or "
             "accept more with --max-reject-share; what was embedded is kept"
-        )
-
-
-def _check_parent(
-    parent: Snapshot | None,
-    *,
-    config: EmbedConfig,
-    catalog: Catalog,
-    engine: EngineRecord,
-    store: Store,
-) -> None:
-    if parent is None:
-        return
-    faults = []
-    if parent.engine.engine_id != engine.engine_id:
-        faults.append(
-            f"embeddings of engine {parent.engine.engine_id} ({parent.engine.checkpoint}), "
-            f"{engine.checkpoint} gives {engine.engine_id}"
-        )
-    if parent.key_type != str(catalog.key_type):
-        faults.append(f"keys of type {parent.key_type}, the catalog's are {catalog.key_type}")
-    carried = catalog_columns(catalog)["carry"]
-    if parent.catalog.columns["carry"] != carried:
-        faults.append(
-            f"carried columns {parent.catalog.columns['carry']}, {carried} were asked for"
-        )
-    if parent.modalities != catalog.modalities:
-        faults.append(f"{parent.modalities} of each key, the catalog has {catalog.modalities}")
-    if parent.embedding_dtype != config.dtype:
-        faults.append(f"{parent.embedding_dtype} embeddings, {config.dtype} was asked for")
-    if faults:
-        raise StoreError(
-            f"store {store.uri} holds {'; '.join(faults)}. They never mix: name another --store, "
-            "or embed with what this one was made with (--engine ID)"
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from engine.backends.choice import Backend, load_encoder
@@ -51,12 +52,15 @@ class EncodeStage:
         self._meter = meter
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Replace `pixels` and `text` by `embedding`, null for rejected rows."""
+        """Replace `pixels` and `text` by `embedding`, null for rejected rows.
+
+        A row that the engine gives no embedding for is rejected here.
+        """
         if self._error is not None:
             raise self._error
         manifest = self._encoder.manifest
         with self._meter.batch() as size:
-            embeddings = np.zeros((table.num_rows, manifest.embedding_dim), dtype=self._dtype)
+            embeddings = np.zeros((table.num_rows, manifest.embedding_dim), dtype=np.float32)
             has_pixels = table[schema.PIXELS].is_valid().to_numpy()
             if has_pixels.any():
                 shape = (manifest.preprocessing.height, manifest.preprocessing.width, 3)
@@ -66,15 +70,29 @@ class EncodeStage:
             if has_text.any():
                 texts = table[schema.TEXT].drop_null().to_pylist()
                 embeddings[has_text] = self._encoder.encode_texts(texts)
+            is_sound = np.isfinite(embeddings).all(axis=1)
             column = pa.FixedSizeListArray.from_arrays(
-                pa.array(embeddings.reshape(-1)),
+                pa.array(embeddings.astype(self._dtype).reshape(-1)),
                 manifest.embedding_dim,
-                mask=pa.array(~(has_pixels | has_text)),
+                mask=pa.array(~((has_pixels | has_text) & is_sound)),
             )
             size(table.num_rows, 0)
-        return table.drop_columns([schema.PIXELS, schema.TEXT]).append_column(
-            schema.EMBEDDING, column
-        )
+        table = table.drop_columns([schema.PIXELS, schema.TEXT])
+        if not is_sound.all():
+            table = _rejected(table, pa.array(~is_sound))
+        return table.append_column(schema.EMBEDDING, column)
+
+
+def _rejected(table: pa.Table, chosen: pa.BooleanArray) -> pa.Table:
+    """The table with these rows as rejects of this stage."""
+    for name, value in (
+        (schema.STAGE, schema.Stage.ENCODE),
+        (schema.REASON, schema.Reason.NOT_ENCODABLE),
+        (schema.DETAIL, "the engine gives no unit vector for it; is it beyond 16 bit?"),
+    ):
+        column = pc.if_else(chosen, pa.scalar(str(value)), table[name])
+        table = table.set_column(table.column_names.index(name), name, column)
+    return table
 
 
 def pixel_array(column: Any, *, shape: tuple[int, int, int]) -> NDArray[np.uint8]:

@@ -3,30 +3,38 @@
 Knows nothing of the rows that it encodes.
 """
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import ray
+from ray.exceptions import GetTimeoutError
 
 from engine.backends.choice import (
+    NO_GPU,
     WANTED,
     Backend,
     Machine,
     Wanted,
     choose_backend,
+    remark_on,
     this_machine,
 )
 from engine.build import engine_id_of, load_or_build, unquantized_precision
 from engine.checkpoint import find_checkpoint
-from engine.errors import EngineError, GateError
+from engine.errors import DeviceError, EngineError, GateError
 from engine.gate_reports import last_gate
 from engine.manifest import Precision
 from engine.promotion import promoted
 from engine.registry import Engine, Registry, default_engines_uri
 from pipelines.snapshots import EngineRecord
 
-# Of a GPU, for looking what there is: it waits for none to become free.
+# Of a GPU, for looking what there is: room for it is left beside most that use GPUs in part.
 PROBE_GPUS = 0.001
+# For a GPU to become free.
+PROBE_SECONDS = 300.0
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,8 +89,7 @@ def chosen_engine(choice: EngineChoice, *, registry: Registry) -> EngineRecord:
         engine_id = engine_id_of(checkpoint)
     return EngineRecord(
         engine_id=engine_id,
-        # A folder is recorded in full, so that a query from elsewhere finds it.
-        checkpoint=checkpoint.name if checkpoint.revision else str(checkpoint.directory),
+        checkpoint=checkpoint.location,
         revision=checkpoint.revision,
     )
 
@@ -110,14 +117,37 @@ def chosen_backend(wanted: Wanted, *, engine: EngineRecord) -> Backend:
     """Choose what executes an engine on this cluster, by a look at one of its workers.
 
     Raises:
-        DeviceError, EngineError: As for `choose_backend`.
+        DeviceError, EngineError: As for `choose_backend`; or no GPU could be looked at.
     """
     precision = cast("Precision", engine.engine_id.partition("-")[0])
-    machine = Machine(architecture=None, tensorrt=None, has_torch=False)
+    machine = NO_GPU
     if wanted != "onnxruntime" and precision != "fp32" and num_gpus():
-        look: Any = ray.remote(cast("Any", this_machine))
-        machine = ray.get(look.options(num_cpus=0, num_gpus=PROBE_GPUS).remote())
-    return choose_backend(wanted, precision=precision, machine=machine)
+        machine = _gpu_worker()
+    backend = choose_backend(wanted, precision=precision, machine=machine)
+    if wanted == "auto":
+        remark = remark_on(backend, precision=precision, machine=machine)
+        if remark:
+            _log.warning("engine %s runs %s", engine.engine_id, remark)
+    return backend
+
+
+def _gpu_worker() -> Machine:
+    look: Any = ray.remote(cast("Any", this_machine))
+    looked = look.options(num_cpus=0, num_gpus=PROBE_GPUS).remote()
+    try:
+        machine: Machine = ray.get(looked, timeout=PROBE_SECONDS)
+    except GetTimeoutError as error:
+        ray.cancel(looked)
+        raise DeviceError(
+            f"none of the cluster's {num_gpus():g} GPUs had room within {PROBE_SECONDS:g} s: wait "
+            "for the jobs that use them, or use --backend onnxruntime to run on CPUs"
+        ) from error
+    if machine.architecture is None:
+        raise DeviceError(
+            f"Ray counts {num_gpus():g} GPUs, but a worker that was given one sees none: check "
+            "`nvidia-smi` on the GPU nodes, or use --backend onnxruntime to run on CPUs"
+        )
+    return machine
 
 
 def num_gpus() -> float:

@@ -91,7 +91,7 @@ def make_report(result: EmbedResult, *, catalog_uri: str, store_uri: str) -> Run
     modalities = snapshot.modalities
     return RunReport(
         run_id=result.run_id,
-        created_at=snapshot.created_at,
+        created_at=result.created_at,
         catalog_uri=catalog_uri,
         store_uri=store_uri,
         checkpoint=snapshot.engine.checkpoint,

@@ -57,6 +57,7 @@ class Stage(StrEnum):
 
     PLAN = "plan"
     DECODE = "decode"
+    ENCODE = "encode"
 
 
 class Reason(StrEnum):
@@ -70,6 +71,7 @@ class Reason(StrEnum):
     EMPTY_TEXT = "empty_text"
     TEXT_TOO_LONG = "text_too_long"
     INVALID_TEXT = "invalid_text"
+    NOT_ENCODABLE = "not_encodable"
 
 
 # The closed set of what `reason` may be.

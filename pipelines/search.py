@@ -92,6 +92,11 @@ class Searcher:
         """
         if num_hits < 1:
             raise ValueError(f"num_hits={num_hits}: expected at least 1")
+        if not np.isfinite(vectors).all():
+            raise ValueError(
+                "a vector holds values that are not finite; from a text or image: the engine gives "
+                "no embedding for it"
+            )
         expected = self.snapshot.embedding_dim
         if vectors.ndim != 2 or vectors.shape[1] != expected:
             raise ValueError(f"vectors are {list(vectors.shape)}, expected [N, {expected}]")

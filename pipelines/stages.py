@@ -19,7 +19,6 @@ from pipelines import schema
 from pipelines.catalog import Catalog
 from pipelines.decode import RowLimits, decode_batch
 from pipelines.encode import EncodeStage
-from pipelines.engines import num_gpus
 from pipelines.ledger import DueRows
 from pipelines.progress import StageMeter
 from pipelines.reading import CatalogDatasource, RowGroupRows
@@ -113,7 +112,7 @@ def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Iterator[l
     on_cpus = pass_.backend == "onnxruntime"
     batch_rows = resources.batch_rows or (32 if on_cpus else 256)
     workers = num_workers(resources, backend=pass_.backend)
-    _check_room(resources, num_encoders=workers["encode"])
+    _check_room(resources, num_encoders=workers["encode"], on_cpus=on_cpus)
     source = CatalogDatasource(
         catalog,
         pieces=_pieces(catalog, due),
@@ -175,7 +174,7 @@ def num_workers(resources: Resources, *, backend: Backend) -> dict[str, int]:
     """Stage -> how many of its workers the cluster has room for at once."""
     cpus = _num_cpus()
     io = max(1, int(cpus / resources.io_cpus))
-    encoders = cpus // 2 if backend == "onnxruntime" else num_gpus() / resources.encoder_gpus
+    encoders = cpus // 2 if backend == "onnxruntime" else _gpu_room(resources)
     return {
         "read": io,
         "decode": max(1, int(cpus / max(1.0, resources.decode_cpus))),
@@ -216,7 +215,19 @@ def _num_cpus() -> float:
     return float(ray.cluster_resources().get("CPU", 0))
 
 
-def _check_room(resources: Resources, *, num_encoders: int) -> None:
+def _gpu_room(resources: Resources) -> int:
+    """Encode actors that the cluster's GPUs hold; an actor's share is of one node."""
+    nodes = [node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]]
+    return sum(int(gpus / resources.encoder_gpus) for gpus in nodes)
+
+
+def _check_room(resources: Resources, *, num_encoders: int, on_cpus: bool) -> None:
+    if not on_cpus and num_encoders > _gpu_room(resources):
+        raise ValueError(
+            f"num_encoders={num_encoders}, encoder_gpus={resources.encoder_gpus:g}: the cluster's "
+            f"GPUs have room for {_gpu_room(resources)} such encoders; use fewer, or a lower "
+            "--encoder-gpus"
+        )
     cpus = _num_cpus()
     encoders = num_encoders * resources.encoder_cpus
     needed = encoders + max(resources.decode_cpus, resources.io_cpus)

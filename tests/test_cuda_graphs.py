@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from engine.backends.cuda_graphs import NUM_SLOTS, CudaGraphRunner, check_embeddings, row_sizes
-from engine.errors import DeviceMemoryError, EngineError
+from engine.backends.cuda_graphs import NUM_SLOTS, CudaGraphRunner, row_sizes
+from engine.errors import DeviceMemoryError
 from engine.towers import TextTower
 
 MAX_ROWS, LENGTH, WIDTH, NUM_IDS = 6, 16, 12, 50
@@ -59,16 +59,6 @@ def test_row_sizes() -> None:
     assert row_sizes(256) == [1, 4, 16, 64, 256]
     assert row_sizes(100) == [1, 2, 7, 25, 100]
     assert row_sizes(1) == [1]
-
-
-def test_embeddings_must_be_finite_and_of_unit_norm() -> None:
-    sound = np.eye(3, dtype=np.float32)
-    check_embeddings(sound)
-    for fault in (np.nan, np.inf, 0.9):
-        faulty = sound.copy()
-        faulty[1, 1] = fault
-        with pytest.raises(EngineError, match=r"1 of 3 embeddings .* --precision fp32"):
-            check_embeddings(faulty)
 
 
 @pytest.mark.gpu
@@ -123,11 +113,12 @@ def test_a_batch_that_may_not_be_written(runner: CudaGraphRunner) -> None:
 
 
 @pytest.mark.gpu
-def test_nan_is_an_error_and_the_next_run_is_sound(runner: CudaGraphRunner) -> None:
+def test_nan_stays_in_its_batch(runner: CudaGraphRunner) -> None:
     sound = batches(3)[2]
-    with pytest.raises(EngineError, match="have no unit norm"):
-        list(runner.run([sound, np.zeros((2, 8), dtype=np.int32), sound]))
-    np.testing.assert_allclose(next(iter(runner.run([sound]))), expected(sound), atol=1e-6)
+    found = list(runner.run([sound, np.zeros((2, 8), dtype=np.int32), sound]))
+    assert np.isnan(found[1]).all()
+    for number in (0, 2):
+        np.testing.assert_allclose(found[number], expected(sound), atol=1e-6)
 
 
 @pytest.mark.gpu

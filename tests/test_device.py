@@ -3,6 +3,7 @@
 import ast
 import inspect
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from cuda.bindings import runtime as real
 
 from engine import device
 from engine.device import Device, open_device
-from engine.errors import DeviceError, DeviceMemoryError
+from engine.errors import DeviceError, DeviceMemoryError, NoGpuError
 from tests.fake_gpu import MIB, FakeCuda
 
 
@@ -52,7 +53,7 @@ def test_all_calls_exist() -> None:
     assert not missing
     assert {name for name in dir(FakeCuda) if name.startswith("cuda")} <= set(dir(real))
     errors = {error.name for error in real.cudaError_t}
-    assert device._STICKY | set(device._NO_GPU) <= errors
+    assert device._STICKY | set(device._UNUSABLE) <= errors
 
 
 def test_architecture_and_memory(cuda: FakeCuda) -> None:
@@ -72,16 +73,31 @@ def test_out_of_memory(cuda: FakeCuda) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "text"),
+    ("error", "has_driver", "kind", "text"),
     [
-        ("cudaErrorInsufficientDriver", "its NVIDIA driver is missing or too old"),
-        ("cudaErrorNoDevice", "is CUDA_VISIBLE_DEVICES empty"),
+        ("InsufficientDriver", False, NoGpuError, "its NVIDIA driver is missing or too old"),
+        ("InsufficientDriver", True, DeviceError, "its NVIDIA driver is missing or too old"),
+        ("SystemDriverMismatch", True, DeviceError, "parts are of different versions; reboot"),
+        ("NoDevice", True, NoGpuError, "is CUDA_VISIBLE_DEVICES empty"),
     ],
 )
-def test_no_gpu(cuda: FakeCuda, error: str, text: str) -> None:
-    cuda.fail("cudaDeviceGetAttribute", error)
-    with pytest.raises(DeviceError, match=f"no GPU can be used on this machine: .*{text}"):
+def test_no_gpu_is_told_from_one_that_cannot_be_used(
+    cuda: FakeCuda,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    error: str,
+    has_driver: bool,
+    kind: type[DeviceError],
+    text: str,
+) -> None:
+    driver = tmp_path / "nvidiactl"
+    if has_driver:
+        driver.touch()
+    monkeypatch.setattr(device, "_DRIVER_PATHS", (driver,))
+    cuda.fail("cudaDeviceGetAttribute", f"cudaError{error}")
+    with pytest.raises(DeviceError, match=text) as caught:
         Device(cuda)
+    assert type(caught.value) is kind
 
 
 def test_after_a_sticky_error_nothing_is_asked_any_more(cuda: FakeCuda) -> None:

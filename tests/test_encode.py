@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from engine.backends.encoder import Encoder
 from engine.build import engine_id_of
 from engine.checkpoint import find_checkpoint
 from engine.registry import Registry
@@ -70,3 +71,48 @@ def test_rows_that_are_fine_get_unit_embeddings_and_rejects_get_none(
     for row in (0, 1):
         assert np.linalg.norm(np.asarray(vectors[row], np.float32)) == pytest.approx(1, abs=1e-3)
     assert meter.batches == [(4, 0)]
+
+
+class Overflowing:
+    """An `Encoder` whose every second text is beyond what it can hold."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.manifest = encoder.manifest
+
+    def encode_texts(self, texts):
+        embeddings = np.zeros((len(texts), self.manifest.embedding_dim), np.float32)
+        embeddings[:, 0] = 1
+        embeddings[1::2] = np.nan
+        return embeddings
+
+
+def test_a_row_without_an_embedding_is_a_reject_and_the_others_are_not(
+    record: EngineRecord, engines_dir: Path
+):
+    stage = EncodeStage(
+        engine=record,
+        registry=Registry(str(engines_dir)),
+        backend="onnxruntime",
+        num_threads=1,
+        dtype="float32",
+        meter=ListMeter(),
+    )
+    stage._encoder = Overflowing(stage._encoder)
+    table = pa.table(
+        {
+            "key": [1, 2, 3],
+            "pixels": pa.nulls(3, pa.large_binary()),
+            "text": ["a", "b", None],
+            "stage": [None, None, "decode"],
+            "reason": [None, None, "null_text"],
+            "detail": [None, None, "there is none"],
+        }
+    )
+    encoded = stage(table)
+    assert encoded["embedding"].is_valid().to_pylist() == [True, False, False]
+    assert encoded["stage"].to_pylist() == [None, "encode", "decode"]
+    assert encoded["reason"].to_pylist() == [None, "not_encodable", "null_text"]
+    assert encoded["detail"].to_pylist()[1:] == [
+        "the engine gives no unit vector for it; is it beyond 16 bit?",
+        "there is none",
+    ]

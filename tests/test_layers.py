@@ -19,7 +19,11 @@ ONLY_IN = {
     "cuda": ("engine/device.py",),
     "modelopt": ("engine/quantization/simulation.py",),
     "onnx": ("engine/quantization/audit.py",),
-    "triton": ("engine/backends/kernels.py", "engine/backends/attention_kernel.py"),
+    "triton": (
+        "engine/backends/kernels.py",
+        "engine/backends/attention_kernel.py",
+        "engine/backends/torch_device.py",
+    ),
     "faiss": ("pipelines/indexing.py", "pipelines/search.py"),
 }
 # Library -> packages that may not import it.

@@ -85,6 +85,7 @@ def result(*, committed: bool = True) -> EmbedResult:
     ]
     return EmbedResult(
         run_id="run",
+        created_at="2026-11-24T00:00:00+00:00",
         snapshot=make_snapshot(files, number=3, modalities=("image", "text")),
         committed=committed,
         counts=Counts(

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from engine.backends.encoder import Encoder
 from engine.device import open_device
-from engine.errors import DeviceError, EngineError, PlanError
+from engine.errors import DeviceError, EngineError, NoGpuError, PlanError
 from engine.manifest import Precision
 from engine.plans.plan import BULK, PlanProfile
 from engine.plans.plan_builder import PlanConfig, plan_key
@@ -31,30 +31,45 @@ class Machine:
 
     architecture: str | None
     """Of the GPU (`sm_90`); None without one."""
-    tensorrt: str | None
-    """The TensorRT that builds and runs plans there, with its version; None if there is none."""
+    tensorrt_fault: str | None
+    """Why TensorRT can't build and run plans there; None where it can."""
     has_torch: bool
     """Whether PyTorch can use the GPU."""
 
 
+NO_GPU = Machine(architecture=None, tensorrt_fault="there is no GPU", has_torch=False)
+
+
 def this_machine() -> Machine:
-    """Look at the GPU and the libraries of this process."""
+    """Look at the GPU and the libraries of this process; DeviceError if nothing can use the GPU."""
     try:
         architecture = open_device().architecture
-    except DeviceError:
-        return Machine(architecture=None, tensorrt=None, has_torch=False)
-    tensorrt = None
+    except NoGpuError:
+        return NO_GPU
+    except DeviceError as error:
+        by_torch = _torch_architecture()
+        if by_torch is None:
+            raise
+        return Machine(architecture=by_torch, tensorrt_fault=str(error), has_torch=True)
+    fault = None
     try:
-        key = plan_key(PlanConfig())
-        tensorrt = f"{key.flavour} {key.version}"
-    except (DeviceError, PlanError):
-        pass  # not installed, or not for this card: `choose_backend` says so where it matters
-    has_torch = False
-    if importlib.util.find_spec("torch") is not None:
-        import torch
+        plan_key(PlanConfig())
+    except (DeviceError, PlanError) as error:
+        fault = str(error)
+    has_torch = _torch_architecture() is not None
+    return Machine(architecture=architecture, tensorrt_fault=fault, has_torch=has_torch)
 
-        has_torch = torch.cuda.is_available()
-    return Machine(architecture=architecture, tensorrt=tensorrt, has_torch=has_torch)
+
+def _torch_architecture() -> str | None:
+    """Of the GPU as PyTorch sees it; None if it is not installed or sees none."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"
 
 
 def choose_backend(wanted: Wanted, *, precision: Precision, machine: Machine) -> Backend:
@@ -84,17 +99,28 @@ def choose_backend(wanted: Wanted, *, precision: Precision, machine: Machine) ->
             f"this GPU ({machine.architecture}) has no FP8: use an fp16 engine (`clipmill engine "
             "build --precision fp16`), or --backend onnxruntime to run on the CPU"
         )
-    if wanted != "torch" and machine.tensorrt is not None:
+    if wanted != "torch" and machine.tensorrt_fault is None:
         return "tensorrt"
     if wanted != "tensorrt" and machine.has_torch:
         return "torch"
-    missing = {"tensorrt": "no TensorRT", "torch": "no PyTorch for CUDA"}.get(
-        wanted, "neither TensorRT nor PyTorch for CUDA"
-    )
+    faults = []
+    if wanted != "torch":
+        faults.append(f"TensorRT: {machine.tensorrt_fault}")
+    if wanted != "tensorrt":
+        faults.append("PyTorch: not installed, or not for CUDA")
     raise DeviceError(
-        f"there is a GPU ({machine.architecture}), but {missing} that can use it: pip install "
-        "'clipmill[gpu]', or --backend onnxruntime to run on the CPU"
+        f"there is a GPU ({machine.architecture}), but nothing that can use it ({'; '.join(faults)}"
+        "). Mend that, or use --backend onnxruntime to run on the CPU"
     )
+
+
+def remark_on(backend: Backend, *, precision: Precision, machine: Machine) -> str | None:
+    """What who left the choice open should know of it: why it is not the fastest backend."""
+    if precision == "fp32" or backend == "tensorrt":
+        return None
+    if backend == "torch":
+        return f"by PyTorch, since TensorRT can't be used: {machine.tensorrt_fault}"
+    return "on the CPU, since there is no GPU"
 
 
 def load_encoder(

@@ -14,18 +14,31 @@ from engine.errors import EngineError
 from engine.manifest import TOKENIZER_FILE, Manifest
 from engine.tokenization import Tokenizer
 
+# A norm farther from 1 is a wrong answer; 16-bit arithmetic stays within a tenth of it.
+NORM_TOLERANCE = 0.01
+
 
 class Encoder(Protocol):
-    """An engine, loaded and ready to run in this process."""
+    """An engine, loaded and ready to run in this process.
+
+    Embeddings are float32 [N, D] of unit norm. A row that the engine gives no unit vector for, say
+    because it exceeds 16 bit, is NaN throughout: never a wrong answer, and no harm to the others.
+    """
 
     manifest: Manifest
+    device_memory_bytes: int
+    """Taken on a GPU; 0 on a CPU."""
 
     def encode_images(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Pixels uint8 [N, H, W, 3], RGB, HWC -> float32 [N, D], unit norm."""
+        """Pixels uint8 [N, H, W, 3], RGB, HWC -> float32 [N, D], unit norm or NaN."""
         ...
 
     def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Texts -> float32 [N, D], unit norm; a text beyond the token length is cut."""
+        """Texts -> float32 [N, D], unit norm or NaN; a text beyond the token length is cut."""
+        ...
+
+    def close(self) -> None:
+        """Give the GPU's memory back; the encoder can't be used any more."""
         ...
 
 
@@ -47,6 +60,8 @@ class TowerRunner(Protocol):
 
 class TowerEncoder:
     """An `Encoder` made of the towers that a backend has loaded."""
+
+    device_memory_bytes = 0
 
     def __init__(
         self,
@@ -74,7 +89,7 @@ class TowerEncoder:
             self._tokenizer = Tokenizer(engine_dir / TOKENIZER_FILE, text=manifest.text)
 
     def encode_images(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Pixels uint8 [N, H, W, 3], RGB, HWC -> float32 [N, D], unit norm."""
+        """Pixels uint8 [N, H, W, 3], RGB, HWC -> float32 [N, D], unit norm or NaN."""
         preprocessing = self.manifest.preprocessing
         expected = (preprocessing.height, preprocessing.width, 3)
         if pixels.shape[1:] != expected or pixels.dtype != np.uint8:
@@ -88,7 +103,7 @@ class TowerEncoder:
         return self._joined(rows, parts, num_rows=len(pixels))
 
     def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Texts -> float32 [N, D], unit norm; a text beyond the token length is cut."""
+        """Texts -> float32 [N, D], unit norm or NaN; a text beyond the token length is cut."""
         if self._text is None:
             raise EngineError(
                 f"engine {self.manifest.engine_id} of {self.manifest.checkpoint} has no text tower"
@@ -107,4 +122,15 @@ class TowerEncoder:
         embeddings = np.empty((num_rows, self.manifest.embedding_dim), dtype=np.float32)
         for chosen, part in zip(rows, parts, strict=True):
             embeddings[chosen] = part
-        return embeddings
+        return normalized(embeddings)
+
+    def close(self) -> None:
+        """Give back what the towers hold on a device; on a CPU there is nothing."""
+
+
+def normalized(embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rows float32 [N, D] that are of unit norm but for rounding, without it; others as NaN."""
+    norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
+    norms[~(np.abs(norms - 1) <= NORM_TOLERANCE)] = np.nan  # NaN itself too
+    unit: NDArray[np.float32] = embeddings / norms
+    return unit

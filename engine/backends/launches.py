@@ -10,6 +10,7 @@ from typing import Any
 from engine.backends.execution import LoadedTower
 from engine.backends.overlap import Slot
 from engine.device import Device
+from engine.errors import DeviceMemoryError
 from engine.plans.plan import Shape
 
 # Kept where none is captured.
@@ -68,7 +69,11 @@ class Launches:
         if not (self._captures and self._loaded.can_capture(context, self._stream)):
             return context, None
         enqueue = functools.partial(self._loaded.enqueue_for_capture, context, self._stream)
-        return context, self._device.capture(enqueue, self._stream)
+        try:
+            return context, self._device.capture(enqueue, self._stream)
+        except DeviceMemoryError:
+            # It runs as well without; and the context, in use, must not go.
+            return context, None
 
     def _make_room(self) -> None:
         if len(self._kept) < self._max_kept:

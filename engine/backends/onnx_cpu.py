@@ -35,7 +35,8 @@ class OnnxCpuEncoder(TowerEncoder):
     """An `Encoder` on CPU cores.
 
     An fp32 engine runs in float32. Of an fp16 or fp8 engine it runs the very graph that TensorRT
-    compiles, with the same roundings, products in float32.
+    compiles: FP8 rounds as it does there, but what is 16 bit there is computed in float32 here,
+    without its roundings and beyond its range.
     """
 
     def __init__(self, engine_dir: Path, *, num_threads: int) -> None:

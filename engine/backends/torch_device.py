@@ -47,12 +47,17 @@ def typed_errors(device: torch.device, *, max_rows: int) -> Iterator[None]:
             f"{_name(device)} has {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, too little "
             f"for batches of {max_rows} rows: use smaller batches, or stop what else runs on it"
         ) from error
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, _triton_error()) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         if "C compiler" in reason:
             raise DeviceError(
                 f"Triton builds a launcher for each kernel and finds no C compiler ({reason}): "
                 "install gcc, or name a compiler in $CC"
+            ) from error
+        if not isinstance(error, RuntimeError):
+            raise DeviceError(
+                f"{_name(device)}: Triton cannot build a kernel for it ({reason}): install a newer "
+                "PyTorch, or run the engine with another --backend"
             ) from error
         if not _is_cuda_error(error):
             raise
@@ -65,6 +70,15 @@ def typed_errors(device: torch.device, *, max_rows: int) -> Iterator[None]:
             f"Triton could not build a kernel's launcher ({error}): install gcc and Python's C "
             "headers (python3-dev)"
         ) from error
+
+
+def _triton_error() -> type[Exception]:
+    try:
+        from triton.errors import TritonError
+    except ImportError:  # it comes with PyTorch for CUDA only
+        return RuntimeError
+    error: type[Exception] = TritonError
+    return error
 
 
 def _is_cuda_error(error: RuntimeError) -> bool:

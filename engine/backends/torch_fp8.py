@@ -103,3 +103,9 @@ class TorchEncoder(TowerEncoder):
                 )
             self.device_memory_bytes = torch.cuda.memory_reserved(device) - reserved_before
         super().__init__(engine_dir, manifest=manifest, image=image, text=text)
+
+    def close(self) -> None:
+        """Give the GPU's memory back; the encoder can't be used any more."""
+        vars(self).pop("_image", None)
+        self._text = None
+        torch.cuda.empty_cache()

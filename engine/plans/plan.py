@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.errors import PlanError
-from engine.manifest import Manifest, file_digest
+from engine.manifest import Manifest
 
 PLAN_FILE = "plan.json"
 FORMAT_VERSION = 1
@@ -200,16 +200,6 @@ def check_fits(record: PlanRecord, *, engine_id: str, here: PlanKey) -> None:
         )
     if made.profile != here.profile:
         raise PlanError(f"plan {made.plan_id} is not {here.plan_id}; {build}")
-
-
-def verify_files(record: PlanRecord, directory: Path) -> None:
-    """Compare every file of a plan with its checksum; PlanError names the first that differs."""
-    for name, digest in record.files.items():
-        path = directory / name
-        if not path.exists():
-            raise PlanError(f"plan {record.key.plan_id}: {path} is missing; {_MEND}")
-        if file_digest(path) != digest:
-            raise _damaged(record, path)
 
 
 def read_verified(record: PlanRecord, directory: Path, *, name: str) -> bytes:

@@ -43,10 +43,14 @@ class TimingCache:
             handle, temporary = tempfile.mkstemp(
                 prefix=f".{self._path.name}.", dir=self._path.parent
             )
-            with os.fdopen(handle, "wb") as file:
-                file.write(memoryview(config.get_timing_cache().serialize()))
-            os.chmod(temporary, 0o644)  # mkstemp makes it private
-            os.replace(temporary, self._path)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(memoryview(config.get_timing_cache().serialize()))
+                os.chmod(temporary, 0o644)  # mkstemp makes it private
+                os.replace(temporary, self._path)
+            except OSError:
+                os.unlink(temporary)
+                raise
         except OSError as error:
             raise self._unusable(error) from error
 

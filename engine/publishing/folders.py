@@ -174,6 +174,12 @@ class Folder:
                 with self._fs.open(path, "xb") as file:
                     file.write(content)
                 return
+            except (ValueError, NotImplementedError) as error:
+                raise self._error(
+                    f"{self._called} {self.uri}: its file system creates no file exclusively "
+                    f"({error}), which two runs at once need; use a disk or an object store such "
+                    "as s3://"
+                ) from error
             except OSError as error:
                 if not num_left or not is_write_conflict(error):
                     raise
