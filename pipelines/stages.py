@@ -112,7 +112,7 @@ def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Iterator[l
     on_cpus = pass_.backend == "onnxruntime"
     batch_rows = resources.batch_rows or (32 if on_cpus else 256)
     workers = num_workers(resources, backend=pass_.backend)
-    _check_room(resources, num_encoders=workers["encode"], on_cpus=on_cpus)
+    check_room(resources, backend=pass_.backend)
     source = CatalogDatasource(
         catalog,
         pieces=_pieces(catalog, due),
@@ -221,8 +221,10 @@ def _gpu_room(resources: Resources) -> int:
     return sum(int(gpus / resources.encoder_gpus) for gpus in nodes)
 
 
-def _check_room(resources: Resources, *, num_encoders: int, on_cpus: bool) -> None:
-    if not on_cpus and num_encoders > _gpu_room(resources):
+def check_room(resources: Resources, *, backend: Backend) -> None:
+    """ValueError if the cluster has less room than the stages need at once."""
+    num_encoders = num_workers(resources, backend=backend)["encode"]
+    if backend != "onnxruntime" and num_encoders > _gpu_room(resources):
         raise ValueError(
             f"num_encoders={num_encoders}, encoder_gpus={resources.encoder_gpus:g}: the cluster's "
             f"GPUs have room for {_gpu_room(resources)} such encoders; use fewer, or a lower "

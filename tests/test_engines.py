@@ -1,12 +1,16 @@
 """Which engine and backend a run takes: promoted, named, or of the checkpoint alone; refusals."""
 
+import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from engine.build import engine_id_of, load_or_build
 from engine.checkpoint import Checkpoint, find_checkpoint
+from engine.device import has_driver
 from engine.errors import CheckpointError, EngineError, GateError
 from engine.gate_reports import add_gate_report
 from engine.promotion import promote, rollback
@@ -15,6 +19,8 @@ from pipelines.engines import EngineChoice, chosen_backend, chosen_engine, ready
 from pipelines.snapshots import EngineRecord
 from tests.checkpoints import save_clip
 from tests.engines import flip_byte
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -119,11 +125,62 @@ def test_choices_that_contradict_themselves(options: dict[str, str], fault: str)
         EngineChoice(**options)
 
 
-def test_a_cluster_without_gpus_runs_on_its_cpus(local_ray: None) -> None:
+def test_a_cluster_without_gpus_runs_on_its_cpus_and_says_so(
+    local_ray: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)  # Ray sets the handlers that it finds to ERROR
     for engine_id in ("fp8-0", "fp16-0", "fp32-0"):
         engine = EngineRecord(engine_id=engine_id, checkpoint="a", revision=None)
-        assert chosen_backend("auto", engine=engine) == "onnxruntime"
         assert chosen_backend("onnxruntime", engine=engine) == "onnxruntime"
+        assert caplog.messages == []
+        assert chosen_backend("auto", engine=engine) == "onnxruntime"
+        said = f"engine {engine_id} runs on the CPU, since there is no GPU"
+        assert caplog.messages == ([] if engine_id == "fp32-0" else [said])
+        caplog.clear()
+
+
+@pytest.mark.skipif(has_driver(), reason="with a GPU, Ray's workers see it")
+def test_gpus_that_ray_counts_and_its_workers_do_not_see_are_no_reason_to_use_cpus() -> None:
+    """In a process of its own, since Ray is started with a GPU that is none."""
+    script = """
+import ray
+from engine.errors import DeviceError
+from pipelines import engines, stages
+from pipelines.snapshots import EngineRecord
+
+ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
+engine = EngineRecord(engine_id="fp8-0", checkpoint="a", revision=None)
+busy = ray.remote(num_gpus=1, num_cpus=0)(lambda: __import__("time").sleep(600))
+for wait in (False, True):
+    if wait:
+        engines.PROBE_SECONDS = 1.0
+        holding = busy.remote()
+        while ray.available_resources().get("GPU", 0) > 0:
+            pass
+    try:
+        print(engines.chosen_backend("auto", engine=engine))
+    except DeviceError as error:
+        print(error)
+print(engines.chosen_backend("onnxruntime", engine=engine))
+print(stages.num_workers(stages.Resources(), backend="torch")["encode"])
+print(stages.num_workers(stages.Resources(encoder_gpus=0.25), backend="torch")["encode"])
+for resources in (stages.Resources(encoder_gpus=2.0), stages.Resources(num_encoders=3)):
+    try:
+        stages.check_room(resources, backend="torch")
+    except ValueError as error:
+        print(error)
+ray.shutdown()
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert ran.returncode == 0, ran.stderr
+    lines = ran.stdout.splitlines()
+    assert "Ray counts 1 GPUs, but a worker that was given one sees none" in lines[0]
+    assert lines[1].startswith("none of the cluster's 1 GPUs had room within 1 s: wait for")
+    assert lines[2:5] == ["onnxruntime", "1", "4"]
+    assert "encoder_gpus=2: the cluster's GPUs have room for 0 such encoders" in lines[5]
+    assert "num_encoders=3, encoder_gpus=1: the cluster's GPUs have room for 1" in lines[6]
 
 
 def test_a_checkpoint_that_changed_is_not_taken_for_the_one_recorded(
