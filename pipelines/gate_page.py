@@ -58,12 +58,12 @@ def histogram_plot(histogram: Histogram, *, modality: str, threshold: float) -> 
         axes.set_title(f"rows by cosine (dashed: {threshold:g}, for the 1st percentile)")
         axes.set_xlabel("cosine to the float32 reference")
         svg = svg_of(figure, name=f"histogram-{modality}")
-    below = sum(
-        count
-        for count, edge in zip(histogram.counts, histogram.edges[1:], strict=True)
-        if edge <= threshold
-    )
+    bins = list(zip(histogram.counts, histogram.edges, histogram.edges[1:], strict=False))
+    # Rows of the bin that the threshold cuts may lie on either side of it.
+    fewest = sum(count for count, _, end in bins if end <= threshold)
+    most = sum(count for count, start, _ in bins if start < threshold)
+    below = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
     return Plot(
         svg=svg,
-        alt=f"{modality}: {sum(histogram.counts):,} rows, {below:,} of them below {threshold:g}",
+        alt=f"{modality}: {sum(histogram.counts):,} rows, {below} of them below {threshold:g}",
     )
