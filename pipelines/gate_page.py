@@ -3,8 +3,10 @@
 Knows nothing of how the numbers were measured.
 """
 
+from collections.abc import Sequence
+
 from engine.accuracy import RECALL_CUTOFFS
-from engine.gate import GateReport, Histogram
+from engine.gate import GateReport, Histogram, Speed
 from engine.manifest import Manifest
 from pipelines import drawing
 from pipelines.drawing import ACCENT, WARNING, Plot, render, svg_of
@@ -30,6 +32,8 @@ def render_gate_page(report: GateReport, *, manifest: Manifest) -> str:
             "manifest": manifest,
             "kept": quantization.kept_in_words() if quantization else "",
             "cutoffs": RECALL_CUTOFFS,
+            "encoders": list(dict.fromkeys(speed.encoder for speed in report.speeds)),
+            "speeds": _side_by_side(report.speeds),
             "histograms": {
                 modality: histogram_plot(
                     histogram, modality=modality, threshold=report.thresholds.min_cosine_p1
@@ -38,6 +42,15 @@ def render_gate_page(report: GateReport, *, manifest: Manifest) -> str:
             },
         },
     )
+
+
+def _side_by_side(speeds: Sequence[Speed]) -> dict[tuple[str, int], dict[str, float]]:
+    """Modality and rows of a batch -> encoder -> rows/s."""
+    rows: dict[tuple[str, int], dict[str, float]] = {}
+    for speed in speeds:
+        row = rows.setdefault((speed.modality, speed.batch_rows), {})
+        row[speed.encoder] = speed.rows_per_second
+    return rows
 
 
 def histogram_plot(histogram: Histogram, *, modality: str, threshold: float) -> Plot:
@@ -53,17 +66,18 @@ def histogram_plot(histogram: Histogram, *, modality: str, threshold: float) -> 
         axes.stairs(histogram.counts, histogram.edges, fill=True, color=ACCENT, alpha=0.35)
         axes.stairs(histogram.counts, histogram.edges, color=ACCENT, linewidth=1.2)
         axes.axvline(threshold, color=WARNING, linewidth=1, linestyle=(0, (4, 3)))
-        axes.set_xlim(histogram.edges[0], histogram.edges[-1])
+        first, last = min(histogram.edges[0], threshold), histogram.edges[-1]
+        axes.set_xlim(first - 0.02 * (last - first), last)  # room for the dashed line
         axes.set_ylim(bottom=0)
         axes.set_title(f"rows by cosine (dashed: {threshold:g}, for the 1st percentile)")
         axes.set_xlabel("cosine to the float32 reference")
         svg = svg_of(figure, name=f"histogram-{modality}")
-    below = sum(
-        count
-        for count, edge in zip(histogram.counts, histogram.edges[1:], strict=True)
-        if edge <= threshold
-    )
+    bins = list(zip(histogram.counts, histogram.edges, histogram.edges[1:], strict=False))
+    # Rows of the bin that the threshold cuts may lie on either side of it.
+    fewest = sum(count for count, _, end in bins if end <= threshold)
+    most = sum(count for count, start, _ in bins if start < threshold)
+    below = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
     return Plot(
         svg=svg,
-        alt=f"{modality}: {sum(histogram.counts):,} rows, {below:,} of them below {threshold:g}",
+        alt=f"{modality}: {sum(histogram.counts):,} rows, {below} of them below {threshold:g}",
     )

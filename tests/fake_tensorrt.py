@@ -5,15 +5,19 @@ Each class has the names that one version of TensorRT has, and no others.
 
 import functools
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from engine.manifest import file_digest, read_manifest
 from engine.plans import runtimes
+from engine.plans.plan import PlanKey, PlanProfile, PlanRecord, TowerPlan, input_shapes, plan_file
 from tests.fake_gpu import FakeCuda
 
 MEMORY_BYTES = 4096
+SMALL_BULK = PlanProfile(kind="bulk", max_rows=4)
 
 
 def forget_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,6 +30,44 @@ def plan_bytes(*, input_name: str, dim: int, min_shape: Any, max_shape: Any) -> 
     return json.dumps(
         {"input": input_name, "dim": dim, "min": list(min_shape), "max": list(max_shape)}
     ).encode()
+
+
+def write_plan(
+    plan_dir: Path, engine_dir: Path, *, api: "FakeTensorrt", profile: PlanProfile = SMALL_BULK
+) -> Path:
+    """A plan folder of the made-up TensorRT for the made-up card."""
+    manifest = read_manifest(engine_dir)
+    plan_dir.mkdir(exist_ok=True)
+    towers = {}
+    for tower, (smallest, largest) in input_shapes(manifest, profile).items():
+        content = plan_bytes(
+            input_name={"image": "pixels", "text": "token_ids"}[tower],
+            dim=manifest.embedding_dim,
+            min_shape=smallest,
+            max_shape=largest,
+        )
+        (plan_dir / plan_file(tower)).write_bytes(content)
+        towers[tower] = TowerPlan(
+            min_shape=smallest,
+            max_shape=largest,
+            plan_bytes=len(content),
+            activation_bytes=MEMORY_BYTES,
+            num_fp8_products=0,
+            fallbacks=(),
+        )
+    PlanRecord(
+        engine_id=manifest.engine_id,
+        key=PlanKey(
+            flavour="tensorrt_rtx" if isinstance(api, FakeTensorrtRtx) else "tensorrt",
+            version=api.__version__,
+            architecture="sm_90",
+            profile=profile,
+        ),
+        build_seconds=1.0,
+        files={path.name: file_digest(path) for path in sorted(plan_dir.iterdir())},
+        **towers,
+    ).write(plan_dir)
+    return plan_dir
 
 
 def expected_embeddings(rows: np.ndarray, dim: int) -> np.ndarray:

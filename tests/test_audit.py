@@ -32,6 +32,7 @@ IN_16_BIT = {
     "text": ("/projection/MatMul",),
 }
 QUERY = "/backbone/blocks.0/attention/query"
+POINT = "/backbone/blocks.0/feed_forward/fc1_point"
 
 
 @pytest.fixture(scope="module")
@@ -195,9 +196,62 @@ def rename_product(graph: onnx.GraphProto) -> None:
     node_named(graph, f"{QUERY}/MatMul").name = "/fused/MatMul"
 
 
+def zero_of(graph: onnx.GraphProto, point: str) -> onnx.NodeProto:
+    """The Constant that says to what type a point quantizes."""
+    zero = node_named(graph, f"{point}/QuantizeLinear").input[2]
+    (node,) = (node for node in graph.node if zero in node.output)
+    return node
+
+
+def give_type(graph: onnx.GraphProto, data_type: int) -> None:
+    zero = zero_of(graph, POINT)
+    del zero.attribute[:]
+    zero.attribute.append(
+        helper.make_attribute("value", helper.make_tensor("zero", data_type, [], [0]))
+    )
+
+
+def test_the_type_may_stand_in_an_initializer(
+    graphs: Mapping[tuple[str, str], Path], units: list[Unit], tmp_path: Path
+) -> None:
+    model = onnx.load(str(graphs["image", "float16"]))
+    zero = zero_of(model.graph, POINT)
+    tensor = helper.make_tensor(zero.output[0], onnx.TensorProto.FLOAT8E4M3FN, [], [0])
+    model.graph.node.remove(zero)
+    model.graph.initializer.append(tensor)
+    onnx.save(model, str(tmp_path / "image.onnx"))
+    assert audit_graph(tmp_path / "image.onnx", units=units).faults == ()
+
+
+def quantize_to_int8(graph: onnx.GraphProto) -> None:
+    give_type(graph, onnx.TensorProto.INT8)
+
+
+def quantize_to_e5m2(graph: onnx.GraphProto) -> None:
+    give_type(graph, onnx.TensorProto.FLOAT8E5M2)
+
+
+def quantize_to_no_named_type(graph: onnx.GraphProto) -> None:
+    """Which is uint8, says ONNX."""
+    del node_named(graph, f"{POINT}/QuantizeLinear").input[2]
+
+
+def store_weight_in_int8(graph: onnx.GraphProto) -> None:
+    name = node_named(graph, f"{QUERY}/DequantizeLinear").input[0]
+    (weight,) = (tensor for tensor in graph.initializer if tensor.name == name)
+    weight.data_type = onnx.TensorProto.INT8
+
+
+NOT_E4M3 = f"{POINT}/QuantizeLinear: quantizes to another type than FP8 E4M3"
+
+
 @pytest.mark.parametrize(
     ("broken", "faults"),
     [
+        (quantize_to_int8, (NOT_E4M3,)),
+        (quantize_to_e5m2, (NOT_E4M3,)),
+        (quantize_to_no_named_type, (NOT_E4M3,)),
+        (store_weight_in_int8, ("23 weights are FP8, 24 should be",)),
         (
             store_weight_in_16_bit,
             (

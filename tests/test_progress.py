@@ -1,12 +1,14 @@
 """Counts of the stages on a real Ray, and how they are shown."""
 
+import re
 import threading
 import time
 
 import pytest
 import ray
 
-from jobs.progress import progress_line, shown_progress, stage_total
+from jobs import progress
+from jobs.progress import LOG_SECONDS, progress_line, shown_progress, shown_steps, stage_total
 from pipelines.ledger import Counts
 from pipelines.progress import (
     STAGES,
@@ -112,3 +114,92 @@ def test_a_log_gets_a_line_now_and_then(capsys):
             show(COUNTS, make_progress(seconds=seconds, num_encoded=seconds))
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(" s:")[0] for line in lines] == ["31", "62"]
+
+
+def test_a_log_gets_a_line_for_each_stage_and_another_now_and_then(
+    capsys, monkeypatch: pytest.MonkeyPatch
+):
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    with shown_steps() as show:
+        for seconds, step in (
+            (0, ("calibrate", 0, 32)),
+            (1, ("calibrate", 1, 32)),
+            (LOG_SECONDS - 1, ("calibrate", 9, 32)),
+            (LOG_SECONDS + 1, ("calibrate", 10, 32)),
+            (LOG_SECONDS + 2, ("calibrate", 32, 32)),
+            (LOG_SECONDS + 3, ("judge", 0, 0)),
+            (LOG_SECONDS + 4, ("calibrate", 0, 16)),
+        ):
+            clock.seconds = 1_000 + seconds
+            show(*step)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.splitlines() == [
+        "calibrate 0 of 32",
+        "calibrate 10 of 32",
+        "judge",
+        "calibrate 0 of 16",
+    ]
+
+
+class Clock:
+    seconds = 0.0
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+
+@pytest.fixture
+def terminal(capsys, monkeypatch: pytest.MonkeyPatch):
+    """What is written, as if stderr were a terminal."""
+    for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm-256color"), ("COLUMNS", "100")):
+        monkeypatch.setenv(name, value)
+    return capsys
+
+
+def bars(shown: str) -> list[str]:
+    """What a terminal shows in the end: a line for each bar, without colours and the bar itself."""
+    plain = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", shown)
+    lines = [line for line in re.split(r"[\r\n]+", plain) if line.strip()]
+    stages = list(dict.fromkeys(line.split()[0] for line in lines))
+    last = {line.split()[0]: line for line in lines}
+    return [re.sub("[\u2501\u2578\u257a ]+", " ", last[stage]).strip() for stage in stages]
+
+
+def test_a_terminal_gets_a_bar_for_each_stage(terminal):
+    with shown_steps() as show:
+        for done in range(5):
+            show("calibrate", done, 4)
+        show("judge", 0, 0)
+        show("export", 0, 1)
+        show("export", 1, 1)
+        show("reference", 64, 256)
+    shown = terminal.readouterr()
+    assert shown.out == ""
+    calibrate, judge, export, reference = bars(shown.err)
+    assert calibrate.startswith("calibrate 4/4 0:00:0")
+    # One that does not count is done when the next begins.
+    assert judge.startswith("judge 1/1 0:00:0")
+    assert export.startswith("export 1/1 0:00:0")
+    assert reference.startswith("reference 64/256 0:00:0")
+
+
+def test_a_terminal_shows_no_total_of_what_does_not_count(terminal):
+    with shown_steps() as show:
+        show("compile", 0, 0)
+    (compile_,) = bars(terminal.readouterr().err)
+    assert compile_.startswith("compile 0/? 0:00:0")
+
+
+def test_bars_end_with_an_error(terminal):
+    def fail() -> None:
+        with shown_steps() as show:
+            show("calibrate", 3, 4)
+            raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        fail()
+    shown = terminal.readouterr().err
+    assert bars(shown)[0].startswith("calibrate 3/4")
+    assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l"), "the cursor is shown again"

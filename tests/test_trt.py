@@ -18,27 +18,22 @@ from engine.backends.trt import TrtConfig, TrtEncoder
 from engine.build import load_or_build
 from engine.checkpoint import find_checkpoint
 from engine.errors import DeviceError, DeviceMemoryError, EngineError, PlanError
-from engine.manifest import Manifest, file_digest, read_manifest
+from engine.manifest import Manifest, read_manifest
 from engine.plans.plan import (
-    PlanKey,
     PlanProfile,
-    PlanRecord,
-    TowerPlan,
-    input_shapes,
-    plan_file,
     read_plan,
 )
 from engine.plans.plan_builder import PlanConfig, build_plans, plan_key
 from engine.registry import Registry
 from tests.fake_gpu import MIB, FakeCuda
 from tests.fake_tensorrt import (
-    MEMORY_BYTES,
+    SMALL_BULK,
     FakeTensorrt,
     FakeTensorrt8,
     FakeTensorrtRtx,
     expected_embeddings,
     forget_libraries,
-    plan_bytes,
+    write_plan,
 )
 
 APIS: dict[str, type[FakeTensorrt]] = {
@@ -46,7 +41,6 @@ APIS: dict[str, type[FakeTensorrt]] = {
     "tensorrt": FakeTensorrt,
     "tensorrt_rtx": FakeTensorrtRtx,
 }
-SMALL_BULK = PlanProfile(kind="bulk", max_rows=4)
 SMALL_QUERY = PlanProfile(kind="query", max_rows=3)
 ONE_AT_A_TIME = TrtConfig(num_slots=1, max_graphs=0)
 
@@ -81,44 +75,6 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeTensorrt]:
         return library
 
     return put
-
-
-def write_plan(
-    plan_dir: Path, engine_dir: Path, *, api: FakeTensorrt, profile: PlanProfile = SMALL_BULK
-) -> Path:
-    """A plan folder of the made-up TensorRT for the made-up card."""
-    manifest = read_manifest(engine_dir)
-    plan_dir.mkdir()
-    towers = {}
-    for tower, (smallest, largest) in input_shapes(manifest, profile).items():
-        content = plan_bytes(
-            input_name={"image": "pixels", "text": "token_ids"}[tower],
-            dim=manifest.embedding_dim,
-            min_shape=smallest,
-            max_shape=largest,
-        )
-        (plan_dir / plan_file(tower)).write_bytes(content)
-        towers[tower] = TowerPlan(
-            min_shape=smallest,
-            max_shape=largest,
-            plan_bytes=len(content),
-            activation_bytes=MEMORY_BYTES,
-            num_fp8_products=0,
-            fallbacks=(),
-        )
-    PlanRecord(
-        engine_id=manifest.engine_id,
-        key=PlanKey(
-            flavour="tensorrt_rtx" if isinstance(api, FakeTensorrtRtx) else "tensorrt",
-            version=api.__version__,
-            architecture="sm_90",
-            profile=profile,
-        ),
-        build_seconds=1.0,
-        files={path.name: file_digest(path) for path in sorted(plan_dir.iterdir())},
-        **towers,
-    ).write(plan_dir)
-    return plan_dir
 
 
 @pytest.fixture
