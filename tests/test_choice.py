@@ -10,15 +10,20 @@ import pytest
 import tensorrt_rtx_bindings as rtx
 import torch
 
+from engine import device
 from engine.backends.choice import (
     BACKENDS,
+    NO_GPU,
     WANTED,
+    Backend,
     Machine,
     Wanted,
     choose_backend,
     load_encoder,
+    remark_on,
     this_machine,
 )
+from engine.backends.encoder import normalized
 from engine.backends.onnx_cpu import OnnxCpuEncoder
 from engine.backends.trt import TrtEncoder
 from engine.build import load_or_build
@@ -38,7 +43,7 @@ from tests.fake_tensorrt import (
     write_plan,
 )
 
-NO_GPU = Machine(architecture=None, tensorrt=None, has_torch=False)
+NO_TENSORRT = "no TensorRT here: pip install 'clipmill[gpu]'"
 BEFORE_FP8 = ("sm_75", "sm_80", "sm_86")
 WITH_FP8 = ("sm_89", "sm_90", "sm_100", "sm_120")
 
@@ -68,9 +73,10 @@ WHERE_THERE_IS_NONE = """
 
 
 def gpu(
-    architecture: str = "sm_90", *, tensorrt: str | None = None, has_torch: bool = False
+    architecture: str = "sm_90", *, has_tensorrt: bool = False, has_torch: bool = False
 ) -> Machine:
-    return Machine(architecture=architecture, tensorrt=tensorrt, has_torch=has_torch)
+    fault = None if has_tensorrt else NO_TENSORRT
+    return Machine(architecture=architecture, tensorrt_fault=fault, has_torch=has_torch)
 
 
 def machines(architecture: str) -> list[Machine]:
@@ -78,9 +84,9 @@ def machines(architecture: str) -> list[Machine]:
     return [
         NO_GPU,
         gpu(architecture),
-        gpu(architecture, tensorrt="tensorrt 11.4.0.106"),
+        gpu(architecture, has_tensorrt=True),
         gpu(architecture, has_torch=True),
-        gpu(architecture, tensorrt="tensorrt 11.4.0.106", has_torch=True),
+        gpu(architecture, has_tensorrt=True, has_torch=True),
     ]
 
 
@@ -127,7 +133,7 @@ def test_the_table_has_every_case() -> None:
         (
             "tensorrt",
             "fp32",
-            gpu(tensorrt="tensorrt 11.4.0.106"),
+            gpu(has_tensorrt=True),
             EngineError,
             ["--backend tensorrt runs fp16 and fp8 engines, this one is fp32", "onnxruntime"],
         ),
@@ -148,7 +154,7 @@ def test_the_table_has_every_case() -> None:
         (
             "auto",
             "fp8",
-            gpu("sm_86", tensorrt="tensorrt 11.4.0.106", has_torch=True),
+            gpu("sm_86", has_tensorrt=True, has_torch=True),
             DeviceError,
             [
                 "this GPU (sm_86) has no FP8",
@@ -162,8 +168,8 @@ def test_the_table_has_every_case() -> None:
             gpu(),
             DeviceError,
             [
-                "there is a GPU (sm_90), but neither TensorRT nor PyTorch for CUDA",
-                "pip install 'clipmill[gpu]'",
+                "there is a GPU (sm_90), but nothing that can use it (TensorRT: no TensorRT here",
+                "pip install 'clipmill[gpu]'; PyTorch: not installed, or not for CUDA)",
                 "--backend onnxruntime to run on the CPU",
             ],
         ),
@@ -172,14 +178,14 @@ def test_the_table_has_every_case() -> None:
             "fp8",
             gpu(has_torch=True),
             DeviceError,
-            ["but no TensorRT that can use it: pip install 'clipmill[gpu]'"],
+            ["nothing that can use it (TensorRT: no TensorRT here: pip install 'clipmill[gpu]')"],
         ),
         (
             "torch",
             "fp8",
-            gpu(tensorrt="tensorrt 11.4.0.106"),
+            gpu(has_tensorrt=True),
             DeviceError,
-            ["but no PyTorch for CUDA that can use it"],
+            ["nothing that can use it (PyTorch: not installed, or not for CUDA)"],
         ),
     ],
 )
@@ -193,13 +199,34 @@ def test_an_error_says_what_is_missing_and_what_to_do(
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("backend", "precision", "machine", "said"),
+    [
+        ("tensorrt", "fp8", gpu(has_tensorrt=True), None),
+        ("onnxruntime", "fp32", NO_GPU, None),
+        ("onnxruntime", "fp8", NO_GPU, "on the CPU, since there is no GPU"),
+        (
+            "torch",
+            "fp8",
+            gpu(has_torch=True),
+            f"by PyTorch, since TensorRT can't be used: {NO_TENSORRT}",
+        ),
+    ],
+)
+def test_what_is_passed_over_is_said(
+    backend: Backend, precision: Precision, machine: Machine, said: str | None
+) -> None:
+    assert remark_on(backend, precision=precision, machine=machine) == said
+
+
 # What this machine has
 
 
 @pytest.fixture
 def libraries(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """With neither TensorRT, and a PyTorch that sees no GPU, until a test says otherwise."""
+    """With neither TensorRT, a PyTorch that sees no GPU, no driver, unless a test says so."""
     forget_libraries(monkeypatch)
+    monkeypatch.setattr(device, "_DRIVER_PATHS", ())
     for name in ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -215,7 +242,6 @@ def test_no_driver_no_gpu(libraries: pytest.MonkeyPatch) -> None:
     cuda.fail("cudaDeviceGetAttribute", "cudaErrorInsufficientDriver", forever=True)
     libraries.setitem(sys.modules, "cuda.bindings.runtime", cuda)
     libraries.setitem(sys.modules, "tensorrt", FakeBuilderApi())
-    libraries.setattr(torch.cuda, "is_available", lambda: True)
     assert this_machine() == NO_GPU
 
 
@@ -224,25 +250,48 @@ def test_no_cuda_for_python_no_gpu(libraries: pytest.MonkeyPatch) -> None:
     assert this_machine() == NO_GPU
 
 
+@pytest.mark.parametrize("has_cuda", [False, True])
+def test_a_gpu_that_cuda_for_python_does_not_reach_is_not_taken_for_none(
+    libraries: pytest.MonkeyPatch, tmp_path: Path, has_cuda: bool
+) -> None:
+    libraries.setattr(device, "_DRIVER_PATHS", (tmp_path,))
+    cuda = None
+    if has_cuda:
+        cuda = FakeCuda()
+        cuda.fail("cudaDeviceGetAttribute", "cudaErrorInsufficientDriver", forever=True)
+    libraries.setitem(sys.modules, "cuda.bindings.runtime", cuda)
+    text = "driver is missing or too old" if has_cuda else "CUDA for Python is missing"
+    with pytest.raises(DeviceError, match=text):
+        this_machine()
+    libraries.setattr(torch.cuda, "is_available", lambda: True)
+    libraries.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    found = this_machine()
+    assert (found.architecture, found.has_torch) == ("sm_89", True)
+    assert text in str(found.tensorrt_fault)
+
+
 def test_a_gpu_that_nothing_uses(libraries: pytest.MonkeyPatch) -> None:
     put_gpu(libraries)
-    assert this_machine() == gpu("sm_90")
+    found = this_machine()
+    assert (found.architecture, found.has_torch) == ("sm_90", False)
+    assert "no TensorRT here" in str(found.tensorrt_fault)
 
 
 def test_tensorrt_and_torch_are_found(libraries: pytest.MonkeyPatch) -> None:
     put_gpu(libraries)
     libraries.setitem(sys.modules, "tensorrt", FakeBuilderApi())
-    assert this_machine() == gpu("sm_90", tensorrt="tensorrt 11.4.0.106")
+    assert this_machine() == gpu("sm_90", has_tensorrt=True)
     libraries.setattr(torch.cuda, "is_available", lambda: True)
-    assert this_machine() == gpu("sm_90", tensorrt="tensorrt 11.4.0.106", has_torch=True)
+    libraries.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert this_machine() == gpu("sm_90", has_tensorrt=True, has_torch=True)
     libraries.setitem(sys.modules, "torch", None)  # not installed
-    assert this_machine() == gpu("sm_90", tensorrt="tensorrt 11.4.0.106")
+    assert this_machine() == gpu("sm_90", has_tensorrt=True)
 
 
 def test_a_tensorrt_that_is_too_old_counts_as_none(libraries: pytest.MonkeyPatch) -> None:
     put_gpu(libraries)
     libraries.setitem(sys.modules, "tensorrt", FakeBuilderApi("10.12.0.36"))
-    assert this_machine().tensorrt is None
+    assert "TensorRT 10.12.0.36 is too old" in str(this_machine().tensorrt_fault)
 
 
 @pytest.mark.parametrize(
@@ -253,8 +302,7 @@ def test_tensorrt_for_rtx_serves_some_cards(
 ) -> None:
     put_gpu(libraries, capability)
     libraries.setitem(sys.modules, "tensorrt_rtx_bindings", rtx)
-    expected = f"tensorrt_rtx {rtx.__version__}" if serves else None
-    assert this_machine().tensorrt == expected
+    assert (this_machine().tensorrt_fault is None) == serves
 
 
 # What is loaded
@@ -315,7 +363,7 @@ def test_tensorrt_runs_the_plan_of_the_profile_that_is_asked_for(
             api.shapes.clear()
             assert np.array_equal(
                 encoder.encode_images(pixels),
-                expected_embeddings(pixels, engine.manifest.embedding_dim),
+                normalized(expected_embeddings(pixels, engine.manifest.embedding_dim)),
             )
             assert {shape[0] for shape in api.shapes} == {num_rows}
 
