@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from engine.errors import EngineError, GateError
-from engine.gate_reports import last_gate
+from engine.gate_reports import check_gate
 from engine.registry import PROMOTIONS_DIR, Registry
 
 
@@ -47,8 +47,7 @@ def promote(registry: Registry, engine_id: str) -> Promotion:
             f"engines {registry.uri}: no engine {engine_id} to promote; `clipmill engine list` "
             "shows those there are"
         )
-    if manifest.precision != "fp32":
-        _check_gate(registry, engine_id)
+    check_gate(registry, engine_id)
     log = history(registry, manifest.checkpoint_digest)
     if log and log[-1].engine_id == engine_id:
         return log[-1]
@@ -62,6 +61,7 @@ def rollback(registry: Registry, checkpoint_digest: str) -> Promotion:
     rolled back is never returned to, except by promoting it.
 
     Raises:
+        GateError: The one before has failed its gate since.
         EngineError: There is none before, or it is gone; another promotion or rollback came first;
             or the root cannot be written.
     """
@@ -78,6 +78,7 @@ def rollback(registry: Registry, checkpoint_digest: str) -> Promotion:
             f"engines {registry.uri}: {engines[-2]}, which was promoted before {engines[-1]}, is "
             "gone; promote another with `clipmill engine promote`"
         )
+    check_gate(registry, engines[-2])
     return _append(registry, checkpoint_digest, log, engines[-2], action="rollback")
 
 
@@ -101,17 +102,6 @@ def line_of_succession(log: Sequence[Promotion]) -> list[str]:
             engines = engines[:-2]
         engines.append(entry.engine_id)
     return engines
-
-
-def _check_gate(registry: Registry, engine_id: str) -> None:
-    gate = last_gate(registry, engine_id)
-    if gate is not None and gate.passed:
-        return
-    what = "was never compared with fp32" if gate is None else f"failed its gate at {gate.at}"
-    where = "" if gate is None else f"; the report is in {registry.root.full_path(gate.path)}"
-    raise GateError(
-        f"engine {engine_id} {what} and cannot be promoted{where}. `clipmill engine build` compares"
-    )
 
 
 def _append(

@@ -102,13 +102,23 @@ def build_summary(result: BuildResult) -> str:
     ]
     lines += [f"  plan {path}" for path in result.plan_paths]
     lines += [f"  fault: {fault}" for fault in gate.faults]
-    lines.append(
-        f"gate passed by {gate.backend}: promoted"
-        if result.is_promoted
-        else f"gate failed by {gate.backend}: not promoted"
-    )
+    lines.append(verdict(result))
     lines.append(f"report: {result.report_path}/report.html")
     return "\n".join(lines)
+
+
+def verdict(result: BuildResult) -> str:
+    """What the gate said and what follows from it, in one line."""
+    if result.gate.passed:
+        now = "promoted" if result.is_promoted else "promoted, but another was so right after it"
+        return f"gate passed by {result.gate.backend}: {now}"
+    now = "not promoted"
+    if result.is_promoted:
+        now = (
+            "current, but refused until it passes again; `clipmill engine rollback --checkpoint "
+            f"{result.manifest.checkpoint}` goes back to the one before"
+        )
+    return f"gate failed by {result.gate.backend}: {now}"
 
 
 def _list(argv: Sequence[str]) -> int:

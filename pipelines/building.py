@@ -28,7 +28,7 @@ from engine.gate_reports import add_gate_report
 from engine.manifest import Manifest, Precision
 from engine.plans.plan import BULK, QUERY, PlanProfile
 from engine.plans.plan_registry import obtain_plan
-from engine.promotion import promote
+from engine.promotion import promote, promoted
 from engine.registry import Engine, Registry, default_engines_uri
 from engine.sample import Sample
 from pipelines.gate_page import render_gate_page
@@ -156,7 +156,7 @@ def build_engine(config: BuildConfig, *, on_progress: OnProgress) -> BuildResult
         gate=report,
         report_path=registry.root.full_path(kept.path),
         plan_paths=plans,
-        is_promoted=report.passed,
+        is_promoted=promoted(registry, manifest.checkpoint_digest) == manifest.engine_id,
     )
 
 

@@ -115,6 +115,18 @@ def test_an_engine_that_is_gone_is_not_rolled_back_to(registry: Registry):
     assert promoted(registry, DIGEST) == B
 
 
+def test_an_engine_that_failed_since_is_not_rolled_back_to(registry: Registry):
+    for engine_id in ("fp8-a", "fp16-a"):
+        add_gate_report(registry, engine_id, passed=True, files={})
+        promote(registry, engine_id)
+    add_gate_report(registry, "fp8-a", passed=False, files={})
+    with pytest.raises(GateError, match="fp8-a failed its gate at .* `clipmill engine promote`"):
+        rollback(registry, DIGEST)
+    assert promoted(registry, DIGEST) == "fp16-a"
+    add_gate_report(registry, "fp8-a", passed=True, files={})
+    assert rollback(registry, DIGEST).engine_id == "fp8-a"
+
+
 def test_checkpoints_have_logs_of_their_own(registry: Registry):
     other = "cd" * 32
     registry.obtain(
