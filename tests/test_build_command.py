@@ -1,0 +1,73 @@
+"""`clipmill engine build` on real rows: what is judged, promoted, kept and printed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.accuracy import Thresholds
+from engine.checkpoint import find_checkpoint
+from engine.gate_reports import last_gate
+from engine.promotion import promoted
+from engine.registry import Registry
+from jobs.engine import build_summary
+from pipelines.building import BuildConfig, BuildResult, build_engine
+from pipelines.catalog import CatalogConfig
+from pipelines.sampling import SampleConfig
+from tests.catalogs import scene_rows, write_rows
+from tests.checkpoints import save_clip
+
+NUM_HELD_OUT = 64
+# No 16 bit is as exact as this.
+UNREACHABLE = Thresholds(min_cosine_min=1)
+
+
+@pytest.fixture(scope="module")
+def checkpoint_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_clip(tmp_path_factory.mktemp("clip")))
+
+
+@pytest.fixture(scope="module")
+def catalog_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_rows(tmp_path_factory.mktemp("catalog"), scene_rows(2 * NUM_HELD_OUT)))
+
+
+@pytest.fixture
+def settings(checkpoint_uri: str, catalog_uri: str, tmp_path: Path) -> dict[str, Any]:
+    """Of an fp16 engine, which takes seconds to build."""
+    return {
+        "checkpoint": checkpoint_uri,
+        "precision": "fp16",
+        "sample": SampleConfig(
+            catalog=CatalogConfig(uri=catalog_uri), num_rows=1, num_held_out=NUM_HELD_OUT
+        ),
+        "engines_uri": str(tmp_path / "engines"),
+    }
+
+
+def built(**settings: Any) -> BuildResult:
+    return build_engine(BuildConfig(**settings), on_progress=lambda stage, done, total: None)
+
+
+def test_a_current_engine_that_fails_now_stays_so_and_is_called_refused(
+    settings: dict[str, Any],
+) -> None:
+    registry = Registry(settings["engines_uri"])
+    digest = find_checkpoint(settings["checkpoint"]).digest
+    failed = built(**settings, thresholds=UNREACHABLE)
+    assert not failed.is_promoted
+    assert promoted(registry, digest) is None
+    assert "gate failed by onnxruntime: not promoted" in build_summary(failed)
+    passed = built(**settings)
+    assert passed.is_promoted
+    assert promoted(registry, digest) == passed.manifest.engine_id
+    assert "gate passed by onnxruntime: promoted" in build_summary(passed)
+    failed = built(**settings, thresholds=UNREACHABLE)
+    assert failed.is_promoted
+    assert (
+        "gate failed by onnxruntime: current, but refused until it passes again; `clipmill engine "
+        f"rollback --checkpoint {settings['checkpoint']}`"
+    ) in build_summary(failed)
+    gate = last_gate(registry, failed.manifest.engine_id)
+    assert gate is not None
+    assert not gate.passed
