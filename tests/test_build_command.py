@@ -3,13 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from engine.accuracy import Thresholds
+from engine.build_fp8 import fp8_engine_id
 from engine.checkpoint import find_checkpoint
 from engine.gate_reports import last_gate
 from engine.promotion import promoted
 from engine.registry import Registry
+from engine.sample import Sample
 from jobs.engine import build_summary
 from pipelines.building import BuildConfig, BuildResult, build_engine
 from pipelines.catalog import CatalogConfig
@@ -71,3 +74,25 @@ def test_a_current_engine_that_fails_now_stays_so_and_is_called_refused(
     gate = last_gate(registry, failed.manifest.engine_id)
     assert gate is not None
     assert not gate.passed
+
+
+@pytest.mark.parametrize(
+    ("change", "is_another"),
+    [
+        ({"max_recall_loss": 0.5}, False),
+        ({"max_top1_loss": 0.5}, False),
+        ({"min_cosine_p1": 0.5}, True),
+        ({"min_cosine_min": 0.5}, True),
+        ({"min_neighbour_overlap": 0.5}, True),
+    ],
+)
+def test_thresholds_of_the_gate_alone_ask_for_no_other_engine(
+    checkpoint_uri: str, change: dict[str, float], is_another: bool
+) -> None:
+    checkpoint = find_checkpoint(checkpoint_uri)
+    sample = Sample(uri="catalog", pixels=np.zeros((1, 2, 2, 3), dtype=np.uint8), texts=("a",))
+    usual, changed = (
+        fp8_engine_id(checkpoint, sample=sample, thresholds=thresholds)
+        for thresholds in (Thresholds(), Thresholds(**change))
+    )
+    assert (changed != usual) == is_another
