@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from engine.accuracy import Thresholds
 from engine.backends.choice import (
+    FIRST_FP8_ARCHITECTURE,
     Backend,
     Wanted,
     choose_backend,
@@ -23,10 +25,12 @@ from engine.backends.choice import (
 from engine.backends.encoder import Encoder
 from engine.build import load_or_build
 from engine.checkpoint import Checkpoint, find_checkpoint
+from engine.errors import PlanError
 from engine.gate import GateReport, run_gate
 from engine.gate_reports import add_gate_report
 from engine.manifest import Manifest, Precision
-from engine.plans.plan import BULK, QUERY, PlanProfile
+from engine.plans.plan import BULK, QUERY, Flavour, PlanProfile
+from engine.plans.plan_builder import PlanConfig, plan_key
 from engine.plans.plan_registry import obtain_plan
 from engine.promotion import promote, promoted
 from engine.registry import Engine, Registry, default_engines_uri
@@ -94,6 +98,8 @@ def build_engine(config: BuildConfig, *, on_progress: OnProgress) -> BuildResult
         on_progress: Called with a stage's name, and how many of how many steps are done; 0 of 0
             for a stage that does not count.
 
+    A passed engine gets the plans that are wanted ahead of time, and is promoted after those.
+
     Raises:
         CheckpointError, CatalogError: There is not what to build from.
         QuantizationError: The sample or a layer does not allow the precision.
@@ -106,6 +112,7 @@ def build_engine(config: BuildConfig, *, on_progress: OnProgress) -> BuildResult
     registry = Registry(config.engines_uri)
     machine = this_machine()
     backend = choose_backend(config.backend, precision=config.precision, machine=machine)
+    _check_architectures(config)
     checkpoint = find_checkpoint(config.checkpoint, revision=config.revision)
     model = load_model(checkpoint)
     calibration, held_out = draw_samples(
@@ -118,8 +125,10 @@ def build_engine(config: BuildConfig, *, on_progress: OnProgress) -> BuildResult
     engine = _obtain(
         config, checkpoint, model, registry, calibration, device=device, on_progress=on_progress
     )
-    on_progress("compile", 0, 0)
-    plans = _plans(config, engine, registry=registry, backend=backend)
+    plan_dirs: list[Path] = []
+    if backend == "tensorrt":
+        on_progress("compile", 0, 0)
+        plan_dirs += _plans(engine, registry=registry)
     with ExitStack() as loaded:
         load = partial(load_encoder, backend=backend, registry=registry, num_threads=CPU_THREADS)
         encoder = _entered(loaded, load(engine))
@@ -150,12 +159,17 @@ def build_engine(config: BuildConfig, *, on_progress: OnProgress) -> BuildResult
         },
     )
     if report.passed:
+        for architecture in config.plans_for:
+            on_progress(f"compile for {architecture}", 0, 0)
+            plan_dirs += _plans(
+                engine, registry=registry, flavour="tensorrt_rtx", architecture=architecture
+            )
         promote(registry, manifest.engine_id)
     return BuildResult(
         manifest=manifest,
         gate=report,
         report_path=registry.root.full_path(kept.path),
-        plan_paths=plans,
+        plan_paths=tuple(dict.fromkeys(map(str, plan_dirs))),
         is_promoted=promoted(registry, manifest.checkpoint_digest) == manifest.engine_id,
     )
 
@@ -189,19 +203,31 @@ def _obtain(
     )
 
 
+def _check_architectures(config: BuildConfig) -> None:
+    """Raise before hours are spent if TensorRT for RTX cannot compile what is wanted of it."""
+    for architecture in config.plans_for:
+        plan_key(PlanConfig(flavour="tensorrt_rtx", architecture=architecture))
+        if config.precision == "fp8" and int(architecture[3:]) < FIRST_FP8_ARCHITECTURE:
+            raise PlanError(
+                f"--plans-for {architecture}: that GPU has no FP8; leave it out, and build an fp16 "
+                "engine for it (`clipmill engine build --precision fp16`)"
+            )
+
+
 def _plans(
-    config: BuildConfig, engine: Engine, *, registry: Registry, backend: Backend
-) -> tuple[str, ...]:
-    obtain = partial(obtain_plan, engine, registry=registry)
+    engine: Engine,
+    *,
+    registry: Registry,
+    flavour: Flavour | None = None,
+    architecture: str | None = None,
+) -> list[Path]:
     profiles: tuple[PlanProfile, ...] = (BULK, QUERY)
-    found = [
-        obtain(profile=profile, flavour="tensorrt_rtx", architecture=architecture)
-        for architecture in config.plans_for
+    return [
+        obtain_plan(
+            engine, registry=registry, profile=profile, flavour=flavour, architecture=architecture
+        )
         for profile in profiles
     ]
-    if backend == "tensorrt":
-        found += [obtain(profile=profile) for profile in profiles]
-    return tuple(map(str, found))
 
 
 def _reference(model: Any, engine: Engine, *, device: str) -> Encoder:

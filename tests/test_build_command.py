@@ -9,11 +9,13 @@ import pytest
 from engine.accuracy import Thresholds
 from engine.build_fp8 import fp8_engine_id
 from engine.checkpoint import find_checkpoint
+from engine.errors import PlanError
 from engine.gate_reports import last_gate
 from engine.promotion import promoted
 from engine.registry import Registry
 from engine.sample import Sample
 from jobs.engine import build_summary
+from pipelines import building
 from pipelines.building import BuildConfig, BuildResult, build_engine
 from pipelines.catalog import CatalogConfig
 from pipelines.sampling import SampleConfig
@@ -96,3 +98,47 @@ def test_thresholds_of_the_gate_alone_ask_for_no_other_engine(
         for thresholds in (Thresholds(), Thresholds(**change))
     )
     assert (changed != usual) == is_another
+
+
+@pytest.mark.parametrize(
+    ("precision", "architecture", "fault"),
+    [
+        ("fp16", "sm_90", "builds for .*, not for sm_90"),
+        ("fp8", "hopper", "not for hopper"),
+        ("fp8", "sm_86", "--plans-for sm_86: that GPU has no FP8; leave it out"),
+    ],
+)
+def test_architectures_are_checked_before_anything_is_done(
+    settings: dict[str, Any], precision: str, architecture: str, fault: str
+) -> None:
+    stages: list[str] = []
+    asked = {**settings, "precision": precision, "plans_for": ("sm_89", architecture)}
+    asked["sample"] = SampleConfig(catalog=settings["sample"].catalog)
+    with pytest.raises(PlanError, match=fault):
+        build_engine(
+            BuildConfig(**asked), on_progress=lambda stage, done, total: stages.append(stage)
+        )
+    assert stages == []
+
+
+def test_what_cannot_be_compiled_ahead_of_time_costs_no_report(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def refuse(*arguments: object, architecture: str, **other: object) -> Path:
+        asked.append(architecture)
+        raise PlanError("out of sorts")
+
+    monkeypatch.setattr(building, "obtain_plan", refuse)
+    registry = Registry(settings["engines_uri"])
+    with pytest.raises(PlanError, match="out of sorts"):
+        built(**settings, plans_for=("sm_89",))
+    (engine_id,) = registry.engine_ids()
+    gate = last_gate(registry, engine_id)
+    assert gate is not None
+    assert gate.passed
+    assert promoted(registry, find_checkpoint(settings["checkpoint"]).digest) is None
+    assert asked == ["sm_89"]
+    built(**settings, thresholds=UNREACHABLE, plans_for=("sm_89",))
+    assert asked == ["sm_89"]  # nobody needs plans of an engine that failed
