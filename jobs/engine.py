@@ -13,7 +13,8 @@ from engine.backends.choice import WANTED
 from engine.checkpoint import find_checkpoint
 from engine.errors import EngineError
 from engine.garbage import Garbage, Retention, find_garbage, remove_garbage
-from engine.inventory import EngineEntry, engine_entry, list_engines
+from engine.inventory import EngineEntry, engine_entry, list_engines, plan_records
+from engine.plans.plan import PlanRecord
 from engine.promotion import history, promote, rollback
 from engine.registry import Registry, default_engines_uri
 from jobs.command import CommandParser, print_result, run
@@ -100,11 +101,17 @@ def build_summary(result: BuildResult) -> str:
         f"{speed.batch_rows}"
         for speed in gate.speeds
     ]
-    lines += [f"  plan {path}" for path in result.plan_paths]
+    lines += [f"  {plan_line(plan.key.plan_id, plan)}" for plan in result.plans]
     lines += [f"  fault: {fault}" for fault in gate.faults]
     lines.append(verdict(result))
     lines.append(f"report: {result.report_path}/report.html")
     return "\n".join(lines)
+
+
+def plan_line(plan_id: str, plan: PlanRecord | None) -> str:
+    """What a plan multiplies in FP8, in one line; None for one that cannot be read."""
+    what = "damaged, or of a newer Clipmill" if plan is None else plan.precision_in_words()
+    return f"plan {plan_id}: {what}"
 
 
 def verdict(result: BuildResult) -> str:
@@ -152,6 +159,7 @@ def _show(argv: Sequence[str]) -> int:
         )
     manifest = entry.manifest
     log = history(registry, manifest.checkpoint_digest)
+    plans = plan_records(registry, options.engine_id)
     quantization = manifest.quantization
     facts = {
         "checkpoint": manifest.checkpoint,
@@ -163,7 +171,7 @@ def _show(argv: Sequence[str]) -> int:
         "size": f"{entry.num_bytes / 2**20:,.1f} MiB",
         "gate": {None: "never judged", True: "passed", False: "failed"}[entry.gate_passed],
         "promoted": "yes" if entry.is_promoted else "no",
-        "plans": ", ".join(entry.plan_ids) or "none",
+        "plans": "" if plans else "none",
         "calibrated with": (
             f"{quantization.num_calibration_rows} rows of {quantization.calibration_uri}"
             if quantization
@@ -174,8 +182,10 @@ def _show(argv: Sequence[str]) -> int:
         "promotions": "; ".join(f"{step.at} {step.action} {step.engine_id}" for step in log),
     }
     lines = [f"{name:<16} {fact}" for name, fact in facts.items() if fact != ""]
+    lines += [plan_line(plan_id, plan) for plan_id, plan in plans.items()]
     text = "\n".join([options.engine_id, *lines])
-    print_result({"entry": entry, "promotions": log}, as_json=options.json, text=text)
+    shown = {"entry": entry, "plans": plans, "promotions": log}
+    print_result(shown, as_json=options.json, text=text)
     return 0
 
 

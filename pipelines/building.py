@@ -16,7 +16,6 @@ from typing import Any
 from engine.accuracy import Thresholds
 from engine.backends.choice import (
     FIRST_FP8_ARCHITECTURE,
-    Backend,
     Wanted,
     choose_backend,
     load_encoder,
@@ -29,7 +28,7 @@ from engine.errors import PlanError
 from engine.gate import GateReport, run_gate
 from engine.gate_reports import add_gate_report
 from engine.manifest import Manifest, Precision
-from engine.plans.plan import BULK, QUERY, Flavour, PlanProfile
+from engine.plans.plan import BULK, QUERY, Flavour, PlanProfile, PlanRecord, read_plan
 from engine.plans.plan_builder import PlanConfig, plan_key
 from engine.plans.plan_registry import obtain_plan
 from engine.promotion import promote, promoted
@@ -86,6 +85,8 @@ class BuildResult:
     """Folder of the gate's report."""
     plan_paths: tuple[str, ...]
     """Folders of plans on this machine."""
+    plans: tuple[PlanRecord, ...]
+    """What the same are, and which of their products fell back to 16 bit."""
     is_promoted: bool
     """Whether the engine is the current one of its checkpoint now."""
 
@@ -169,7 +170,8 @@ def build_engine(config: BuildConfig, *, on_progress: OnProgress) -> BuildResult
         manifest=manifest,
         gate=report,
         report_path=registry.root.full_path(kept.path),
-        plan_paths=tuple(dict.fromkeys(map(str, plan_dirs))),
+        plan_paths=tuple(map(str, plan_dirs)),
+        plans=tuple(map(read_plan, plan_dirs)),
         is_promoted=promoted(registry, manifest.checkpoint_digest) == manifest.engine_id,
     )
 

@@ -1,5 +1,6 @@
 """`clipmill engine build` on real rows: what is judged, promoted, kept and printed."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from engine.gate_reports import last_gate
 from engine.promotion import promoted
 from engine.registry import Registry
 from engine.sample import Sample
-from jobs.engine import build_summary
+from jobs.engine import build_summary, main
 from pipelines import building
 from pipelines.building import BuildConfig, BuildResult, build_engine
 from pipelines.catalog import CatalogConfig
@@ -142,3 +143,25 @@ def test_what_cannot_be_compiled_ahead_of_time_costs_no_report(
     assert asked == ["sm_89"]
     built(**settings, thresholds=UNREACHABLE, plans_for=("sm_89",))
     assert asked == ["sm_89"]  # nobody needs plans of an engine that failed
+
+
+def test_plans_say_which_products_are_fp8(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = built(**settings, plans_for=("sm_89",))
+    assert result.is_promoted
+    assert [plan.key.profile.kind for plan in result.plans] == ["bulk", "query"]
+    lines = [
+        f"plan {plan.key.plan_id}: image without FP8; text without FP8" for plan in result.plans
+    ]
+    assert all(f"  {line}\n" in build_summary(result) for line in lines)
+    show = ["show", result.manifest.engine_id, "--engines", settings["engines_uri"]]
+    assert main(show) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n{line}\n" in shown for line in lines)
+    assert main([*show, "--json"]) == 0
+    plans = json.loads(capsys.readouterr().out)["plans"]
+    assert plans.keys() == {plan.key.plan_id for plan in result.plans}
+    for plan in plans.values():
+        assert plan["image"]["num_fp8_products"] == 0
+        assert plan["text"]["fallbacks"] == []

@@ -129,7 +129,7 @@ def test_an_engine_by_its_id_needs_a_passed_gate_but_no_promotion(
     with pytest.raises(GateError, match="was never compared with fp32, so it is neither"):
         chosen_engine(choice, registry=registry)
     gated(registry, small, passed=False)
-    with pytest.raises(GateError, match="failed its gate at .*, so it is neither"):
+    with pytest.raises(GateError, match=r"failed its gate at .*, so it is neither"):
         chosen_engine(choice, registry=registry)
     gated(registry, small)
     assert chosen_engine(choice, registry=registry).engine_id == engine_id

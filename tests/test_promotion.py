@@ -120,7 +120,7 @@ def test_an_engine_that_failed_since_is_not_rolled_back_to(registry: Registry):
         add_gate_report(registry, engine_id, passed=True, files={})
         promote(registry, engine_id)
     add_gate_report(registry, "fp8-a", passed=False, files={})
-    with pytest.raises(GateError, match="fp8-a failed its gate at .* `clipmill engine promote`"):
+    with pytest.raises(GateError, match=r"fp8-a failed its gate at .* `clipmill engine promote`"):
         rollback(registry, DIGEST)
     assert promoted(registry, DIGEST) == "fp16-a"
     add_gate_report(registry, "fp8-a", passed=True, files={})
