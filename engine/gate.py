@@ -219,12 +219,17 @@ def _histogram(ours: Embeddings, theirs: Embeddings) -> Histogram:
 def _top1(
     encoder: Encoder,
     reference: Encoder,
-    labels: Sequence[str],
+    labels: Sequence[str | None],
     ours: Embeddings,
     theirs: Embeddings,
-) -> Top1:
-    classes = sorted(set(labels))
-    numbers = [classes.index(label) for label in labels]
+) -> Top1 | None:
+    """Over the rows that have a label; None if no row has one."""
+    labelled = [row for row, label in enumerate(labels) if label is not None]
+    classes = sorted({label for label in labels if label is not None})
+    if not classes:
+        return None
+    numbers = [classes.index(label) for label in labels if label is not None]
+    ours, theirs = ours[labelled], theirs[labelled]
     prompts = [PROMPT.format(name) for name in classes]
     return Top1(
         num_classes=len(classes),

@@ -20,8 +20,8 @@ class Sample:
     """[N, H, W, 3], RGB, HWC, of the engine's preprocessing; None without images."""
     texts: tuple[str, ...] | None
     """One for each row; None without texts."""
-    labels: tuple[str, ...] | None = None
-    """Class of each row, in words, where the catalog has one."""
+    labels: tuple[str | None, ...] | None = None
+    """Class of each row, in words, None for a row without; None where the catalog has none."""
 
     @property
     def num_rows(self) -> int:
