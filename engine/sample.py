@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+# A calibration with fewer rows misses too many of the rare large activations.
+MIN_ROWS = 512
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:

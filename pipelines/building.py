@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from engine.plans.plan_builder import PlanConfig, plan_key
 from engine.plans.plan_registry import obtain_plan
 from engine.promotion import promote, promoted
 from engine.registry import Engine, Registry, default_engines_uri
-from engine.sample import Sample
+from engine.sample import MIN_ROWS, Sample
 from pipelines.gate_page import render_gate_page
 from pipelines.sampling import SampleConfig, draw_samples
 
@@ -50,7 +50,7 @@ class BuildConfig:
     checkpoint: str
     """Hub id or folder."""
     sample: SampleConfig
-    """Rows to calibrate with, and to judge by."""
+    """Rows to calibrate with, which fp16 does without, and to judge by."""
     revision: str | None = None
     """Hub branch, tag or commit."""
     precision: Precision = "fp8"
@@ -70,6 +70,12 @@ class BuildConfig:
             raise ValueError(
                 "precision='fp32': such an engine is the reference itself and is built when it is "
                 "first used; expected fp8 or fp16"
+            )
+        num_rows = self.sample.num_rows
+        if self.precision == "fp8" and num_rows < MIN_ROWS:
+            raise ValueError(
+                f"sample.num_rows={num_rows} (--rows): expected at least {MIN_ROWS} to calibrate "
+                "fp8 with"
             )
 
 
@@ -117,7 +123,7 @@ def build_engine(config: BuildConfig, *, on_progress: OnProgress) -> BuildResult
     checkpoint = find_checkpoint(config.checkpoint, revision=config.revision)
     model = load_model(checkpoint)
     calibration, held_out = draw_samples(
-        config.sample,
+        config.sample if config.precision == "fp8" else replace(config.sample, num_rows=0),
         preprocessing=model.preprocessing,
         modalities=("image",) if model.text_tower is None else ("image", "text"),
         on_progress=on_progress,

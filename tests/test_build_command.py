@@ -35,7 +35,7 @@ def checkpoint_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def catalog_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_rows(tmp_path_factory.mktemp("catalog"), scene_rows(2 * NUM_HELD_OUT)))
+    return str(write_rows(tmp_path_factory.mktemp("catalog"), scene_rows(NUM_HELD_OUT)))
 
 
 @pytest.fixture
@@ -44,9 +44,7 @@ def settings(checkpoint_uri: str, catalog_uri: str, tmp_path: Path) -> dict[str,
     return {
         "checkpoint": checkpoint_uri,
         "precision": "fp16",
-        "sample": SampleConfig(
-            catalog=CatalogConfig(uri=catalog_uri), num_rows=1, num_held_out=NUM_HELD_OUT
-        ),
+        "sample": SampleConfig(catalog=CatalogConfig(uri=catalog_uri), num_held_out=NUM_HELD_OUT),
         "engines_uri": str(tmp_path / "engines"),
     }
 
@@ -61,6 +59,7 @@ def test_a_current_engine_that_fails_now_stays_so_and_is_called_refused(
     registry = Registry(settings["engines_uri"])
     digest = find_checkpoint(settings["checkpoint"]).digest
     failed = built(**settings, thresholds=UNREACHABLE)
+    assert failed.gate.agreements["image"].num_rows == NUM_HELD_OUT  # all: none is to calibrate
     assert not failed.is_promoted
     assert promoted(registry, digest) is None
     assert "gate failed by onnxruntime: not promoted" in build_summary(failed)
@@ -165,3 +164,11 @@ def test_plans_say_which_products_are_fp8(
     for plan in plans.values():
         assert plan["image"]["num_fp8_products"] == 0
         assert plan["text"]["fallbacks"] == []
+
+
+def test_fp8_needs_rows_to_calibrate_with(settings: dict[str, Any]) -> None:
+    sample = SampleConfig(catalog=settings["sample"].catalog, num_rows=511)
+    text = r"sample\.num_rows=511 \(--rows\): expected at least 512 to calibrate fp8 with"
+    with pytest.raises(ValueError, match=text):
+        BuildConfig(**{**settings, "precision": "fp8", "sample": sample})
+    BuildConfig(**{**settings, "sample": sample})
