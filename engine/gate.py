@@ -5,7 +5,7 @@ Knows nothing of how the engine was built or of what a promotion is.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -102,11 +102,12 @@ class GateReport:
     """Of the device, by encoder."""
     faults: tuple[str, ...]
     """Why the engine may not be promoted."""
+    passed: bool = field(init=False)
+    """Whether it may: there are no faults."""
 
-    @property
-    def passed(self) -> bool:
-        """Whether the engine may be promoted."""
-        return not self.faults
+    def __post_init__(self) -> None:
+        """Derive the verdict."""
+        object.__setattr__(self, "passed", not self.faults)
 
 
 def run_gate(

@@ -3,10 +3,7 @@
 Knows nothing of the command line, and does all of it on this machine.
 """
 
-import dataclasses
-import json
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -35,6 +32,7 @@ from engine.promotion import promote, promoted
 from engine.registry import Engine, Registry, default_engines_uri
 from engine.sample import MIN_ROWS, Sample
 from pipelines.gate_page import render_gate_page
+from pipelines.json_text import json_text
 from pipelines.sampling import SampleConfig, draw_samples
 
 GPU_BATCH_SIZES = (1, 8, 64, 256)
@@ -161,7 +159,7 @@ def build_engine(config: BuildConfig, *, on_progress: OnProgress) -> BuildResult
         manifest.engine_id,
         passed=report.passed,
         files={
-            "report.json": _json(report).encode(),
+            "report.json": json_text(report, indent=1).encode(),
             "report.html": render_gate_page(report, manifest=manifest).encode(),
         },
     )
@@ -252,16 +250,3 @@ def _entered(stack: ExitStack, encoder: Encoder) -> Encoder:
     if close is not None:
         stack.callback(close)
     return encoder
-
-
-def _json(report: GateReport) -> str:
-    return json.dumps(_finite({"passed": report.passed, **dataclasses.asdict(report)}), indent=1)
-
-
-def _finite(value: Any) -> Any:
-    """The same with null for numbers that JSON does not have."""
-    if isinstance(value, Mapping):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -76,6 +76,9 @@ def test_a_current_engine_that_fails_now_stays_so_and_is_called_refused(
     gate = last_gate(registry, failed.manifest.engine_id)
     assert gate is not None
     assert not gate.passed
+    report = json.loads(registry.root.read(f"{gate.path}/report.json"))
+    assert report["passed"] is False
+    assert report["faults"] == list(failed.gate.faults)
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,7 @@ def test_the_report_is_json(report: GateReport) -> None:
     assert read["recalls"][0]["measured"].keys() == {"1", "5", "10"}
     assert read["thresholds"]["min_cosine_p1"] == 0.99
     assert read["faults"] == []
+    assert read["passed"] is True
 
 
 def clip_activations(tower: Tower) -> None:
