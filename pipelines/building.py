@@ -113,6 +113,7 @@ def build_engine(config: BuildConfig, *, on_progress: OnProgress) -> BuildResult
     """
     # torch and transformers: heavy, and needed here alone.
     from engine.model import load_model
+    from engine.quantization.half_precision import watched_activations
 
     registry = Registry(config.engines_uri)
     machine = this_machine()
@@ -142,6 +143,10 @@ def build_engine(config: BuildConfig, *, on_progress: OnProgress) -> BuildResult
             on_progress("build fp16 to compare with", 0, 0)
             fp16 = load_or_build(checkpoint, registry=registry, precision="fp16")
             baselines[f"fp16 {backend}"] = _entered(loaded, load(fp16))
+        if config.precision == "fp16":
+            # What executes it here may compute in more than 16 bit, and would overflow elsewhere.
+            for tower in filter(None, (model.image_tower, model.text_tower)):
+                loaded.enter_context(watched_activations(tower))
         report = run_gate(
             encoder,
             _reference(model, engine, device=device),

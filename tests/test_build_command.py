@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from engine.accuracy import Thresholds
 from engine.build_fp8 import fp8_engine_id
 from engine.checkpoint import find_checkpoint
-from engine.errors import PlanError
+from engine.errors import PlanError, QuantizationError
 from engine.gate_reports import last_gate
 from engine.promotion import promoted
 from engine.registry import Registry
@@ -167,6 +168,28 @@ def test_plans_say_which_products_are_fp8(
     for plan in plans.values():
         assert plan["image"]["num_fp8_products"] == 0
         assert plan["text"]["fallbacks"] == []
+
+
+def test_activations_that_16_bit_does_not_hold_are_found_on_a_cpu(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = save_clip(tmp_path / "large")
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    # The second layer takes back what the first adds, so that the embeddings are as good as any.
+    part = "text_model.encoder.layers.1.mlp"
+    tensors[f"{part}.fc1.weight"] *= 2e4
+    tensors[f"{part}.fc2.weight"] /= 2e4
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(QuantizationError) as caught:
+        built(**{**settings, "checkpoint": str(folder)})
+    for text in (
+        "backbone.blocks.1.feed_forward.fc1: activations reach",
+        "this checkpoint cannot run in 16 bit; embed with `clipmill embed --precision fp32`",
+    ):
+        assert text in str(caught.value)
+    registry = Registry(settings["engines_uri"])
+    assert promoted(registry, find_checkpoint(str(folder)).digest) is None
 
 
 def test_fp8_needs_rows_to_calibrate_with(settings: dict[str, Any]) -> None:
