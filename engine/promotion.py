@@ -39,7 +39,7 @@ def promote(registry: Registry, engine_id: str) -> Promotion:
     Raises:
         GateError: There is no such engine, or it is not fp32, which all others are measured by,
             and its gate did not pass.
-        EngineError: Another promotion or rollback came first, or the root cannot be written.
+        EngineError: A promotion of another or a rollback came first, or the root cannot be written.
     """
     manifest = registry.manifest(engine_id)
     if manifest is None:
@@ -123,6 +123,9 @@ def _append(
     try:
         registry.root.create(path, (json.dumps(dataclasses.asdict(entry)) + "\n").encode())
     except FileExistsError:
+        last = history(registry, checkpoint_digest)[-1]
+        if action == "promote" and last.engine_id == engine_id:
+            return last  # somebody else wanted the same
         raise EngineError(
             f"engines {registry.uri}: another promotion or rollback of checkpoint "
             f"{checkpoint_digest[:16]} came first and counts; look with `clipmill engine list`, "

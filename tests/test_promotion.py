@@ -156,6 +156,21 @@ def test_of_two_at_once_one_wins(registry: Registry, monkeypatch: pytest.MonkeyP
         assert promoted(registry, DIGEST) == C
 
 
+def test_two_at_once_may_promote_the_same(registry: Registry, monkeypatch: pytest.MonkeyPatch):
+    promote(registry, A)
+    create = registry.root.create
+
+    def overtaken(relative: str, content: bytes) -> None:
+        create(relative, json.dumps({**json.loads(content), "at": "a moment ago"}).encode())
+        create(relative, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(registry.root, "create", overtaken)
+        entry = promote(registry, B)
+    assert (entry.number, entry.engine_id, entry.at) == (2, B, "a moment ago")
+    assert history(registry, DIGEST)[1:] == [entry]
+
+
 def test_a_damaged_entry_is_named(registry: Registry):
     promote(registry, A)
     registry.root.publish(f"{FOLDER}/00000002.json", b"{")
