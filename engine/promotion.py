@@ -82,6 +82,27 @@ def rollback(registry: Registry, checkpoint_digest: str) -> Promotion:
     return _append(registry, checkpoint_digest, log, engines[-2], action="rollback")
 
 
+def rollback_from(registry: Registry, engine_id: str) -> Promotion:
+    """The same, named by the engine that is current; its checkpoint may have moved or be gone.
+
+    Raises:
+        GateError, EngineError: As for `rollback`; there is no such engine; or it is not current.
+    """
+    manifest = registry.manifest(engine_id)
+    if manifest is None:
+        raise EngineError(
+            f"engines {registry.uri}: no engine {engine_id} to roll back from; `clipmill engine "
+            "list` shows those there are"
+        )
+    current = promoted(registry, manifest.checkpoint_digest)
+    if current != engine_id:
+        raise EngineError(
+            f"engines {registry.uri}: {engine_id} is not the current engine of its checkpoint, "
+            f"{current or 'none'} is; nothing was changed"
+        )
+    return rollback(registry, manifest.checkpoint_digest)
+
+
 def promoted(registry: Registry, checkpoint_digest: str) -> str | None:
     """The id of a checkpoint's current engine, None if none was promoted; EngineError."""
     entries = registry.root.list(_folder(checkpoint_digest), suffix=".json")

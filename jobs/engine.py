@@ -15,7 +15,7 @@ from engine.errors import EngineError
 from engine.garbage import Garbage, Retention, find_garbage, remove_garbage
 from engine.inventory import EngineEntry, engine_entry, list_engines, plan_records
 from engine.plans.plan import PlanRecord
-from engine.promotion import history, promote, rollback
+from engine.promotion import history, promote, rollback, rollback_from
 from engine.registry import Registry, default_engines_uri
 from jobs.command import CommandParser, print_result, run
 from jobs.progress import shown_steps
@@ -201,11 +201,19 @@ def _promote(argv: Sequence[str]) -> int:
 
 def _rollback(argv: Sequence[str]) -> int:
     parser = _parser("rollback", "Make the engine current that was so before.")
-    parser.add_argument("--checkpoint", required=True, metavar="ID_OR_DIR", help="of which model")
+    of = parser.add_mutually_exclusive_group(required=True)
+    of.add_argument("--checkpoint", metavar="ID_OR_DIR", help="of which model")
+    of.add_argument("--engine", metavar="ID", help="the current engine of that model")
     parser.add_argument("--revision", help="hub branch, tag or commit of the checkpoint")
     options = parser.parse_options(argv)
-    checkpoint = find_checkpoint(options.checkpoint, revision=options.revision)
-    entry = rollback(Registry(options.engines), checkpoint.digest)
+    registry = Registry(options.engines)
+    if options.engine is not None:
+        if options.revision is not None:
+            raise ValueError(f"engine {options.engine} has a revision of its own")
+        entry = rollback_from(registry, options.engine)
+    else:
+        checkpoint = find_checkpoint(options.checkpoint, revision=options.revision)
+        entry = rollback(registry, checkpoint.digest)
     text = f"{entry.engine_id} is current again, after {entry.previous}"
     print_result(entry, as_json=options.json, text=text)
     return 0
