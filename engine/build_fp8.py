@@ -37,6 +37,8 @@ from engine.tokenization import Tokenizer
 QUANTIZATION_FILE, README_FILE = "quantization.json", "README.md"
 ROWS_PER_BATCH = 16
 ONNX_FILES = {"image": IMAGE_ONNX, "text": TEXT_ONNX}
+# Thresholds by which units are chosen; the gate alone asks for the others, of the same engine.
+CHOOSING = ("min_cosine_p1", "min_cosine_min", "min_neighbour_overlap")
 
 README = """# {engine_id}
 
@@ -66,7 +68,7 @@ Kept in 16 bit: {kept}.
 
 def fp8_engine_id(checkpoint: Checkpoint, *, sample: Sample, thresholds: Thresholds) -> str:
     """The id of the engine that `build_fp8` makes of these."""
-    recipe = f"{FP8_RECIPE} {thresholds} {sample.digest}"
+    recipe = f"{FP8_RECIPE} {_choosing(thresholds)} {sample.digest}"
     return engine_id_of(checkpoint, precision="fp8", recipe=recipe)
 
 
@@ -150,6 +152,10 @@ def build_fp8(
     )
 
 
+def _choosing(thresholds: Thresholds) -> dict[str, float]:
+    return {name: getattr(thresholds, name) for name in CHOOSING}
+
+
 def _batches(
     sample: Sample, *, text: TextInput | None, directory: Path
 ) -> dict[str, list[torch.Tensor]]:
@@ -178,7 +184,7 @@ def _account(
     return {
         "recipe": FP8_RECIPE,
         "sample": dataclasses.asdict(quantization),
-        "thresholds": dataclasses.asdict(thresholds),
+        "thresholds": _choosing(thresholds),
         "towers": {
             name: {
                 "agreement": dataclasses.asdict(tower.agreement),

@@ -5,7 +5,7 @@ Knows nothing of how the engine was built or of what a promotion is.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -102,11 +102,12 @@ class GateReport:
     """Of the device, by encoder."""
     faults: tuple[str, ...]
     """Why the engine may not be promoted."""
+    passed: bool = field(init=False)
+    """Whether it may: there are no faults."""
 
-    @property
-    def passed(self) -> bool:
-        """Whether the engine may be promoted."""
-        return not self.faults
+    def __post_init__(self) -> None:
+        """Derive the verdict."""
+        object.__setattr__(self, "passed", not self.faults)
 
 
 def run_gate(
@@ -219,12 +220,17 @@ def _histogram(ours: Embeddings, theirs: Embeddings) -> Histogram:
 def _top1(
     encoder: Encoder,
     reference: Encoder,
-    labels: Sequence[str],
+    labels: Sequence[str | None],
     ours: Embeddings,
     theirs: Embeddings,
-) -> Top1:
-    classes = sorted(set(labels))
-    numbers = [classes.index(label) for label in labels]
+) -> Top1 | None:
+    """Over the rows that have a label; None if no row has one."""
+    labelled = [row for row, label in enumerate(labels) if label is not None]
+    classes = sorted({label for label in labels if label is not None})
+    if not classes:
+        return None
+    numbers = [classes.index(label) for label in labels if label is not None]
+    ours, theirs = ours[labelled], theirs[labelled]
     prompts = [PROMPT.format(name) for name in classes]
     return Top1(
         num_classes=len(classes),

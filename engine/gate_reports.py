@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from engine.errors import EngineError
+from engine.errors import EngineError, GateError
 from engine.registry import Registry
 
 _GATES_DIR, _GATE_FILE = "gates", "gate.json"
@@ -77,3 +77,32 @@ def last_gate(registry: Registry, engine_id: str) -> GateResult | None:
                 "folder and check the engine again with `clipmill engine build`"
             ) from error
     return None
+
+
+def check_gate(registry: Registry, engine_id: str) -> None:
+    """Raise GateError unless an engine may be promoted and used.
+
+    It may if its last gate passed; fp32, which all others are measured by, has none.
+
+    Raises:
+        GateError: Its last gate failed or never ran, or there is no such engine.
+        EngineError: The root cannot be read, or the report is damaged.
+    """
+    if engine_id.startswith("fp32-"):
+        return
+    manifest = registry.manifest(engine_id)
+    if manifest is None:
+        raise GateError(
+            f"engines {registry.uri}: no engine {engine_id}; `clipmill engine list` shows those "
+            "there are"
+        )
+    gate = last_gate(registry, engine_id)
+    if gate is not None and gate.passed:
+        return
+    what = "was never compared with fp32" if gate is None else f"failed its gate at {gate.at}"
+    where = "" if gate is None else f"; the report is in {registry.root.full_path(gate.path)}"
+    raise GateError(
+        f"engine {engine_id} {what}, so it is neither promoted nor used{where}. Compare it again "
+        "with `clipmill engine build`, or make another current with `clipmill engine promote` or "
+        f"`clipmill engine rollback --checkpoint {manifest.checkpoint}`"
+    )

@@ -6,8 +6,10 @@ Knows nothing of what should lie there.
 from dataclasses import dataclass
 from datetime import datetime
 
+from engine.errors import PlanError
 from engine.gate_reports import last_gate
 from engine.manifest import MANIFEST_FILE, Manifest
+from engine.plans.plan import PlanRecord, parse_plan
 from engine.promotion import promoted
 from engine.publishing.remote import read_record
 from engine.registry import Registry, plan_artifact
@@ -58,6 +60,21 @@ def engine_entry(registry: Registry, engine_id: str) -> EngineEntry | None:
         ),
         num_bytes=registry.root.num_bytes(engine_id),
     )
+
+
+def plan_records(registry: Registry, engine_id: str) -> dict[str, PlanRecord | None]:
+    """The records of an engine's plans by id, None for one that cannot be read; EngineError."""
+    found: dict[str, PlanRecord | None] = {}
+    for plan_id in registry.plan_ids(engine_id):
+        artifact = plan_artifact(engine_id, plan_id)
+        content = read_record(registry.root, artifact)
+        if content is None:
+            continue
+        try:
+            found[plan_id] = parse_plan(content, path=registry.root.full_path(artifact.path))
+        except PlanError:
+            found[plan_id] = None
+    return found
 
 
 def list_engines(registry: Registry) -> list[EngineEntry]:

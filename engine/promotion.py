@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from engine.errors import EngineError, GateError
-from engine.gate_reports import last_gate
+from engine.gate_reports import check_gate
 from engine.registry import PROMOTIONS_DIR, Registry
 
 
@@ -39,7 +39,7 @@ def promote(registry: Registry, engine_id: str) -> Promotion:
     Raises:
         GateError: There is no such engine, or it is not fp32, which all others are measured by,
             and its gate did not pass.
-        EngineError: Another promotion or rollback came first, or the root cannot be written.
+        EngineError: A promotion of another or a rollback came first, or the root cannot be written.
     """
     manifest = registry.manifest(engine_id)
     if manifest is None:
@@ -47,8 +47,7 @@ def promote(registry: Registry, engine_id: str) -> Promotion:
             f"engines {registry.uri}: no engine {engine_id} to promote; `clipmill engine list` "
             "shows those there are"
         )
-    if manifest.precision != "fp32":
-        _check_gate(registry, engine_id)
+    check_gate(registry, engine_id)
     log = history(registry, manifest.checkpoint_digest)
     if log and log[-1].engine_id == engine_id:
         return log[-1]
@@ -62,6 +61,7 @@ def rollback(registry: Registry, checkpoint_digest: str) -> Promotion:
     rolled back is never returned to, except by promoting it.
 
     Raises:
+        GateError: The one before has failed its gate since.
         EngineError: There is none before, or it is gone; another promotion or rollback came first;
             or the root cannot be written.
     """
@@ -78,7 +78,29 @@ def rollback(registry: Registry, checkpoint_digest: str) -> Promotion:
             f"engines {registry.uri}: {engines[-2]}, which was promoted before {engines[-1]}, is "
             "gone; promote another with `clipmill engine promote`"
         )
+    check_gate(registry, engines[-2])
     return _append(registry, checkpoint_digest, log, engines[-2], action="rollback")
+
+
+def rollback_from(registry: Registry, engine_id: str) -> Promotion:
+    """The same, named by the engine that is current; its checkpoint may have moved or be gone.
+
+    Raises:
+        GateError, EngineError: As for `rollback`; there is no such engine; or it is not current.
+    """
+    manifest = registry.manifest(engine_id)
+    if manifest is None:
+        raise EngineError(
+            f"engines {registry.uri}: no engine {engine_id} to roll back from; `clipmill engine "
+            "list` shows those there are"
+        )
+    current = promoted(registry, manifest.checkpoint_digest)
+    if current != engine_id:
+        raise EngineError(
+            f"engines {registry.uri}: {engine_id} is not the current engine of its checkpoint, "
+            f"{current or 'none'} is; nothing was changed"
+        )
+    return rollback(registry, manifest.checkpoint_digest)
 
 
 def promoted(registry: Registry, checkpoint_digest: str) -> str | None:
@@ -103,17 +125,6 @@ def line_of_succession(log: Sequence[Promotion]) -> list[str]:
     return engines
 
 
-def _check_gate(registry: Registry, engine_id: str) -> None:
-    gate = last_gate(registry, engine_id)
-    if gate is not None and gate.passed:
-        return
-    what = "was never compared with fp32" if gate is None else f"failed its gate at {gate.at}"
-    where = "" if gate is None else f"; the report is in {registry.root.full_path(gate.path)}"
-    raise GateError(
-        f"engine {engine_id} {what} and cannot be promoted{where}. `clipmill engine build` compares"
-    )
-
-
 def _append(
     registry: Registry,
     checkpoint_digest: str,
@@ -133,6 +144,9 @@ def _append(
     try:
         registry.root.create(path, (json.dumps(dataclasses.asdict(entry)) + "\n").encode())
     except FileExistsError:
+        last = history(registry, checkpoint_digest)[-1]
+        if action == "promote" and last.engine_id == engine_id:
+            return last  # somebody else wanted the same
         raise EngineError(
             f"engines {registry.uri}: another promotion or rollback of checkpoint "
             f"{checkpoint_digest[:16]} came first and counts; look with `clipmill engine list`, "

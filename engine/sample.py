@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+# A calibration with fewer rows misses too many of the rare large activations.
+MIN_ROWS = 512
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
@@ -20,8 +23,8 @@ class Sample:
     """[N, H, W, 3], RGB, HWC, of the engine's preprocessing; None without images."""
     texts: tuple[str, ...] | None
     """One for each row; None without texts."""
-    labels: tuple[str, ...] | None = None
-    """Class of each row, in words, where the catalog has one."""
+    labels: tuple[str | None, ...] | None = None
+    """Class of each row, in words, None for a row without; None where the catalog has none."""
 
     @property
     def num_rows(self) -> int:

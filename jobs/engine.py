@@ -13,8 +13,9 @@ from engine.backends.choice import WANTED
 from engine.checkpoint import find_checkpoint
 from engine.errors import EngineError
 from engine.garbage import Garbage, Retention, find_garbage, remove_garbage
-from engine.inventory import EngineEntry, engine_entry, list_engines
-from engine.promotion import history, promote, rollback
+from engine.inventory import EngineEntry, engine_entry, list_engines, plan_records
+from engine.plans.plan import PlanRecord
+from engine.promotion import history, promote, rollback, rollback_from
 from engine.registry import Registry, default_engines_uri
 from jobs.command import CommandParser, print_result, run
 from jobs.progress import shown_steps
@@ -100,15 +101,31 @@ def build_summary(result: BuildResult) -> str:
         f"{speed.batch_rows}"
         for speed in gate.speeds
     ]
-    lines += [f"  plan {path}" for path in result.plan_paths]
+    lines += [f"  {plan_line(plan.key.plan_id, plan)}" for plan in result.plans]
     lines += [f"  fault: {fault}" for fault in gate.faults]
-    lines.append(
-        f"gate passed by {gate.backend}: promoted"
-        if result.is_promoted
-        else f"gate failed by {gate.backend}: not promoted"
-    )
+    lines.append(verdict(result))
     lines.append(f"report: {result.report_path}/report.html")
     return "\n".join(lines)
+
+
+def plan_line(plan_id: str, plan: PlanRecord | None) -> str:
+    """What a plan multiplies in FP8, in one line; None for one that cannot be read."""
+    what = "damaged, or of a newer Clipmill" if plan is None else plan.precision_in_words()
+    return f"plan {plan_id}: {what}"
+
+
+def verdict(result: BuildResult) -> str:
+    """What the gate said and what follows from it, in one line."""
+    if result.gate.passed:
+        now = "promoted" if result.is_promoted else "promoted, but another was so right after it"
+        return f"gate passed by {result.gate.backend}: {now}"
+    now = "not promoted"
+    if result.is_promoted:
+        now = (
+            "current, but refused until it passes again; `clipmill engine rollback --checkpoint "
+            f"{result.manifest.checkpoint}` goes back to the one before"
+        )
+    return f"gate failed by {result.gate.backend}: {now}"
 
 
 def _list(argv: Sequence[str]) -> int:
@@ -142,6 +159,7 @@ def _show(argv: Sequence[str]) -> int:
         )
     manifest = entry.manifest
     log = history(registry, manifest.checkpoint_digest)
+    plans = plan_records(registry, options.engine_id)
     quantization = manifest.quantization
     facts = {
         "checkpoint": manifest.checkpoint,
@@ -153,7 +171,7 @@ def _show(argv: Sequence[str]) -> int:
         "size": f"{entry.num_bytes / 2**20:,.1f} MiB",
         "gate": {None: "never judged", True: "passed", False: "failed"}[entry.gate_passed],
         "promoted": "yes" if entry.is_promoted else "no",
-        "plans": ", ".join(entry.plan_ids) or "none",
+        "plans": "" if plans else "none",
         "calibrated with": (
             f"{quantization.num_calibration_rows} rows of {quantization.calibration_uri}"
             if quantization
@@ -164,8 +182,10 @@ def _show(argv: Sequence[str]) -> int:
         "promotions": "; ".join(f"{step.at} {step.action} {step.engine_id}" for step in log),
     }
     lines = [f"{name:<16} {fact}" for name, fact in facts.items() if fact != ""]
+    lines += [plan_line(plan_id, plan) for plan_id, plan in plans.items()]
     text = "\n".join([options.engine_id, *lines])
-    print_result({"entry": entry, "promotions": log}, as_json=options.json, text=text)
+    shown = {"entry": entry, "plans": plans, "promotions": log}
+    print_result(shown, as_json=options.json, text=text)
     return 0
 
 
@@ -181,11 +201,19 @@ def _promote(argv: Sequence[str]) -> int:
 
 def _rollback(argv: Sequence[str]) -> int:
     parser = _parser("rollback", "Make the engine current that was so before.")
-    parser.add_argument("--checkpoint", required=True, metavar="ID_OR_DIR", help="of which model")
+    of = parser.add_mutually_exclusive_group(required=True)
+    of.add_argument("--checkpoint", metavar="ID_OR_DIR", help="of which model")
+    of.add_argument("--engine", metavar="ID", help="the current engine of that model")
     parser.add_argument("--revision", help="hub branch, tag or commit of the checkpoint")
     options = parser.parse_options(argv)
-    checkpoint = find_checkpoint(options.checkpoint, revision=options.revision)
-    entry = rollback(Registry(options.engines), checkpoint.digest)
+    registry = Registry(options.engines)
+    if options.engine is not None:
+        if options.revision is not None:
+            raise ValueError(f"engine {options.engine} has a revision of its own")
+        entry = rollback_from(registry, options.engine)
+    else:
+        checkpoint = find_checkpoint(options.checkpoint, revision=options.revision)
+        entry = rollback(registry, checkpoint.digest)
     text = f"{entry.engine_id} is current again, after {entry.previous}"
     print_result(entry, as_json=options.json, text=text)
     return 0

@@ -3,18 +3,16 @@
 Knows nothing of the command line, and does all of it on this machine.
 """
 
-import dataclasses
-import json
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from engine.accuracy import Thresholds
 from engine.backends.choice import (
-    Backend,
+    FIRST_FP8_ARCHITECTURE,
     Wanted,
     choose_backend,
     load_encoder,
@@ -23,15 +21,18 @@ from engine.backends.choice import (
 from engine.backends.encoder import Encoder
 from engine.build import load_or_build
 from engine.checkpoint import Checkpoint, find_checkpoint
+from engine.errors import PlanError
 from engine.gate import GateReport, run_gate
 from engine.gate_reports import add_gate_report
 from engine.manifest import Manifest, Precision
-from engine.plans.plan import BULK, QUERY, PlanProfile
+from engine.plans.plan import BULK, QUERY, Flavour, PlanProfile, PlanRecord, read_plan
+from engine.plans.plan_builder import PlanConfig, plan_key
 from engine.plans.plan_registry import obtain_plan
-from engine.promotion import promote
+from engine.promotion import promote, promoted
 from engine.registry import Engine, Registry, default_engines_uri
-from engine.sample import Sample
+from engine.sample import MIN_ROWS, Sample
 from pipelines.gate_page import render_gate_page
+from pipelines.json_text import json_text
 from pipelines.sampling import SampleConfig, draw_samples
 
 GPU_BATCH_SIZES = (1, 8, 64, 256)
@@ -47,7 +48,7 @@ class BuildConfig:
     checkpoint: str
     """Hub id or folder."""
     sample: SampleConfig
-    """Rows to calibrate with, and to judge by."""
+    """Rows to calibrate with, which fp16 does without, and to judge by."""
     revision: str | None = None
     """Hub branch, tag or commit."""
     precision: Precision = "fp8"
@@ -68,6 +69,12 @@ class BuildConfig:
                 "precision='fp32': such an engine is the reference itself and is built when it is "
                 "first used; expected fp8 or fp16"
             )
+        num_rows = self.sample.num_rows
+        if self.precision == "fp8" and num_rows < MIN_ROWS:
+            raise ValueError(
+                f"sample.num_rows={num_rows} (--rows): expected at least {MIN_ROWS} to calibrate "
+                "fp8 with"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +89,8 @@ class BuildResult:
     """Folder of the gate's report."""
     plan_paths: tuple[str, ...]
     """Folders of plans on this machine."""
+    plans: tuple[PlanRecord, ...]
+    """What the same are, and which of their products fell back to 16 bit."""
     is_promoted: bool
     """Whether the engine is the current one of its checkpoint now."""
 
@@ -94,6 +103,8 @@ def build_engine(config: BuildConfig, *, on_progress: OnProgress) -> BuildResult
         on_progress: Called with a stage's name, and how many of how many steps are done; 0 of 0
             for a stage that does not count.
 
+    A passed engine gets the plans that are wanted ahead of time, and is promoted after those.
+
     Raises:
         CheckpointError, CatalogError: There is not what to build from.
         QuantizationError: The sample or a layer does not allow the precision.
@@ -102,14 +113,16 @@ def build_engine(config: BuildConfig, *, on_progress: OnProgress) -> BuildResult
     """
     # torch and transformers: heavy, and needed here alone.
     from engine.model import load_model
+    from engine.quantization.half_precision import watched_activations
 
     registry = Registry(config.engines_uri)
     machine = this_machine()
     backend = choose_backend(config.backend, precision=config.precision, machine=machine)
+    _check_architectures(config)
     checkpoint = find_checkpoint(config.checkpoint, revision=config.revision)
     model = load_model(checkpoint)
     calibration, held_out = draw_samples(
-        config.sample,
+        config.sample if config.precision == "fp8" else replace(config.sample, num_rows=0),
         preprocessing=model.preprocessing,
         modalities=("image",) if model.text_tower is None else ("image", "text"),
         on_progress=on_progress,
@@ -118,8 +131,10 @@ def build_engine(config: BuildConfig, *, on_progress: OnProgress) -> BuildResult
     engine = _obtain(
         config, checkpoint, model, registry, calibration, device=device, on_progress=on_progress
     )
-    on_progress("compile", 0, 0)
-    plans = _plans(config, engine, registry=registry, backend=backend)
+    plan_dirs: list[Path] = []
+    if backend == "tensorrt":
+        on_progress("compile", 0, 0)
+        plan_dirs += _plans(engine, registry=registry)
     with ExitStack() as loaded:
         load = partial(load_encoder, backend=backend, registry=registry, num_threads=CPU_THREADS)
         encoder = _entered(loaded, load(engine))
@@ -128,6 +143,10 @@ def build_engine(config: BuildConfig, *, on_progress: OnProgress) -> BuildResult
             on_progress("build fp16 to compare with", 0, 0)
             fp16 = load_or_build(checkpoint, registry=registry, precision="fp16")
             baselines[f"fp16 {backend}"] = _entered(loaded, load(fp16))
+        if config.precision == "fp16":
+            # What executes it here may compute in more than 16 bit, and would overflow elsewhere.
+            for tower in filter(None, (model.image_tower, model.text_tower)):
+                loaded.enter_context(watched_activations(tower))
         report = run_gate(
             encoder,
             _reference(model, engine, device=device),
@@ -145,18 +164,24 @@ def build_engine(config: BuildConfig, *, on_progress: OnProgress) -> BuildResult
         manifest.engine_id,
         passed=report.passed,
         files={
-            "report.json": _json(report).encode(),
+            "report.json": json_text(report, indent=1).encode(),
             "report.html": render_gate_page(report, manifest=manifest).encode(),
         },
     )
     if report.passed:
+        for architecture in config.plans_for:
+            on_progress(f"compile for {architecture}", 0, 0)
+            plan_dirs += _plans(
+                engine, registry=registry, flavour="tensorrt_rtx", architecture=architecture
+            )
         promote(registry, manifest.engine_id)
     return BuildResult(
         manifest=manifest,
         gate=report,
         report_path=registry.root.full_path(kept.path),
-        plan_paths=plans,
-        is_promoted=report.passed,
+        plan_paths=tuple(map(str, plan_dirs)),
+        plans=tuple(map(read_plan, plan_dirs)),
+        is_promoted=promoted(registry, manifest.checkpoint_digest) == manifest.engine_id,
     )
 
 
@@ -189,19 +214,31 @@ def _obtain(
     )
 
 
+def _check_architectures(config: BuildConfig) -> None:
+    """Raise before hours are spent if TensorRT for RTX cannot compile what is wanted of it."""
+    for architecture in config.plans_for:
+        plan_key(PlanConfig(flavour="tensorrt_rtx", architecture=architecture))
+        if config.precision == "fp8" and int(architecture[3:]) < FIRST_FP8_ARCHITECTURE:
+            raise PlanError(
+                f"--plans-for {architecture}: that GPU has no FP8; leave it out, and build an fp16 "
+                "engine for it (`clipmill engine build --precision fp16`)"
+            )
+
+
 def _plans(
-    config: BuildConfig, engine: Engine, *, registry: Registry, backend: Backend
-) -> tuple[str, ...]:
-    obtain = partial(obtain_plan, engine, registry=registry)
+    engine: Engine,
+    *,
+    registry: Registry,
+    flavour: Flavour | None = None,
+    architecture: str | None = None,
+) -> list[Path]:
     profiles: tuple[PlanProfile, ...] = (BULK, QUERY)
-    found = [
-        obtain(profile=profile, flavour="tensorrt_rtx", architecture=architecture)
-        for architecture in config.plans_for
+    return [
+        obtain_plan(
+            engine, registry=registry, profile=profile, flavour=flavour, architecture=architecture
+        )
         for profile in profiles
     ]
-    if backend == "tensorrt":
-        found += [obtain(profile=profile) for profile in profiles]
-    return tuple(map(str, found))
 
 
 def _reference(model: Any, engine: Engine, *, device: str) -> Encoder:
@@ -218,16 +255,3 @@ def _entered(stack: ExitStack, encoder: Encoder) -> Encoder:
     if close is not None:
         stack.callback(close)
     return encoder
-
-
-def _json(report: GateReport) -> str:
-    return json.dumps(_finite({"passed": report.passed, **dataclasses.asdict(report)}), indent=1)
-
-
-def _finite(value: Any) -> Any:
-    """The same with null for numbers that JSON does not have."""
-    if isinstance(value, Mapping):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

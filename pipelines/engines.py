@@ -23,7 +23,7 @@ from engine.backends.choice import (
 from engine.build import engine_id_of, load_or_build, unquantized_precision
 from engine.checkpoint import find_checkpoint
 from engine.errors import DeviceError, EngineError, GateError
-from engine.gate_reports import last_gate
+from engine.gate_reports import check_gate
 from engine.manifest import Precision
 from engine.promotion import promoted
 from engine.registry import Engine, Registry, default_engines_uri
@@ -87,6 +87,7 @@ def chosen_engine(choice: EngineChoice, *, registry: Registry) -> EngineRecord:
                 f"{wanted} --checkpoint {choice.checkpoint} --calibrate CATALOG`"
             )
         engine_id = engine_id_of(checkpoint)
+    check_gate(registry, engine_id)
     return EngineRecord(
         engine_id=engine_id,
         checkpoint=checkpoint.location,
@@ -101,13 +102,7 @@ def _engine_by_id(engine_id: str, *, registry: Registry) -> EngineRecord:
             f"engines {registry.uri}: no engine {engine_id}; `clipmill engine list` shows those "
             "there are"
         )
-    if manifest.precision != "fp32":
-        gate = last_gate(registry, engine_id)
-        if gate is None or not gate.passed:
-            what = "was never compared with fp32" if gate is None else "failed its gate"
-            raise GateError(
-                f"engine {engine_id} {what}, so it is not used; `clipmill engine build` compares"
-            )
+    check_gate(registry, engine_id)
     return EngineRecord(
         engine_id=engine_id, checkpoint=manifest.checkpoint, revision=manifest.revision
     )

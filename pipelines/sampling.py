@@ -4,12 +4,12 @@ Knows nothing of engines but the pixels that they take.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, count
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from engine.preprocess import Preprocessing
@@ -25,8 +25,10 @@ from pipelines.schema import Modality
 # A row group is read whole for each row that is wanted of it: rows come from about this many,
 # themselves drawn at random, and from more only where these have too few.
 MAX_ROW_GROUPS = 64
-# Twice as many rows are drawn as needed, since some cannot be decoded or lack a text.
+# Twice as many rows are drawn as needed, since some cannot be decoded or lack a text. Where that is
+# too few, twice as many again, and so on, but never more at once than numbers fit well in memory.
 SPARE_SHARE = 1.0
+MAX_ROUND_ROWS = 500_000
 MIN_HELD_OUT_ROWS = 64
 
 
@@ -37,11 +39,11 @@ class SampleConfig:
     catalog: CatalogConfig
     """Where from."""
     num_rows: int = 512
-    """To calibrate with."""
+    """To calibrate with; none for an engine that is not calibrated."""
     num_held_out: int = 256
     """To judge by; fewer where the catalog has no more, but at least 64."""
     label_column: str | None = None
-    """A column that names each row's class, for zero-shot accuracy."""
+    """A column that names each row's class, for zero-shot accuracy; rows need not have one."""
     seed: int = 0
     """The same seed draws the same rows of the same files."""
     limits: RowLimits = field(default_factory=RowLimits)
@@ -49,8 +51,8 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         """Check the bounds."""
-        if self.num_rows < 1:
-            raise ValueError(f"num_rows={self.num_rows}: expected at least 1")
+        if self.num_rows < 0:
+            raise ValueError(f"num_rows={self.num_rows}: expected at least 0")
         if self.num_held_out < MIN_HELD_OUT_ROWS:
             raise ValueError(
                 f"num_held_out={self.num_held_out}: expected at least {MIN_HELD_OUT_ROWS}"
@@ -81,44 +83,56 @@ def draw_samples(
     catalog = _open(config, modalities=modalities)
     needed = config.num_rows + config.num_held_out
     rng = np.random.default_rng(config.seed)
-    pieces = list(_draw(catalog, num_rows=int(needed * (1 + SPARE_SHARE)) + 1, rng=rng))
-    num_drawn = sum(len(piece.rows) for piece in pieces if piece.rows is not None)
-    num_read = 0
-    parts: list[pa.Table] = []
-    for table in _tables(catalog, pieces, modalities=modalities):
-        on_progress("sample", num_read, num_drawn)
-        parts.append(
-            _usable(table, config=config, preprocessing=preprocessing, modalities=modalities)
-        )
-        num_read += table.num_rows
-    on_progress("sample", num_read, num_drawn)
-    rows = pa.concat_tables(parts)
+    draw = _Draw(catalog, seed=config.seed)
+    # At most twice the rows needed are held, each with a random number: the lowest stay.
+    rows, order = pa.table({}), np.empty(0)
+    num_round_rows = int(needed * (1 + SPARE_SHARE)) + 1
+    for number in count(1):
+        stage = "sample" if number == 1 else f"sample further rows ({number})"
+        pieces = draw.further(num_round_rows, rng=rng)
+        num_drawn = sum(len(piece.rows) for piece in pieces if piece.rows is not None)
+        num_read = 0
+        for table in _tables(catalog, pieces, modalities=modalities):
+            on_progress(stage, num_read, num_drawn)
+            usable = _usable(
+                table, config=config, preprocessing=preprocessing, modalities=modalities
+            )
+            rows = pa.concat_tables([rows, usable]) if rows.num_rows else usable
+            order = np.append(order, rng.random(usable.num_rows))
+            if rows.num_rows > 2 * needed:
+                rows, order = _lowest(rows, order, num_rows=needed)
+            num_read += table.num_rows
+        on_progress(stage, num_read, num_drawn)
+        if rows.num_rows >= needed or draw.is_exhausted:
+            break
+        num_round_rows = min(2 * num_round_rows, MAX_ROUND_ROWS)
     if rows.num_rows < config.num_rows + MIN_HELD_OUT_ROWS:
         raise CatalogError(
-            f"catalog {config.catalog.uri}: {rows.num_rows} usable rows of {num_drawn} drawn at "
-            f"random; {config.num_rows} to calibrate and at least {MIN_HELD_OUT_ROWS} to judge are "
+            f"catalog {config.catalog.uri}: {rows.num_rows} usable rows of {draw.num_rows}; "
+            f"{config.num_rows} to calibrate and at least {MIN_HELD_OUT_ROWS} to judge are "
             f"needed, each with {' and '.join(modalities)}. Name a larger catalog, or one with "
             "fewer rejects"
         )
-    shuffled = rows.take(rng.permutation(rows.num_rows))
-    calibration = shuffled.slice(0, config.num_rows)
-    held_out = shuffled.slice(config.num_rows, config.num_held_out)
+    rows, _ = _lowest(rows, order, num_rows=needed)
+    calibration = rows.slice(0, config.num_rows)
+    held_out = rows.slice(config.num_rows)
     return (
         _sample(calibration, config=config, preprocessing=preprocessing),
         _sample(held_out, config=config, preprocessing=preprocessing),
     )
 
 
+def _lowest(
+    rows: pa.Table, order: NDArray[np.float64], *, num_rows: int
+) -> tuple[pa.Table, NDArray[np.float64]]:
+    """The rows with the lowest numbers, in the order of those."""
+    places = np.argsort(order, kind="stable")[:num_rows]
+    return rows.take(places), order[places]
+
+
 def _open(config: SampleConfig, *, modalities: Sequence[Modality]) -> Catalog:
     labels = () if config.label_column is None else (config.label_column,)
-    chosen = CatalogConfig(
-        uri=config.catalog.uri,
-        key_column=config.catalog.key_column,
-        image_column=config.catalog.image_column,
-        text_column=config.catalog.text_column,
-        carry_columns=labels,
-    )
-    catalog = open_catalog(chosen)
+    catalog = open_catalog(replace(config.catalog, version_column=None, carry_columns=labels))
     missing = [name for name in modalities if name not in catalog.modalities]
     if missing:
         raise CatalogError(
@@ -130,27 +144,52 @@ def _open(config: SampleConfig, *, modalities: Sequence[Modality]) -> Catalog:
     return catalog
 
 
-def _draw(catalog: Catalog, *, num_rows: int, rng: np.random.Generator) -> Iterator[RowGroupRows]:
-    """At least so many rows, or all there are, each as likely as any other."""
-    groups = [
-        (file.path, number, first_row, size)
-        for file in catalog.files
-        for number, (first_row, size) in enumerate(
-            zip(accumulate(file.row_groups, initial=0), file.row_groups, strict=False)
-        )
-    ]
-    counts = _rows_per_group(
-        np.array([size for *_, size in groups], dtype=np.int64), num_rows=num_rows, rng=rng
-    )
-    for (path, number, first_row, size), count in zip(groups, counts.tolist(), strict=True):
-        if count:
-            yield RowGroupRows(
-                path=path,
-                row_group=number,
-                first_row=first_row,
-                rows=first_row + np.sort(rng.choice(size, count, replace=False)),
-                wanted={name: np.ones(count, dtype=np.bool_) for name in catalog.modalities},
+class _Draw:
+    """Draws rows of a catalog at random, none twice."""
+
+    def __init__(self, catalog: Catalog, *, seed: int) -> None:
+        self._seed = seed
+        self._modalities = catalog.modalities
+        self._groups = [
+            (file.path, number, first_row)
+            for file in catalog.files
+            for number, first_row in zip(
+                range(len(file.row_groups)), accumulate(file.row_groups, initial=0), strict=False
             )
+        ]
+        self._sizes = np.array([size for file in catalog.files for size in file.row_groups], int)
+        self._num_drawn = np.zeros_like(self._sizes)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows drawn so far."""
+        return int(self._num_drawn.sum())
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether every row of the catalog was drawn."""
+        return self.num_rows == int(self._sizes.sum())
+
+    def further(self, num_rows: int, *, rng: np.random.Generator) -> list[RowGroupRows]:
+        """At least so many rows, or all that are left, each as likely as any other."""
+        counts = _rows_per_group(self._sizes - self._num_drawn, num_rows=num_rows, rng=rng)
+        pieces = []
+        for place in np.flatnonzero(counts).tolist():
+            path, number, first_row = self._groups[place]
+            # A row group's rows have one random order, of which each draw takes the next part.
+            shuffled = np.random.default_rng([self._seed, place]).permutation(self._sizes[place])
+            drawn = self._num_drawn[place]
+            pieces.append(
+                RowGroupRows(
+                    path=path,
+                    row_group=number,
+                    first_row=first_row,
+                    rows=first_row + np.sort(shuffled[drawn : drawn + counts[place]]),
+                    wanted={name: np.ones(counts[place], np.bool_) for name in self._modalities},
+                )
+            )
+        self._num_drawn += counts
+        return pieces
 
 
 def _rows_per_group(
@@ -186,26 +225,24 @@ def _usable(
     preprocessing: Preprocessing,
     modalities: Sequence[Modality],
 ) -> pa.Table:
-    """Of a table's rows those that have everything: `pixels`, `text`, and the label column."""
+    """Of a table's rows those that have all modalities: `pixels`, `text`, and the label column."""
     labels = [] if config.label_column is None else [config.label_column]
-    decoded = decode_batch(
-        table,
-        modalities=modalities,
-        preprocessing=preprocessing,
-        limits=config.limits,
-        carry_columns=(),
-    )
-    columns = {name: table[name] for name in labels}
-    good = pa.array(np.ones(table.num_rows, dtype=np.bool_))
-    for name in labels:
-        good = pc.and_(good, table[name].is_valid())
-    for modality in modalities:
-        # The rows of each modality come in the order of the table.
-        part = decoded.filter(pc.equal(decoded[schema.MODALITY], modality))
+    found: dict[str, Any] = {}
+    # Texts first, which cost nothing: images of rows without one need not be decoded.
+    for modality in sorted(modalities, reverse=True):
+        decoded = decode_batch(
+            table,
+            modalities=(modality,),
+            preprocessing=preprocessing,
+            limits=config.limits,
+            carry_columns=(),
+        )
+        good = decoded[schema.REASON].is_null()
+        table = table.filter(good)
+        found = {name: column.filter(good) for name, column in found.items()}
         column = schema.PIXELS if modality == "image" else schema.TEXT
-        columns[column] = part[column]
-        good = pc.and_(good, part[schema.REASON].is_null())
-    return pa.table(columns).filter(good)
+        found[column] = decoded[column].filter(good)
+    return pa.table({**{name: table[name] for name in labels}, **found})
 
 
 def _sample(rows: pa.Table, *, config: SampleConfig, preprocessing: Preprocessing) -> Sample:
@@ -219,5 +256,9 @@ def _sample(rows: pa.Table, *, config: SampleConfig, preprocessing: Preprocessin
             else None
         ),
         texts=tuple(rows[schema.TEXT].to_pylist()) if schema.TEXT in rows.column_names else None,
-        labels=None if label is None else tuple(map(str, rows[label].to_pylist())),
+        labels=(
+            None
+            if label is None
+            else tuple(None if name is None else str(name) for name in rows[label].to_pylist())
+        ),
     )

@@ -121,3 +121,11 @@ def test_results_are_json_or_text(capsys):
     assert json.loads(capsys.readouterr().out) == [{"key": "a", "score": 0.5}]
     print_result([Answer("a", 0.5)], as_json=False, text="one answer")
     assert capsys.readouterr().out == "one answer\n"
+
+
+def test_numbers_that_json_does_not_have_are_null(capsys):
+    lost = [Answer("a", float("nan")), {"best": float("inf"), "all": (1.5, float("-inf"))}]
+    print_result(lost, as_json=True, text="unused")
+    assert capsys.readouterr().out == (
+        '[{"key": "a", "score": null}, {"best": null, "all": [1.5, null]}]\n'
+    )

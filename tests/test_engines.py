@@ -79,6 +79,41 @@ def test_a_promoted_engine_is_taken_until_it_is_rolled_back(
     assert chosen_engine(choice, registry=registry).engine_id == fp32
 
 
+def test_a_promoted_engine_that_fails_a_later_gate_is_refused_until_it_passes(
+    registry: Registry, small: Checkpoint
+) -> None:
+    engine_id = gated(registry, small)
+    promote(registry, engine_id)
+    gated(registry, small, passed=False)
+    for choice in (
+        EngineChoice(checkpoint=small.name),
+        EngineChoice(checkpoint=small.name, precision="fp16"),
+        EngineChoice(engine_id=engine_id),
+    ):
+        with pytest.raises(GateError) as caught:
+            chosen_engine(choice, registry=registry)
+        for part in (
+            f"{engine_id} failed its gate at ",
+            registry.root.full_path(f"{engine_id}/gates/00000002"),
+            f"`clipmill engine rollback --checkpoint {small.name}`",
+        ):
+            assert part in str(caught.value)
+    fp32 = EngineChoice(checkpoint=small.name, precision="fp32")
+    assert chosen_engine(fp32, registry=registry).engine_id == engine_id_of(small)
+    gated(registry, small)
+    assert (
+        chosen_engine(EngineChoice(checkpoint=small.name), registry=registry).engine_id == engine_id
+    )
+
+
+def test_a_promoted_engine_that_is_gone_is_named(registry: Registry, small: Checkpoint) -> None:
+    engine_id = gated(registry, small)
+    promote(registry, engine_id)
+    registry.root.remove(engine_id)
+    with pytest.raises(GateError, match=f"no engine {engine_id}; `clipmill engine list`"):
+        chosen_engine(EngineChoice(checkpoint=small.name), registry=registry)
+
+
 def test_a_precision_that_is_not_promoted_is_an_error_with_the_command(
     registry: Registry, small: Checkpoint
 ) -> None:
@@ -97,10 +132,10 @@ def test_an_engine_by_its_id_needs_a_passed_gate_but_no_promotion(
 ) -> None:
     engine_id = load_or_build(small, registry=registry, precision="fp16").manifest.engine_id
     choice = EngineChoice(engine_id=engine_id)
-    with pytest.raises(GateError, match="was never compared with fp32, so it is not used"):
+    with pytest.raises(GateError, match="was never compared with fp32, so it is neither"):
         chosen_engine(choice, registry=registry)
     gated(registry, small, passed=False)
-    with pytest.raises(GateError, match="failed its gate, so it is not used"):
+    with pytest.raises(GateError, match=r"failed its gate at .*, so it is neither"):
         chosen_engine(choice, registry=registry)
     gated(registry, small)
     assert chosen_engine(choice, registry=registry).engine_id == engine_id

@@ -132,6 +132,7 @@ def test_the_report_is_json(report: GateReport) -> None:
     assert read["recalls"][0]["measured"].keys() == {"1", "5", "10"}
     assert read["thresholds"]["min_cosine_p1"] == 0.99
     assert read["faults"] == []
+    assert read["passed"] is True
 
 
 def clip_activations(tower: Tower) -> None:
@@ -269,6 +270,23 @@ def test_zero_shot_accuracy_may_be_lost_up_to_the_threshold(
     lost = [fault for fault in found.faults if "zero-shot" in fault]
     assert lost == ([] if passed else ["zero-shot top-1 loses 0.0200, more than 0.01"])
     assert {"a photo of a even.", "a photo of a odd."} <= set(ours.asked) & set(reference.asked)
+
+
+def test_rows_without_a_label_say_nothing_of_zero_shot_accuracy(manifest: Manifest) -> None:
+    # Four images have a label, and the engine takes one of them for the other class.
+    classes = known_texts()
+    images = rows()
+    images[:3] = classes[PROMPT.format("even")]
+    wrong = images.copy()
+    wrong[2] = classes[PROMPT.format("odd")]
+    labels = ("even", "even", "even", "odd", *[None] * (NUM_ROWS - 4))
+    images[3] = wrong[3] = classes[PROMPT.format("odd")]
+    ours, reference = Known(manifest, images=wrong), Known(manifest, images=images)
+    found = gate(ours, reference, known_sample(labels=labels), thresholds=LENIENT)
+    assert found.top1 is not None
+    assert (found.top1.reference, found.top1.measured) == (1, 0.75)
+    none = known_sample(labels=(None,) * NUM_ROWS)
+    assert gate(ours, reference, none, thresholds=LENIENT).top1 is None
 
 
 def test_labels_say_nothing_of_an_engine_without_texts(manifest: Manifest) -> None:

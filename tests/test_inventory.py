@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from engine.gate_reports import add_gate_report
-from engine.inventory import engine_entry, list_engines
+from engine.inventory import engine_entry, list_engines, plan_records
+from engine.plans.plan import BULK, PlanKey, PlanRecord, TowerPlan
 from engine.promotion import promote
 from engine.registry import Registry
 from tests.engines import FP8_ID, FP32_ID, PLAN_ID, write_engine, write_plan
@@ -44,3 +45,24 @@ def test_engines_are_listed_with_all_that_belongs_to_them(registry: Registry):
     assert fp8.num_bytes > fp32.num_bytes
     age = datetime.now(UTC) - datetime.fromisoformat(fp8.published_at)
     assert age < timedelta(minutes=1)
+
+
+def test_plans_are_read_and_those_that_cannot_be_are_named(registry: Registry):
+    registry.obtain(FP8_ID, lambda path: write_engine(path, engine_id=FP8_ID))
+    key = PlanKey(flavour="tensorrt", version="11.4", architecture="sm_90", profile=BULK)
+    image = TowerPlan(
+        min_shape=(256, 2, 2, 3),
+        max_shape=(256, 2, 2, 3),
+        plan_bytes=4,
+        activation_bytes=None,
+        num_fp8_products=7,
+        fallbacks=("/fc1/MatMul",),
+    )
+    whole = PlanRecord(
+        engine_id=FP8_ID, key=key, image=image, text=None, build_seconds=1.0, files={}
+    )
+    registry.obtain_plan(FP8_ID, key.plan_id, whole.write)
+    registry.obtain_plan(FP8_ID, PLAN_ID, write_plan)  # its record says nothing but the files
+    registry.root.publish(f"{FP8_ID}/plans/unfinished/files/image.plan", b"half")
+    assert plan_records(registry, FP8_ID) == {key.plan_id: whole, PLAN_ID: None}
+    assert plan_records(registry, FP32_ID) == {}

@@ -123,6 +123,17 @@ def test_a_record_is_read_as_written(record: PlanRecord, tmp_path: Path) -> None
     assert list(image_only.towers) == ["image"]
 
 
+def test_what_fell_back_is_put_in_words(record: PlanRecord) -> None:
+    assert record.precision_in_words() == (
+        "image 96 of 96 products in FP8; "
+        "text 94 of 96 products in FP8, in 16 bit /fc1/MatMul, /fc2/MatMul"
+    )
+    none = dataclasses.replace(IMAGE, num_fp8_products=0)
+    assert dataclasses.replace(record, image=none, text=None).precision_in_words() == (
+        "image without FP8"
+    )
+
+
 def test_no_record(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"no plan there \(plan.json is missing\)"):
         read_plan(tmp_path)

@@ -7,8 +7,9 @@ import pytest
 
 from engine.errors import EngineError, GateError
 from engine.gate_reports import add_gate_report
-from engine.promotion import history, line_of_succession, promote, promoted, rollback
+from engine.promotion import history, line_of_succession, promote, promoted, rollback, rollback_from
 from engine.registry import Registry
+from jobs.engine import main
 from tests.engines import DIGEST, write_engine
 
 A, B, C = "fp32-a", "fp32-b", "fp32-c"
@@ -115,6 +116,46 @@ def test_an_engine_that_is_gone_is_not_rolled_back_to(registry: Registry):
     assert promoted(registry, DIGEST) == B
 
 
+def test_an_engine_that_failed_since_is_not_rolled_back_to(registry: Registry):
+    for engine_id in ("fp8-a", "fp16-a"):
+        add_gate_report(registry, engine_id, passed=True, files={})
+        promote(registry, engine_id)
+    add_gate_report(registry, "fp8-a", passed=False, files={})
+    with pytest.raises(GateError, match=r"fp8-a failed its gate at .* `clipmill engine promote`"):
+        rollback(registry, DIGEST)
+    assert promoted(registry, DIGEST) == "fp16-a"
+    add_gate_report(registry, "fp8-a", passed=True, files={})
+    assert rollback(registry, DIGEST).engine_id == "fp8-a"
+
+
+def test_a_rollback_from_the_current_engine_needs_no_checkpoint(registry: Registry):
+    for engine_id in (A, B, C):
+        promote(registry, engine_id)
+    with pytest.raises(EngineError, match=r"fp32-b is not the current engine .*, fp32-c is"):
+        rollback_from(registry, B)
+    with pytest.raises(EngineError, match="no engine fp32-gone to roll back from"):
+        rollback_from(registry, "fp32-gone")
+    assert rollback_from(registry, C).engine_id == B
+    assert promoted(registry, DIGEST) == B
+
+
+def test_the_command_rolls_back_by_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    registry = Registry(str(tmp_path))
+    for engine_id in (A, B):
+        registry.obtain(engine_id, lambda path, name=engine_id: write_engine(path, engine_id=name))
+        promote(registry, engine_id)
+    command = ["rollback", "--engines", str(tmp_path)]
+    with pytest.raises(ValueError, match="engine fp32-b has a revision of its own"):
+        main([*command, "--engine", B, "--revision", "main"])
+    assert main([*command, "--engine", B]) == 0
+    assert capsys.readouterr().out == "fp32-a is current again, after fp32-b\n"
+    assert promoted(registry, DIGEST) == A
+    for words in ([], ["--engine", A, "--checkpoint", "acme/clip"]):
+        with pytest.raises(SystemExit) as stopped:
+            main([*command, *words])
+        assert stopped.value.code == 2
+
+
 def test_checkpoints_have_logs_of_their_own(registry: Registry):
     other = "cd" * 32
     registry.obtain(
@@ -142,6 +183,21 @@ def test_of_two_at_once_one_wins(registry: Registry, monkeypatch: pytest.MonkeyP
             with pytest.raises(EngineError, match=r"another promotion or rollback .* came first"):
                 change()
         assert promoted(registry, DIGEST) == C
+
+
+def test_two_at_once_may_promote_the_same(registry: Registry, monkeypatch: pytest.MonkeyPatch):
+    promote(registry, A)
+    create = registry.root.create
+
+    def overtaken(relative: str, content: bytes) -> None:
+        create(relative, json.dumps({**json.loads(content), "at": "a moment ago"}).encode())
+        create(relative, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(registry.root, "create", overtaken)
+        entry = promote(registry, B)
+    assert (entry.number, entry.engine_id, entry.at) == (2, B, "a moment ago")
+    assert history(registry, DIGEST)[1:] == [entry]
 
 
 def test_a_damaged_entry_is_named(registry: Registry):

@@ -351,7 +351,7 @@ def overflow(block: nn.Module) -> None:
         (dead_weight, r"attention\.key: always zero in the sample, so no scale can be found; the "),
         (dead_activation, r"feed_forward\.fc1_point: always zero in the sample"),
         (large_residual, r"feed_forward\.fc2: activations reach .*e\+0\d, float16 ends at 65,504"),
-        (large_hidden, r"feed_forward\.fc1: activations reach .*; use --precision fp32"),
+        (large_hidden, r"feed_forward\.fc1: activations reach .*; embed .*--precision fp32`"),
         (overflow, r"norm1: activations reach .*: this checkpoint cannot run in 16 bit"),
     ],
 )

@@ -207,7 +207,6 @@ def test_rows_without_all_that_the_engine_takes_are_left_out(
         {"text": " \n"},
         {"text": None},
         {"text": "x" * 60_000},
-        {"kind": None},
     )
     for number, row in enumerate(rows):
         if number % 8 == 0:
@@ -241,6 +240,50 @@ def test_labels_are_those_of_the_rows(
     for sample in draw(catalog, preprocessing, label_column="kind"):
         assert sample.labels == tuple(own[text] for text in sample.texts or ())
         assert set(sample.labels) == {"0", "1", "2", "3", "4"}
+
+
+def test_rows_need_not_have_a_label(
+    tmp_path: Path, scenes: list[dict[str, Any]], preprocessing: Preprocessing
+) -> None:
+    rows = [dict(row, kind="red" if number % 9 == 0 else None) for number, row in enumerate(scenes)]
+    own = {row["text"]: row["kind"] for row in rows}
+    catalog = write_rows(tmp_path / "catalog", rows)
+    for sample in draw(catalog, preprocessing, label_column="kind"):
+        assert sample.labels == tuple(own[text] for text in sample.texts or ())
+        assert set(sample.labels) == {"red", None}
+
+
+@pytest.mark.parametrize("size", [20, 2000])
+def test_further_rows_are_drawn_until_enough_are_usable(
+    tmp_path: Path, preprocessing: Preprocessing, size: int
+) -> None:
+    # A row in 32 has a text: twice the rows that are needed hold eleven.
+    num_rows = 8000
+    catalog = tmp_path / "catalog"
+    catalog.mkdir()
+    keys = list(range(num_rows))
+    texts = [str(key) if key % 32 == 0 else None for key in keys]
+    pq.write_table(
+        pa.table({"key": keys, "text": pa.array(texts, pa.string())}),
+        catalog / "part.parquet",
+        row_group_size=size,
+    )
+    progress: Progress = []
+    samples = draw(catalog, preprocessing, modalities=("text",), progress=progress)
+    assert [sample.num_rows for sample in samples] == [NUM_ROWS, NUM_HELD_OUT]
+    rows = [int(text) for text in texts_of(*samples)]
+    assert len(set(rows)) == NUM_ROWS + NUM_HELD_OUT
+    assert set(rows) <= set(range(0, num_rows, 32))
+    assert abs(np.mean(rows) - num_rows / 2) < 700
+    assert rows != sorted(rows)
+    again = draw(catalog, preprocessing, modalities=("text",))
+    assert texts_of(*again) == texts_of(*samples)
+    # Each round reads rows that none before has read, and says so.
+    read = {stage: done for stage, done, _ in progress}
+    assert len(read) > 2
+    assert sum(read.values()) <= num_rows
+    with pytest.raises(CatalogError, match=r"250 usable rows of 8000; 300 to calibrate"):
+        draw(catalog, preprocessing, modalities=("text",), num_rows=300)
 
 
 def test_images_alone(
@@ -324,13 +367,18 @@ def test_too_few_usable_rows(
     with pytest.raises(CatalogError) as caught:
         draw(catalog, preprocessing)
     text = str(caught.value)
-    assert text.startswith(f"catalog {catalog}: 163 usable rows of 164 drawn at random; 100 to cal")
+    assert text.startswith(f"catalog {catalog}: 163 usable rows of 164; 100 to cal")
     assert "at least 64 to judge are needed, each with image and text. Name a larger" in text
+
+
+def test_none_to_calibrate_with(scene_catalog: Path, preprocessing: Preprocessing) -> None:
+    calibration, held_out = draw(scene_catalog, preprocessing, num_rows=0)
+    assert (calibration.num_rows, held_out.num_rows) == (0, NUM_HELD_OUT)
 
 
 def test_no_usable_row(tmp_path: Path, preprocessing: Preprocessing) -> None:
     rows = [{"key": number, "image": b"x", "text": "x"} for number in range(200)]
-    with pytest.raises(CatalogError, match="0 usable rows of 200 drawn at random"):
+    with pytest.raises(CatalogError, match="0 usable rows of 200;"):
         draw(write_rows(tmp_path / "catalog", rows), preprocessing)
 
 
@@ -356,7 +404,7 @@ def test_no_such_label_column(scene_catalog: Path, preprocessing: Preprocessing)
 @pytest.mark.parametrize(
     ("setting", "text"),
     [
-        ({"num_rows": 0}, "num_rows=0: expected at least 1"),
+        ({"num_rows": -1}, "num_rows=-1: expected at least 0"),
         ({"num_held_out": 63}, "num_held_out=63: expected at least 64"),
     ],
 )

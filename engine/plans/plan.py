@@ -96,6 +96,14 @@ class TowerPlan:
     fallbacks: tuple[str, ...]
     """ONNX nodes of the products that the graph wants in FP8 and the library left in 16 bit."""
 
+    def precision_in_words(self) -> str:
+        """`70 of 72 products in FP8, in 16 bit a, b`."""
+        num_wanted = self.num_fp8_products + len(self.fallbacks)
+        if not num_wanted:
+            return "without FP8"
+        left = f", in 16 bit {', '.join(self.fallbacks)}" if self.fallbacks else ""
+        return f"{self.num_fp8_products} of {num_wanted} products in FP8{left}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanRecord:
@@ -119,6 +127,12 @@ class PlanRecord:
         """The towers that there are."""
         return (
             {"image": self.image} if self.text is None else {"image": self.image, "text": self.text}
+        )
+
+    def precision_in_words(self) -> str:
+        """Which products are multiplied in FP8, and which the library left in 16 bit."""
+        return "; ".join(
+            f"{name} {tower.precision_in_words()}" for name, tower in self.towers.items()
         )
 
     def write(self, directory: Path) -> None:
@@ -153,7 +167,20 @@ def read_plan(directory: Path) -> PlanRecord:
     """Read a plan's record; PlanError if it is missing, damaged or of a newer format."""
     path = directory / PLAN_FILE
     try:
-        record: dict[str, Any] = json.loads(path.read_text())
+        return parse_plan(path.read_bytes(), path=str(path))
+    except (FileNotFoundError, NotADirectoryError):
+        raise PlanError(f"{directory}: no plan there ({PLAN_FILE} is missing)") from None
+
+
+def parse_plan(content: bytes, *, path: str) -> PlanRecord:
+    """Read the content of a plan's record; PlanError if it is damaged or of a newer format.
+
+    Args:
+        content: Of `plan.json`.
+        path: Where it was, for messages.
+    """
+    try:
+        record: dict[str, Any] = json.loads(content)
         version = record.pop("format_version")
         if version > FORMAT_VERSION:
             raise PlanError(f"{path}: written by a newer Clipmill (format {version}); upgrade")
@@ -164,8 +191,6 @@ def read_plan(directory: Path) -> PlanRecord:
             text=None if text is None else _tower_plan(text),
             **record,
         )
-    except (FileNotFoundError, NotADirectoryError):
-        raise PlanError(f"{directory}: no plan there ({PLAN_FILE} is missing)") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise PlanError(f"{path}: damaged ({error}); {_MEND}") from error
 

@@ -54,7 +54,10 @@ def watched_activations(tower: nn.Module) -> Iterator[None]:
         yield
 
 
-_NO_WAY = "float16 ends at 65,504: this checkpoint cannot run in 16 bit; use --precision fp32"
+_NO_WAY = (
+    "float16 ends at 65,504: this checkpoint cannot run in 16 bit; embed with `clipmill embed "
+    "--precision fp32`, which needs no build"
+)
 
 
 def _is_block(name: str) -> bool:

@@ -21,9 +21,8 @@ from engine.quantization.half_precision import check_weights
 from engine.quantization.sensitivity import UnitCost, unit_costs
 from engine.quantization.simulation import OnProgress, Simulation, TowerT, embed
 from engine.quantization.units import Unit, units_of
+from engine.sample import MIN_ROWS
 
-# A calibration with fewer rows misses too many of the rare large activations.
-MIN_ROWS = 512
 # Rows on which units are ranked.
 RANKING_ROWS, RANKING_BATCH_ROWS = 32, 4
 # Rows on which a choice of units is judged, and what share of the allowed error it may have there,
