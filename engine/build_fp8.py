@@ -99,10 +99,11 @@ def build_fp8(
     """
     text = write_tokenizer(checkpoint, model, directory)
     batches = _batches(sample, text=text, directory=directory)
-
-    def quantized(name: str, tower: TowerT) -> QuantizedTower[TowerT]:
+    for name in ("image",) if model.text_tower is None else ("image", "text"):
         if name not in batches:
             raise QuantizationError(f"the sample has no {name}s to calibrate the {name} tower with")
+
+    def quantized(name: str, tower: TowerT) -> QuantizedTower[TowerT]:
         made = quantize_tower(
             tower.to(device),
             [batch.to(device) for batch in batches[name]],

@@ -90,6 +90,7 @@ def test_names_files_and_folders_but_nothing_hidden(folder: Folder):
     assert folder.names("") == ["a", "b"]
     assert folder.names("b") == ["c", "e"]
     assert folder.names("a/no/folder") == []
+    assert folder.names("a") == folder.names("b/e") == []
 
 
 def test_files_of_a_disk_come_and_go(folder: Folder, tmp_path: Path):

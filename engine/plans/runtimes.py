@@ -5,6 +5,7 @@ Knows nothing of plans or networks, and imports neither library before it is ask
 
 import functools
 import importlib
+import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ class MessageLog:
         """Start with nothing said."""
         self._errors: deque[str] = deque(maxlen=_KEPT_ERRORS)
         self._recording: list[str] | None = None
+        self._recorder = threading.Lock()
 
     def add(self, message: str) -> None:
         """Take a message, which is kept only while somebody records."""
@@ -55,14 +57,15 @@ class MessageLog:
 
     @contextmanager
     def recording(self) -> Iterator[list[str]]:
-        """Collect all messages of an operation."""
-        self.begin()
-        messages: list[str] = []
-        self._recording = messages
-        try:
-            yield messages
-        finally:
-            self._recording = None
+        """Collect all messages of an operation; another that would record waits for its end."""
+        with self._recorder:
+            self.begin()
+            messages: list[str] = []
+            self._recording = messages
+            try:
+                yield messages
+            finally:
+                self._recording = None
 
 
 @dataclass(frozen=True, kw_only=True)

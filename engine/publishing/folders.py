@@ -117,13 +117,15 @@ class Folder:
 
         Empty if there is no such folder; `error` if it cannot be listed.
         """
+        path = self.full_path(folder)
         with self._errors(folder, "listed"):
             self._fs.invalidate_cache()
             try:
-                entries = self._fs.ls(self.full_path(folder), detail=False)
+                entries = [str(entry).rstrip("/") for entry in self._fs.ls(path, detail=False)]
             except (FileNotFoundError, NotADirectoryError):
                 return []
-        names = sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries)
+        # Of a file, `ls` lists the file itself.
+        names = sorted(entry.rsplit("/", 1)[-1] for entry in entries if entry != path.rstrip("/"))
         return [name for name in names if name and name[0] != "."]
 
     def list(self, folder: str, *, suffix: str) -> list[str]:
