@@ -6,8 +6,6 @@ Exit codes: 0 done, 1 environment or data (with the way out), 2 usage.
 """
 
 import argparse
-import dataclasses
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ from ray.exceptions import RayTaskError
 
 from engine.errors import ClipmillError
 from engine.images import ImageRejected
+from pipelines.strict_json import strict_json
 
 Main = Callable[[Sequence[str] | None], int]
 
@@ -121,13 +120,7 @@ def run(main: Main, argv: Sequence[str] | None = None) -> NoReturn:
 
 def print_result(result: Any, *, as_json: bool, text: str) -> None:
     """Print a dataclass (or list of them) as JSON, or the text."""
-    print(json.dumps(result, default=_jsonable) if as_json else text)
-
-
-def _jsonable(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    raise TypeError(f"{type(value).__name__} has no JSON form")
+    print(strict_json(result) if as_json else text)
 
 
 def _fail(text: str, *, code: int) -> int:

@@ -4,9 +4,7 @@ Knows nothing of the command line, and does all of it on this machine.
 """
 
 import dataclasses
-import json
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,6 +31,7 @@ from engine.registry import Engine, Registry, default_engines_uri
 from engine.sample import Sample
 from pipelines.gate_page import render_gate_page
 from pipelines.sampling import SampleConfig, draw_samples
+from pipelines.strict_json import strict_json
 
 GPU_BATCH_SIZES = (1, 8, 64, 256)
 CPU_THREADS = 2
@@ -145,7 +144,7 @@ def build_engine(config: BuildConfig, *, on_progress: OnProgress) -> BuildResult
         manifest.engine_id,
         passed=report.passed,
         files={
-            "report.json": _json(report).encode(),
+            "report.json": _report_json(report).encode(),
             "report.html": render_gate_page(report, manifest=manifest).encode(),
         },
     )
@@ -220,14 +219,5 @@ def _entered(stack: ExitStack, encoder: Encoder) -> Encoder:
     return encoder
 
 
-def _json(report: GateReport) -> str:
-    return json.dumps(_finite({"passed": report.passed, **dataclasses.asdict(report)}), indent=1)
-
-
-def _finite(value: Any) -> Any:
-    """The same with null for numbers that JSON does not have."""
-    if isinstance(value, Mapping):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _report_json(report: GateReport) -> str:
+    return strict_json({"passed": report.passed, **dataclasses.asdict(report)}, indent=1)
