@@ -40,6 +40,14 @@ def quantized_demo():
 
 
 @pytest.fixture(scope="session")
+def calibrated_engines(tmp_path_factory: pytest.TempPathFactory):
+    """Two FP8 engines of a small checkpoint (`CalibratedEngines`); tests leave them as they are."""
+    from tests.calibrated_engines import build_engines  # as above
+
+    return build_engines(tmp_path_factory.mktemp("calibrated"))
+
+
+@pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """Ray on this machine, as a command starts it; one for the whole session."""
     with ray_cluster(None):

@@ -119,6 +119,8 @@ class Answer:
 def test_results_are_json_or_text(capsys):
     print_result([Answer("a", 0.5)], as_json=True, text="unused")
     assert json.loads(capsys.readouterr().out) == [{"key": "a", "score": 0.5}]
+    print_result(Answer("a", float("nan")), as_json=True, text="unused")
+    assert capsys.readouterr().out == '{"key": "a", "score": null}\n'
     print_result([Answer("a", 0.5)], as_json=False, text="one answer")
     assert capsys.readouterr().out == "one answer\n"
 

@@ -1,14 +1,17 @@
 """Whole runs on a real Ray: every key once, reasons for the rest, nothing done twice."""
 
 import collections
+import dataclasses
 import http.server
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +19,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from engine.errors import GateError
+from engine.promotion import promote, rollback
 from engine.registry import Registry
 from pipelines.catalog import CatalogConfig
 from pipelines.decode import RowLimits
 from pipelines.embedding import EmbedConfig, EmbedResult, embed
 from pipelines.engines import EngineChoice
 from pipelines.errors import CatalogError, StoreError, TooManyRejectsError
+from pipelines.report import make_report
 from pipelines.schema import REASONS
 from pipelines.stages import Resources
 from tests import image_files
+from tests.calibrated_engines import CalibratedEngines, put_sabotaged_engine
 from tests.catalogs import (
     scene_rows,
     stored_embeddings,
@@ -380,3 +387,124 @@ def test_engines_may_be_kept_on_an_object_store(
     built = next((tmp_path / "cache").rglob("image.onnx"))
     assert built.parent.name == copied.directory.name == engine_id
     assert built.read_bytes() == (copied.directory / "image.onnx").read_bytes()
+
+
+# Engines that were promoted
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreeStores:
+    """One catalog by engine A, by engine B, and by what was current after a rollback."""
+
+    engines: CalibratedEngines
+    registry: Registry
+    catalog_dir: Path
+    store_dirs: tuple[Path, Path, Path]
+    results: tuple[EmbedResult, ...] = ()
+
+    def embed(self, store_dir: Path, **choice) -> EmbedResult:
+        """With the checkpoint's current engine, unless another is named."""
+        if "engine_id" not in choice:
+            choice["checkpoint"] = str(self.engines.checkpoint_dir)
+        return embed(
+            EmbedConfig(
+                catalog=CatalogConfig(uri=str(self.catalog_dir)),
+                store_uri=str(store_dir),
+                engine=EngineChoice(engines_uri=self.registry.uri, **choice),
+            )
+        )
+
+
+@pytest.fixture(scope="module")
+def three_stores(
+    calibrated_engines: CalibratedEngines,
+    local_ray: None,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> ThreeStores:
+    folder = tmp_path_factory.mktemp("rollback")
+    registry = Registry(str(folder / "engines"))
+    shutil.copytree(calibrated_engines.engines_dir, registry.local.directory)
+    made = ThreeStores(
+        engines=calibrated_engines,
+        registry=registry,
+        catalog_dir=write_rows(folder / "catalog", scene_rows(60), num_files=3),
+        store_dirs=(folder / "1", folder / "2", folder / "3"),
+    )
+    first, second, third = made.store_dirs
+    promote(registry, calibrated_engines.first_id)
+    results = [made.embed(first)]
+    promote(registry, calibrated_engines.second_id)
+    results.append(made.embed(second))
+    rollback(registry, calibrated_engines.digest)
+    results.append(made.embed(third))
+    return dataclasses.replace(made, results=tuple(results))
+
+
+def test_the_promoted_engine_and_its_backend_are_on_record(three_stores: ThreeStores):
+    engines = three_stores.engines
+    expected = (engines.first_id, engines.second_id, engines.first_id)
+    for engine_id, store_dir, result in zip(
+        expected, three_stores.store_dirs, three_stores.results, strict=True
+    ):
+        rows = stored_rows(store_dir)
+        assert len(rows) == 120
+        assert {row["engine_id"] for row in rows} == {engine_id}
+        snapshot = stored_snapshot(store_dir)
+        assert snapshot.engine.engine_id == engine_id
+        assert snapshot.engine.checkpoint == str(engines.checkpoint_dir)
+        assert snapshot.backend == "onnxruntime"
+        report = make_report(result, catalog_uri="catalog", store_uri=str(store_dir))
+        assert (report.engine_id, report.backend) == (engine_id, "onnxruntime")
+
+
+def by_row(store_dir: Path) -> dict[tuple[str, str], bytes]:
+    """Key and modality -> the embedding's bytes."""
+    return {
+        (row["key"], row["modality"]): np.array(row["embedding"], dtype=np.float32).tobytes()
+        for row in stored_rows(store_dir)
+    }
+
+
+def test_a_rollback_brings_the_same_bytes_back(three_stores: ThreeStores):
+    first, second, third = map(by_row, three_stores.store_dirs)
+    assert len(first) == 120
+    assert third == first
+    assert second.keys() == first.keys()
+    differ = [row for row in first if second[row] != first[row]]
+    assert len(differ) > 100, "the engines are not the same"
+    for row in first:
+        ours, other = (np.frombuffer(rows[row], dtype=np.float32) for rows in (first, second))
+        assert ours @ other > 0.98, "of one checkpoint"
+
+
+def test_a_store_keeps_to_one_engine(three_stores: ThreeStores):
+    engines, store_dir = three_stores.engines, three_stores.store_dirs[0]
+    before = stored_snapshot(store_dir)
+    with pytest.raises(StoreError) as caught:
+        three_stores.embed(store_dir, engine_id=engines.second_id)
+    for part in (
+        f"holds embeddings of engine {engines.first_id} ({engines.checkpoint_dir}), ",
+        f"gives {engines.second_id}. They never mix: name another --store",
+        "or embed with what this one was made with (--engine ID)",
+    ):
+        assert part in str(caught.value)
+    assert stored_snapshot(store_dir) == before
+    # As the message says, whatever is current: here, nothing is left to do.
+    again = three_stores.embed(store_dir, engine_id=engines.first_id)
+    assert not again.committed
+    assert again.num_embedded == {"image": 0, "text": 0}
+
+
+def test_an_engine_that_failed_its_gate_is_refused_before_any_work(
+    three_stores: ThreeStores, tmp_path: Path
+):
+    engine_id = put_sabotaged_engine(
+        three_stores.engines, engines_dir=three_stores.registry.local.directory, folder=tmp_path
+    )
+    done = three_stores.engines.build(three_stores.registry.local.directory, "--precision", "fp16")
+    assert done.code == 1
+    with pytest.raises(GateError, match=rf"engine {engine_id} failed its gate, so it is not used"):
+        three_stores.embed(tmp_path / "store", engine_id=engine_id)
+    with pytest.raises(GateError, match=r"no fp16 engine of .* is promoted; fp8-.*engine build"):
+        three_stores.embed(tmp_path / "store", precision="fp16")
+    assert not (tmp_path / "store").exists()
