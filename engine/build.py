@@ -35,7 +35,8 @@ _UNQUANTIZED: tuple[UnquantizedPrecision, ...] = ("fp32", "fp16")
 def engine_id_of(checkpoint: Checkpoint, *, precision: Precision = "fp32", recipe: str = "") -> str:
     """The id that an engine of this checkpoint has, whether it is built or not.
 
-    Same id, same embeddings: it hashes all that makes them.
+    Same id, same embeddings: it hashes all that makes them. For an fp8 engine that is true of one
+    build; see `Manifest.weights`.
 
     Args:
         checkpoint: Of whose files the digest counts.

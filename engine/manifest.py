@@ -96,6 +96,18 @@ class Manifest:
         """`image`, and `text` where there is a text tower."""
         return ("image",) if self.text is None else ("image", "text")
 
+    @property
+    def weights(self) -> str | None:
+        """SHA-256 of the weights of an fp8 engine, None for others.
+
+        Rounding to FP8 takes sums whose last digits vary with the machine and its libraries, so
+        that an fp8 engine built again can differ in some weights; others come out the same.
+        """
+        if self.precision != "fp8":
+            return None
+        files = sorted(f"{name} {self.files[name]}" for name in self.files if _is_weights(name))
+        return hashlib.sha256("\n".join(files).encode()).hexdigest()
+
     def write(self, directory: Path) -> None:
         """Write `manifest.json`, the last file of an engine."""
         record = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
@@ -147,6 +159,10 @@ def parse_manifest(content: bytes, *, path: str) -> Manifest:
         raise DamagedError(
             f"{path}: damaged ({error}); remove the folder, the next run builds it anew"
         ) from error
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(".safetensors")
 
 
 def file_digest(path: Path) -> str:

@@ -88,10 +88,12 @@ def chosen_engine(choice: EngineChoice, *, registry: Registry) -> EngineRecord:
             )
         engine_id = engine_id_of(checkpoint)
     check_gate(registry, engine_id)
+    manifest = registry.manifest(engine_id)
     return EngineRecord(
         engine_id=engine_id,
         checkpoint=checkpoint.location,
         revision=checkpoint.revision,
+        weights=None if manifest is None else manifest.weights,
     )
 
 
@@ -104,7 +106,10 @@ def _engine_by_id(engine_id: str, *, registry: Registry) -> EngineRecord:
         )
     check_gate(registry, engine_id)
     return EngineRecord(
-        engine_id=engine_id, checkpoint=manifest.checkpoint, revision=manifest.revision
+        engine_id=engine_id,
+        checkpoint=manifest.checkpoint,
+        revision=manifest.revision,
+        weights=manifest.weights,
     )
 
 
@@ -160,6 +165,11 @@ def ready_engine(record: EngineRecord, *, registry: Registry) -> Engine:
     """
     found = registry.find(record.engine_id)
     if found is not None:
+        if found.manifest.weights != record.weights:
+            raise EngineError(
+                f"engine {record.engine_id} at {registry.uri} is another build of it, with other "
+                "weights, than the one asked for: name with --engines the URI where that one is"
+            )
         return found
     precision = unquantized_precision(record.engine_id)
     if precision is None:

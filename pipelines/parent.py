@@ -46,6 +46,11 @@ def check_parent(
             f"embeddings of engine {parent.engine.engine_id} ({parent.engine.checkpoint}), "
             f"{engine.checkpoint} gives {engine.engine_id}"
         )
+    elif parent.engine.weights != engine.weights:
+        faults.append(
+            f"embeddings of another build of engine {engine.engine_id}, with other weights (bring "
+            "that one back under --engines)"
+        )
     if parent.key_type != str(catalog.key_type):
         faults.append(f"keys of type {parent.key_type}, the catalog's are {catalog.key_type}")
     carried = catalog_columns(catalog)["carry"]

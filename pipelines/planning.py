@@ -33,7 +33,8 @@ def plan_id_of(catalog: Catalog, *, engine: EngineRecord, settings: Iterable[str
     """
     columns = [f"{role}={column}" for role, column in catalog_columns(catalog).items()]
     files = [f"{file.path} {file.identity}" for file in catalog.files]
-    return fingerprint_plan([engine.engine_id, *settings, *columns, *files])
+    build = [engine.engine_id, *filter(None, [engine.weights])]
+    return fingerprint_plan([*build, *settings, *columns, *files])
 
 
 def catalog_columns(catalog: Catalog) -> dict[str, str | None]:

@@ -46,6 +46,8 @@ class EngineRecord:
     """Hub id or folder it is built from."""
     revision: str | None
     """Hub commit, None for a folder."""
+    weights: str | None = None
+    """`Manifest.weights`: which build of an fp8 engine it is."""
 
 
 @dataclass(frozen=True, kw_only=True)

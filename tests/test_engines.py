@@ -1,5 +1,6 @@
 """Which engine and backend a run takes: promoted, named, or of the checkpoint alone; refusals."""
 
+import dataclasses
 import logging
 import shutil
 import subprocess
@@ -245,6 +246,15 @@ def test_an_engine_that_takes_more_than_a_checkpoint_is_not_built_by_a_worker(
         ready_engine(fp8, registry=Registry(uri))
     for part in ("fp8-0", uri, "every node reaches", "--engines", "`clipmill engine build`"):
         assert part in str(caught.value)
+
+
+def test_another_build_of_an_engine_is_not_taken_for_the_one_recorded(
+    record: EngineRecord, engines_dir: Path
+):
+    registry = Registry(str(engines_dir))
+    ready_engine(record, registry=registry)
+    with pytest.raises(EngineError, match="another build of it, with other weights"):
+        ready_engine(dataclasses.replace(record, weights="0" * 64), registry=registry)
 
 
 def test_a_damaged_engine_is_built_anew(record: EngineRecord, engines_dir: Path, tmp_path: Path):

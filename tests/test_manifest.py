@@ -172,3 +172,18 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "text.onnx").unlink()
     with pytest.raises(DamagedError, match=r"text\.onnx is missing"):
         verify_files(MANIFEST.files, directory=tmp_path)
+
+
+def test_weights_tell_builds_of_an_fp8_engine_apart():
+    fp8 = dataclasses.replace(
+        MANIFEST, precision="fp8", files={"image.safetensors": "aa", "image.onnx": "bb"}
+    )
+    for files, is_same in (
+        ({"image.onnx": "bb", "image.safetensors": "aa"}, True),
+        ({"image.safetensors": "aa", "image.onnx": "cc"}, True),
+        ({"image.safetensors": "dd", "image.onnx": "bb"}, False),
+        ({"text.safetensors": "aa", "image.onnx": "bb"}, False),
+    ):
+        other = dataclasses.replace(fp8, files=files)
+        assert (other.weights == fp8.weights) == is_same
+    assert dataclasses.replace(fp8, precision="fp16").weights is None

@@ -11,7 +11,7 @@ import tensorrt_rtx_bindings as rtx
 from engine.build import load_or_build
 from engine.checkpoint import find_checkpoint
 from engine.errors import DeviceError, EngineError, PlanError
-from engine.manifest import read_manifest
+from engine.manifest import read_manifest, verify_files
 from engine.plans import plan_builder
 from engine.plans.plan import (
     PlanKey,
@@ -19,7 +19,6 @@ from engine.plans.plan import (
     PlanRecord,
     input_shapes,
     read_plan,
-    verify_files,
 )
 from engine.plans.plan_builder import PlanConfig, build_plans, plan_key
 from engine.registry import Registry
@@ -81,7 +80,7 @@ def test_fp8_plans_for_cards_that_are_not_there(
 ) -> None:
     record = built(engine_dir, tmp_path / "plan", architecture=architecture, profile=profile)
     assert record == read_plan(tmp_path / "plan")
-    verify_files(record, tmp_path / "plan")
+    verify_files(record.files, directory=tmp_path / "plan")
     assert record.files.keys() == {
         "image.plan",
         "image.layers.json",
@@ -266,7 +265,7 @@ def test_tensorrt_builds_only_for_the_card_at_hand(
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
     with pytest.raises(PlanError, match="and here is none, for sm_89: use TensorRT for RTX"):
         plan_key(PlanConfig(architecture="sm_89"))
-    with pytest.raises(DeviceError, match="no GPU can be used on this machine"):
+    with pytest.raises(DeviceError, match="CUDA sees no GPU"):
         plan_key(PlanConfig())
 
 

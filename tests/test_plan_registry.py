@@ -21,10 +21,10 @@ import tensorrt_rtx_bindings as rtx
 
 from engine.build import load_or_build
 from engine.checkpoint import find_checkpoint
-from engine.errors import EngineError, PlanError
-from engine.manifest import AUDIT_FILE, file_digest, read_manifest
+from engine.errors import DamagedError, EngineError, PlanError
+from engine.manifest import AUDIT_FILE, file_digest, read_manifest, verify_files
 from engine.plans import plan_registry
-from engine.plans.plan import PlanProfile, read_plan, verify_files
+from engine.plans.plan import PlanProfile, read_plan
 from engine.plans.plan_builder import build_plans
 from engine.plans.plan_registry import obtain_plan
 from engine.registry import Engine, Registry
@@ -160,7 +160,7 @@ def test_a_plan_lies_under_its_engine_and_is_compiled_once(
     assert directory == engine.directory / "plans" / plan_id
     assert registry.plan_ids(ENGINE_ID) == [plan_id]
     record = read_plan(directory)
-    verify_files(record, directory)
+    verify_files(record.files, directory=directory)
     assert (record.engine_id, record.key.plan_id) == (ENGINE_ID, plan_id)
     assert obtain(found) == directory
     assert built == [BULK]
@@ -178,7 +178,7 @@ def test_another_profile_and_another_card_are_other_plans(
     for directory, (profile, card) in zip(directories, wanted, strict=True):
         record = read_plan(directory)
         assert (record.key.profile, record.key.architecture) == (profile, card)
-        verify_files(record, directory)
+        verify_files(record.files, directory=directory)
     plans = [(directory / "image.plan").read_bytes() for directory in directories]
     assert len(set(plans)) == 3
 
@@ -234,7 +234,7 @@ def test_processes_that_ask_at_once_get_one_plan(publish: Publish, tmp_path: Pat
         assert [asker.returncode for asker in askers] == [0] * NUM_ASKERS
     assert log.read_text() == "built\n"
     assert len(set(answers)) == 1
-    verify_files(read_plan(Path(answers[0])), Path(answers[0]))
+    verify_files(read_plan(Path(answers[0])).files, directory=Path(answers[0]))
 
 
 def test_what_should_be_fp8_is_what_the_audit_says(publish: Publish, audits: Audits) -> None:
@@ -268,13 +268,13 @@ def test_a_flipped_byte_is_refused_and_the_plan_compiled_anew(
     found = publish()
     directory = obtain(found)
     flip_byte(directory / name)
-    with pytest.raises(PlanError, match="does not match its checksum"):
-        verify_files(read_plan(directory), directory)
+    with pytest.raises(DamagedError, match="does not match its checksum"):
+        verify_files(read_plan(directory).files, directory=directory)
     with caplog.at_level(logging.WARNING):
         assert obtain(found) == directory
     assert f"{directory.name} is damaged and not used" in caplog.text
     assert built == [BULK, BULK]
-    verify_files(read_plan(directory), directory)
+    verify_files(read_plan(directory).files, directory=directory)
 
 
 @pytest.mark.parametrize(
