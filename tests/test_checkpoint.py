@@ -237,9 +237,10 @@ def test_digest_changes_with_any_shard(shards: Path) -> None:
     assert len(digests) == 1 + len(paths)
 
 
-def test_digest_changes_with_a_file_that_is_added(folder: Path) -> None:
+@pytest.mark.parametrize("name", ["added_tokens.json", "sentencepiece.bpe.model"])
+def test_digest_changes_with_a_file_that_is_added(folder: Path, name: str) -> None:
     before = find_checkpoint(str(folder)).digest
-    (folder / "added_tokens.json").write_text("{}")
+    (folder / name).write_text("{}")
     assert find_checkpoint(str(folder)).digest != before
 
 
