@@ -112,7 +112,7 @@ def build_fp8(
         )
         tower.to("cpu")
         made.tower.to("cpu")
-        return made
+        return dataclasses.replace(made, fake_quantized=None)
 
     image = quantized("image", model.image_tower)
     made: dict[str, QuantizedTower[Any]] = {"image": image}

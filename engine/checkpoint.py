@@ -19,7 +19,14 @@ PREPROCESSOR_FILE = "preprocessor_config.json"
 PROCESSOR_FILE = "processor_config.json"
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",  # XLM-RoBERTa's and CamemBERT's
+)
 
 # The only files fetched from a hub: no pickle and no code comes with them.
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model")
@@ -120,11 +127,13 @@ def find_checkpoint(name: str, *, revision: str | None = None) -> Checkpoint:
 
 def _download(name: str, *, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 
     try:
         found = snapshot_download(name, revision=revision, allow_patterns=list(HUB_PATTERNS))
-    except (OSError, HFValidationError) as error:  # all of the hub's HTTP errors are OSErrors
+    # The hub's answers that are errors are OSErrors; HTTPError is what its transport raises when a
+    # connection breaks, of httpx or its successor.
+    except (OSError, HTTPError, HFValidationError) as error:
         at = f" at revision {revision}" if revision else ""
         reason = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
         raise CheckpointError(

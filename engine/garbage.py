@@ -5,11 +5,12 @@ should be promoted.
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
-from engine.errors import EngineError
+from engine.errors import DamagedError, EngineError
 from engine.inventory import published_at
 from engine.manifest import MANIFEST_FILE
 from engine.promotion import history, line_of_succession, promoted
@@ -160,22 +161,33 @@ def _on_root(registry: Registry, kept: set[str], retention: Retention) -> Iterat
             if reason is not None:
                 yield engine_id, reason
                 continue
-        yield from _unlisted(registry, engine_artifact(engine_id))
+        found = list(_unlisted(registry, engine_artifact(engine_id), is_kept=engine_id in kept))
+        yield from found
+        if (engine_id, _NOT_WHOLE) in found:
+            continue
         for plan_id in registry.plan_ids(engine_id):
-            yield from _unlisted(registry, plan_artifact(engine_id, plan_id))
+            yield from _unlisted(registry, plan_artifact(engine_id, plan_id), is_kept=False)
     for name in registry.root.names(LEASES_DIR):
         if not _is_recent(registry, f"{LEASES_DIR}/{name}"):
             yield f"{LEASES_DIR}/{name}", "leases of builders long done"
 
 
-def _unlisted(registry: Registry, artifact: Artifact) -> Iterator[tuple[str, str]]:
-    """Of an artifact on a remote root: all of it, if it has no record, or files not in that."""
+def _unlisted(
+    registry: Registry, artifact: Artifact, *, is_kept: bool
+) -> Iterator[tuple[str, str]]:
+    """Of an artifact on a remote root the files that it does not list.
+
+    All of it, unless it is to be kept, if its record is missing or malformed.
+    """
     record = read_record(registry.root, artifact)
-    if record is None:
-        if not _is_recent(registry, artifact.path):
+    files = None
+    if record is not None:
+        with suppress(DamagedError):  # as good as none
+            files = artifact.files(record, path=registry.root.full_path(artifact.path))
+    if files is None:
+        if not is_kept and not _is_recent(registry, artifact.path):
             yield artifact.path, _NOT_WHOLE
         return
-    files = artifact.files(record, path=registry.root.full_path(artifact.path))
     listed = {stored_name(name, digest) for name, digest in files.items()}
     folder = f"{artifact.path}/{FILES_DIR}"
     for name in registry.root.names(folder):

@@ -1,19 +1,25 @@
 """`clipmill engine build` on real rows: what is judged, promoted, kept and printed."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from engine.accuracy import Thresholds
+from engine import build_fp8
+from engine.accuracy import Agreement, Thresholds
 from engine.build_fp8 import fp8_engine_id
 from engine.checkpoint import find_checkpoint
 from engine.errors import PlanError, QuantizationError
 from engine.gate_reports import last_gate
+from engine.model import load_model
 from engine.promotion import promoted
+from engine.quantization.quantize import QuantizedTower
 from engine.registry import Registry
 from engine.sample import Sample
 from jobs.engine import build_summary, main
@@ -190,6 +196,51 @@ def test_activations_that_16_bit_does_not_hold_are_found_on_a_cpu(
         assert text in str(caught.value)
     registry = Registry(settings["engines_uri"])
     assert promoted(registry, find_checkpoint(str(folder)).digest) is None
+
+
+class FarEnoughError(Exception):
+    """Nothing after this is of interest."""
+
+
+def test_simulations_are_let_go_before_the_towers_are_written(
+    checkpoint_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulations: list[weakref.ref[nn.Module]] = []
+
+    def quantize_tower(tower: nn.Module, *arguments: object, **others: object) -> Any:
+        simulation = nn.Linear(1, 1)
+        simulations.append(weakref.ref(simulation))
+        return QuantizedTower(
+            tower=tower,
+            fake_quantized=simulation,
+            quantized=(),
+            kept=(),
+            costs=(),
+            agreement=Agreement(
+                num_rows=1, cosine_mean=1, cosine_p1=1, cosine_min=1, neighbour_overlap=1
+            ),
+        )
+
+    def write_towers(*arguments: object, **others: object) -> None:
+        gc.collect()
+        assert [simulation() for simulation in simulations] == [None, None]
+        raise FarEnoughError
+
+    monkeypatch.setattr(build_fp8, "quantize_tower", quantize_tower)
+    monkeypatch.setattr(build_fp8, "write_towers", write_towers)
+    checkpoint = find_checkpoint(checkpoint_uri)
+    with pytest.raises(FarEnoughError):
+        build_fp8.build_fp8(
+            checkpoint,
+            load_model(checkpoint),
+            tmp_path,
+            sample=Sample(
+                uri="catalog", pixels=np.zeros((1, 32, 32, 3), dtype=np.uint8), texts=("a",)
+            ),
+            thresholds=Thresholds(),
+            device="cpu",
+            on_progress=lambda stage, done, total: None,
+        )
 
 
 def test_fp8_needs_rows_to_calibrate_with(settings: dict[str, Any]) -> None:

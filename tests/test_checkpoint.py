@@ -8,6 +8,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import httpx
 from transformers import AutoTokenizer, CLIPProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -95,10 +96,11 @@ def test_hub_id_is_downloaded_and_its_commit_recorded(
     [
         (LocalEntryNotFoundError("cannot find the files on disk\nmore"), "find the files on disk"),
         (ConnectionError(), "ConnectionError"),
+        (httpx.ReadError("peer closed connection"), "ReadError: peer closed connection"),
     ],
 )
 def test_hub_that_gives_nothing(
-    monkeypatch: pytest.MonkeyPatch, error: OSError, reason: str
+    monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
 ) -> None:
     def download(*_: object, **__: object) -> str:
         raise error
@@ -237,9 +239,10 @@ def test_digest_changes_with_any_shard(shards: Path) -> None:
     assert len(digests) == 1 + len(paths)
 
 
-def test_digest_changes_with_a_file_that_is_added(folder: Path) -> None:
+@pytest.mark.parametrize("name", ["added_tokens.json", "sentencepiece.bpe.model"])
+def test_digest_changes_with_a_file_that_is_added(folder: Path, name: str) -> None:
     before = find_checkpoint(str(folder)).digest
-    (folder / "added_tokens.json").write_text("{}")
+    (folder / name).write_text("{}")
     assert find_checkpoint(str(folder)).digest != before
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import sentencepiece
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, Siglip2Tokenizer
@@ -192,6 +193,39 @@ def test_siglip_tokenizer_comes_from_its_sentencepiece_model(tmp_path: Path) -> 
         # As tests/test_siglip_tokenizer.py knows them.
         assert ours.encode("A red, circle!").ids == [6, 5, 53, 9, 42, 1]
         assert len(ours.encode("a red circle " * 9).ids) == MAX_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("family", "first", "offset", "unknown", "last"),
+    # fairseq puts special tokens before those of SentencePiece.
+    [("XLMRobertaTokenizer", 0, 1, 3, 2), ("CamembertTokenizer", 5, 4, 3, 6)],
+)
+def test_tokenizer_that_is_a_sentencepiece_model_alone(
+    tmp_path: Path, family: str, first: int, offset: int, unknown: int, last: int
+) -> None:
+    directory = save_multilingual(tmp_path)
+    for path in directory.glob("*token*.json"):
+        path.unlink()
+    assert not find_checkpoint(str(directory)).has_tokenizer
+    model = directory / "sentencepiece.bpe.model"
+    with model.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["a red circle on the green square", "two squares"] * 20),
+            model_writer=file,
+            vocab_size=40,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": family}))
+    checkpoint = find_checkpoint(str(directory))
+    text = export_tokenizer(checkpoint, rules=rules(), path=tmp_path / "exported.json")
+    assert text == TextInput(max_tokens=MAX_TOKENS, pad_token_id=1)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    caption = "a red square on \u7ea2"
+    expected = [unknown if piece == 0 else piece + offset for piece in pieces.encode(caption)]
+    assert unknown in expected
+    ours = Tokenizer.from_file(str(tmp_path / "exported.json"))
+    assert ours.encode(caption).ids == [first, *expected, last]
 
 
 def test_tokenizer_has_the_shorter_limit(exported: Exported, tmp_path: Path) -> None:

@@ -151,6 +151,26 @@ def test_damaged_folders_go_and_what_is_promoted_stays_whatever_it_is(disk: Regi
     assert disk.local.folders("") == ["fp32-a", "promotions"]
 
 
+@pytest.mark.parametrize("record", [b"{", b"[]", b'{"files": {"../x": "00"}}'])
+def test_malformed_records_on_a_root_stop_nothing(
+    remote: Registry, all_is_old: None, record: bytes
+):
+    for name in ("fp32-a", "fp32-b", "fp32-c"):
+        obtain(remote, name)
+        remote.obtain_plan(name, PLAN_ID, write_plan)
+    promote(remote, "fp32-a")
+    for path in (f"fp32-a/plans/{PLAN_ID}/plan.json", "fp32-b/manifest.json"):
+        remote.root.publish(path, record)
+    remote.root.publish("fp32-c/manifest.json", remote.root.read("fp32-a/manifest.json"))
+    found = find_garbage(remote, WEEK)
+    on_root = {item.path for item in found if item.place == "root" and "leases" not in item.path}
+    assert on_root == {f"fp32-a/plans/{PLAN_ID}", "fp32-b", "fp32-c"}
+    remote.root.publish("fp32-a/manifest.json", record)
+    remove_garbage(remote, WEEK)
+    assert remote.engine_ids() == ["fp32-a"]
+    assert remote.plan_ids("fp32-a") == []
+
+
 def test_what_killed_builders_left_on_a_node_goes(registry: Registry):
     obtain(registry)
     leftover = registry.local.directory / ".building" / FP32_ID / "tmp123"

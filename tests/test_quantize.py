@@ -1,7 +1,7 @@
 """The demo checkpoint's towers through ModelOpt: scales, rounding, choice of units, refusals."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.accuracy import Thresholds, agreement, row_cosines
+from engine.accuracy import Agreement, Thresholds, agreement, row_cosines
 from engine.errors import QuantizationError
 from engine.quantization.fp8 import (
     PROBABILITIES_SCALE,
@@ -23,8 +23,10 @@ from engine.quantization.quantize import (
     JUDGING_ROWS,
     MIN_ROWS,
     QuantizedTower,
+    _fewest_kept,
     quantize_tower,
 )
+from engine.quantization.sensitivity import UnitCost
 from engine.quantization.units import units_of
 from engine.towers import ImageTower, Normalize, QuantizationPoint, Tower
 from tests.quantized import BATCH_ROWS, DEMO_THRESHOLDS, DemoTower, QuantizedDemo, embed, with_gains
@@ -237,6 +239,39 @@ def test_stricter_thresholds_keep_more_and_no_more_than_needed(
     judged = demo.sample[:JUDGING_ROWS]
     less = agreement(embed(result.fake_quantized, judged), embed(demo.original, judged))
     assert thresholds.faults(less) != []
+
+
+@pytest.mark.parametrize("needed", [1, 2, 37, 99, 100])
+def test_as_few_units_as_needed_stay_in_16_bit(needed: int) -> None:
+    # The loss falls off evenly, but what is measured does not follow it.
+    costs = [UnitCost(unit=f"unit {n}", loss=1.0, share=0.01) for n in range(100)]
+    judged: list[int] = []
+
+    def judge(kept: Sequence[str]) -> Agreement:
+        judged.append(len(kept))
+        assert list(kept) == [f"unit {n}" for n in range(len(kept))]
+        return agreement_of(0.995 if len(kept) >= needed else 0.985)
+
+    kept, measured = _fewest_kept(
+        costs,
+        judge,
+        measured=agreement_of(0.985),
+        thresholds=Thresholds(),
+        on_progress=lambda stage, done, total: None,
+    )
+    assert kept == tuple(f"unit {n}" for n in range(needed))
+    assert measured == agreement_of(0.995)
+    assert len(judged) == len(set(judged)) < 15
+
+
+def agreement_of(cosine: float) -> Agreement:
+    return Agreement(
+        num_rows=512,
+        cosine_mean=cosine,
+        cosine_p1=cosine,
+        cosine_min=cosine,
+        neighbour_overlap=1.0,
+    )
 
 
 def test_same_input_same_result_said_to_the_caller_alone(

@@ -38,8 +38,9 @@ class QuantizedTower(Generic[TowerT]):
 
     tower: TowerT
     """Float32 but for its FP8 weights; its units are quantized but for those kept."""
-    fake_quantized: nn.Module
-    """ModelOpt's simulation of the same, float32: the reference for what executes it."""
+    fake_quantized: nn.Module | None
+    """ModelOpt's simulation of the same, float32: the reference for what executes it. It holds all
+    weights twice; None where it was let go."""
     quantized: tuple[Unit, ...]
     """Units in FP8."""
     kept: tuple[str, ...]
@@ -133,25 +134,42 @@ def _fewest_kept(
 
     How far a measurement is from the thresholds says what loss would meet them, and the units'
     costs say after how many units that is reached; another measurement tells whether it is so.
+    Between the last number that is too few and the first that is enough, halving finds the least.
     """
     ranked = [cost.unit for cost in costs]
     # The loss that is left with the first so many units in 16 bit.
     left = [sum(cost.loss for cost in costs[count:]) for count in range(len(costs) + 1)]
-    count = 0
-    while count < len(costs):
-        target = left[count] * thresholds.loss_factor(measured)
+
+    def judge_first(count: int) -> Agreement:
+        on_progress(f"judge with {count} of {len(costs)} units in 16 bit", 0, 0)
+        return judge(ranked[:count])
+
+    too_few, enough = 0, 0
+    while not enough:
+        if too_few == len(costs):
+            raise QuantizationError(
+                "not close enough even with every unit in 16 bit: "
+                + "; ".join(thresholds.faults(measured))
+            )
+        target = left[too_few] * thresholds.loss_factor(measured)
         count = next(
             more
-            for more in range(count + 1, len(left))
+            for more in range(too_few + 1, len(left))
             if left[more] <= target or more == len(costs)
         )
-        on_progress(f"judge with {count} of {len(costs)} units in 16 bit", 0, 0)
-        measured = judge(ranked[:count])
-        if not thresholds.faults(measured):
-            return tuple(ranked[:count]), measured
-    raise QuantizationError(
-        "not close enough even with every unit in 16 bit: " + "; ".join(thresholds.faults(measured))
-    )
+        measured = judge_first(count)
+        if thresholds.faults(measured):
+            too_few = count
+        else:
+            enough = count
+    while enough - too_few > 1:
+        count = (too_few + enough) // 2
+        found = judge_first(count)
+        if thresholds.faults(found):
+            too_few = count
+        else:
+            enough, measured = count, found
+    return tuple(ranked[:enough]), measured
 
 
 def _first_rows(batches: Sequence[Tensor], num_rows: int) -> list[Tensor]:
