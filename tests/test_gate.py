@@ -395,3 +395,50 @@ def test_speed_beside_the_baselines(manifest: Manifest) -> None:
         assert 0.001 <= speed.batch_rows / speed.rows_per_second < Slow.seconds
     assert found.memory_bytes == {"fp16 torch": 12_345}
     assert found.passed
+
+
+def test_the_plan_for_queries_is_judged_too(manifest: Manifest) -> None:
+    bulk, wrong = Known(manifest), Known(manifest, images=with_lost_images(2))
+    found = gate(bulk, Known(manifest), known_sample(), query_encoder=wrong)
+    assert found.faults == (
+        "image by the plan for queries: 1st percentile of cosines -1.0000 is below 0.99",
+        "image by the plan for queries: lowest cosine -1.0000 is below 0.9",
+    )
+    assert found.agreements["image"].cosine_min == pytest.approx(1)
+    assert found.query_agreements["image"].cosine_min == pytest.approx(-1)
+    assert found.query_agreements["text"].cosine_min == pytest.approx(1)
+    whole = gate(bulk, Known(manifest), known_sample(), query_encoder=Known(manifest))
+    assert whole.passed
+    assert gate(bulk, Known(manifest), known_sample()).query_agreements == {}
+
+
+class OnCard(Known):
+    """One of several plans on a card."""
+
+    device_memory_bytes = 100
+
+
+def test_few_rows_are_timed_by_the_plan_for_queries(manifest: Manifest) -> None:
+    bulk, query, fp16_bulk, fp16_query = (OnCard(manifest) for _ in range(4))
+    found = gate(
+        bulk,
+        Known(manifest),
+        known_sample(),
+        batch_sizes=(1, 8, 64, 256),
+        baselines={"fp16 onnxruntime": fp16_bulk},
+        query_encoder=query,
+        query_baselines={"fp16 onnxruntime": fp16_query},
+    )
+    assert [speed.batch_rows for speed in found.speeds] == [1, 8, 64, 256] * 4
+    num_timed = 1 + SPEED_REPEATS
+    for for_many, for_few in ((bulk, query), (fp16_bulk, fp16_query)):
+        assert not {("image", 1), ("image", 8), ("text", 1)} & set(for_many.calls)
+        assert not {("image", 256), ("text", 256)} & set(for_few.calls)
+        for batch in (("image", 1), ("text", 8)):
+            assert for_few.calls.count(batch) == num_timed
+        assert for_many.calls.count(("image", 256)) == num_timed
+    assert found.memory_bytes == {
+        name: 100
+        for precision in ("fp8", "fp16")
+        for name in (f"{precision} onnxruntime", f"{precision} onnxruntime, for queries")
+    }
