@@ -169,7 +169,10 @@ def run_gate(
     for_queries = dict(query_baselines)
     if query_encoder is not None:
         for_queries[ours_name] = query_encoder
-    faults = _faults(thresholds, manifest.modalities, agreements, recalls, top1)
+    num_labelled = sum(label is not None for label in sample.labels or ())
+    faults = _faults(
+        thresholds, manifest.modalities, agreements, recalls, top1, num_labelled=num_labelled
+    )
     faults += [
         f"{name} by the plan for queries: {fault}"
         for name, measured in query_agreements.items()
@@ -311,6 +314,8 @@ def _faults(
     agreements: Mapping[str, Agreement],
     recalls: Sequence[Recall],
     top1: Top1 | None,
+    *,
+    num_labelled: int,
 ) -> list[str]:
     faults = [
         f"{name}: not judged, since the sample has none"
@@ -324,18 +329,22 @@ def _faults(
     ]
     for recall in recalls:
         lost = _lost(recall.reference[RECALL_CUTOFF], recall.measured[RECALL_CUTOFF])
-        if lost > thresholds.max_recall_loss:
+        allowed = _allowed(thresholds.max_recall_loss, num_rows=agreements["image"].num_rows)
+        if lost > allowed:
             faults.append(
-                f"{recall.direction} recall@{RECALL_CUTOFF} loses {lost:.4f}, more than "
-                f"{thresholds.max_recall_loss:g}"
+                f"{recall.direction} recall@{RECALL_CUTOFF} loses {lost:.4f}, more than {allowed:g}"
             )
     if top1 is not None:
         lost = _lost(top1.reference, top1.measured)
-        if lost > thresholds.max_top1_loss:
-            faults.append(
-                f"zero-shot top-1 loses {lost:.4f}, more than {thresholds.max_top1_loss:g}"
-            )
+        allowed = _allowed(thresholds.max_top1_loss, num_rows=num_labelled)
+        if lost > allowed:
+            faults.append(f"zero-shot top-1 loses {lost:.4f}, more than {allowed:g}")
     return faults
+
+
+def _allowed(max_loss: float, *, num_rows: int) -> float:
+    """Where the threshold is less than one of few rows, but not 0, that one may be lost."""
+    return round(max(max_loss, 1 / num_rows), 9) if max_loss else 0.0
 
 
 def _lost(reference: float, measured: float) -> float:

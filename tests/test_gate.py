@@ -244,6 +244,27 @@ def test_recall_may_be_lost_up_to_the_threshold(
     assert found.recalls[0].measured[10] == pytest.approx(1 - num_lost / 100)
 
 
+@pytest.mark.parametrize(
+    ("num_lost", "max_recall_loss", "num_faults"), [(1, 0.01, 0), (2, 0.01, 2), (1, 0.0, 2)]
+)
+def test_of_few_rows_one_may_be_lost(
+    manifest: Manifest, num_lost: int, max_recall_loss: float, num_faults: int
+) -> None:
+    whole = known_sample()
+    assert whole.pixels is not None
+    assert whole.texts is not None
+    sample = known_sample(
+        pixels=whole.pixels[:64], texts=whole.texts[:64], labels=("even", *[None] * 63)
+    )
+    ours = Known(manifest, images=with_lost_images(num_lost))
+    thresholds = dataclasses.replace(LENIENT, max_recall_loss=max_recall_loss)
+    found = gate(ours, Known(manifest), sample, thresholds=thresholds)
+    lost = [fault for fault in found.faults if "recall" in fault]
+    assert len(lost) == num_faults
+    if num_lost == 2:
+        assert lost[0] == "text-to-image recall@10 loses 0.0312, more than 0.015625"
+
+
 def test_recall_that_the_engine_gains_is_no_fault(manifest: Manifest) -> None:
     reference = Known(manifest, images=with_lost_images(30))
     found = gate(Known(manifest), reference, known_sample(), thresholds=LENIENT)
@@ -285,6 +306,10 @@ def test_rows_without_a_label_say_nothing_of_zero_shot_accuracy(manifest: Manife
     found = gate(ours, reference, known_sample(labels=labels), thresholds=LENIENT)
     assert found.top1 is not None
     assert (found.top1.reference, found.top1.measured) == (1, 0.75)
+    assert not any("zero-shot" in fault for fault in found.faults)  # one of four
+    wrong[1] = wrong[2]
+    faults = gate(ours, reference, known_sample(labels=labels), thresholds=LENIENT).faults
+    assert "zero-shot top-1 loses 0.5000, more than 0.25" in faults
     none = known_sample(labels=(None,) * NUM_ROWS)
     assert gate(ours, reference, none, thresholds=LENIENT).top1 is None
 
