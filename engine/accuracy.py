@@ -61,9 +61,9 @@ class Thresholds:
     min_neighbour_overlap: float = 0.93
     """Of ten neighbours; near duplicates change places even at high cosines."""
     max_recall_loss: float = 0.01
-    """Of recall@10 between images and texts, in either direction."""
+    """Of recall@10 between images and texts, in either direction; above 0 at least of one row."""
     max_top1_loss: float = 0.01
-    """Of zero-shot accuracy, where labels are given."""
+    """Of zero-shot accuracy, where labels are given; above 0 at least of one row."""
 
     def __post_init__(self) -> None:
         """Check the bounds."""

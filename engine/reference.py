@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from engine.backends.encoder import TowerEncoder
+from engine.backends.torch_device import full_float32
 from engine.manifest import Manifest
 from engine.model import Model
 
@@ -51,7 +52,7 @@ class _Tower:
 
     def run(self, batches: Iterable[NDArray[Any]]) -> Iterator[NDArray[np.float32]]:
         for batch in batches:
-            with torch.inference_mode():
+            with torch.inference_mode(), full_float32():
                 # Copied, since torch warns of arrays that it could not write to.
                 embeddings = self._tower(torch.tensor(batch, device=self._device))
             result: NDArray[np.float32] = embeddings.cpu().numpy()

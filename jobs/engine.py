@@ -79,11 +79,15 @@ def build_summary(result: BuildResult) -> str:
     lines = [f"engine {manifest.engine_id} of {manifest.checkpoint}"]
     if manifest.quantization is not None:
         lines.append(f"  kept in 16 bit: {manifest.quantization.kept_in_words() or 'no unit'}")
+    judged = {
+        **gate.agreements,
+        **{f"{name} for queries": found for name, found in gate.query_agreements.items()},
+    }
     lines += [
         f"  {name:<6} cosine mean {agreement.cosine_mean:.4f}, 1st percentile "
         f"{agreement.cosine_p1:.4f}, lowest {agreement.cosine_min:.4f}; overlap of ten neighbours "
         f"{agreement.neighbour_overlap:.4f} ({agreement.num_rows} held-out rows)"
-        for name, agreement in gate.agreements.items()
+        for name, agreement in judged.items()
     ]
     lines += [
         f"  {recall.direction} recall@1, 5, 10: "

@@ -137,12 +137,17 @@ def build_engine(config: BuildConfig, *, on_progress: OnProgress) -> BuildResult
         plan_dirs += _plans(engine, registry=registry)
     with ExitStack() as loaded:
         load = partial(load_encoder, backend=backend, registry=registry, num_threads=CPU_THREADS)
-        encoder = _entered(loaded, load(engine))
-        baselines: dict[str, Encoder] = {}
+        # TensorRT alone has a plan of its own for queries.
+        profiles = (BULK, QUERY) if backend == "tensorrt" else (BULK,)
+        encoder, *query_encoder = (
+            _entered(loaded, load(engine, profile=profile)) for profile in profiles
+        )
+        baselines: list[dict[str, Encoder]] = [{}, {}]
         if backend != "onnxruntime" and config.precision == "fp8":
             on_progress("build fp16 to compare with", 0, 0)
             fp16 = load_or_build(checkpoint, registry=registry, precision="fp16")
-            baselines[f"fp16 {backend}"] = _entered(loaded, load(fp16))
+            for profile, by_name in zip(profiles, baselines, strict=False):
+                by_name[f"fp16 {backend}"] = _entered(loaded, load(fp16, profile=profile))
         if config.precision == "fp16":
             # What executes it here may compute in more than 16 bit, and would overflow elsewhere.
             for tower in filter(None, (model.image_tower, model.text_tower)):
@@ -154,9 +159,11 @@ def build_engine(config: BuildConfig, *, on_progress: OnProgress) -> BuildResult
             thresholds=config.thresholds,
             backend=backend,
             device="CPU" if backend == "onnxruntime" else str(machine.architecture),
-            baselines=baselines,
+            baselines=baselines[0],
             batch_sizes=() if backend == "onnxruntime" else GPU_BATCH_SIZES,
             on_progress=on_progress,
+            query_encoder=query_encoder[0] if query_encoder else None,
+            query_baselines=baselines[1],
         )
     manifest = engine.manifest
     kept = add_gate_report(

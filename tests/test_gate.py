@@ -244,6 +244,27 @@ def test_recall_may_be_lost_up_to_the_threshold(
     assert found.recalls[0].measured[10] == pytest.approx(1 - num_lost / 100)
 
 
+@pytest.mark.parametrize(
+    ("num_lost", "max_recall_loss", "num_faults"), [(1, 0.01, 0), (2, 0.01, 2), (1, 0.0, 2)]
+)
+def test_of_few_rows_one_may_be_lost(
+    manifest: Manifest, num_lost: int, max_recall_loss: float, num_faults: int
+) -> None:
+    whole = known_sample()
+    assert whole.pixels is not None
+    assert whole.texts is not None
+    sample = known_sample(
+        pixels=whole.pixels[:64], texts=whole.texts[:64], labels=("even", *[None] * 63)
+    )
+    ours = Known(manifest, images=with_lost_images(num_lost))
+    thresholds = dataclasses.replace(LENIENT, max_recall_loss=max_recall_loss)
+    found = gate(ours, Known(manifest), sample, thresholds=thresholds)
+    lost = [fault for fault in found.faults if "recall" in fault]
+    assert len(lost) == num_faults
+    if num_lost == 2:
+        assert lost[0] == "text-to-image recall@10 loses 0.0312, more than 0.015625"
+
+
 def test_recall_that_the_engine_gains_is_no_fault(manifest: Manifest) -> None:
     reference = Known(manifest, images=with_lost_images(30))
     found = gate(Known(manifest), reference, known_sample(), thresholds=LENIENT)
@@ -285,6 +306,10 @@ def test_rows_without_a_label_say_nothing_of_zero_shot_accuracy(manifest: Manife
     found = gate(ours, reference, known_sample(labels=labels), thresholds=LENIENT)
     assert found.top1 is not None
     assert (found.top1.reference, found.top1.measured) == (1, 0.75)
+    assert not any("zero-shot" in fault for fault in found.faults)  # one of four
+    wrong[1] = wrong[2]
+    faults = gate(ours, reference, known_sample(labels=labels), thresholds=LENIENT).faults
+    assert "zero-shot top-1 loses 0.5000, more than 0.25" in faults
     none = known_sample(labels=(None,) * NUM_ROWS)
     assert gate(ours, reference, none, thresholds=LENIENT).top1 is None
 
@@ -395,3 +420,50 @@ def test_speed_beside_the_baselines(manifest: Manifest) -> None:
         assert 0.001 <= speed.batch_rows / speed.rows_per_second < Slow.seconds
     assert found.memory_bytes == {"fp16 torch": 12_345}
     assert found.passed
+
+
+def test_the_plan_for_queries_is_judged_too(manifest: Manifest) -> None:
+    bulk, wrong = Known(manifest), Known(manifest, images=with_lost_images(2))
+    found = gate(bulk, Known(manifest), known_sample(), query_encoder=wrong)
+    assert found.faults == (
+        "image by the plan for queries: 1st percentile of cosines -1.0000 is below 0.99",
+        "image by the plan for queries: lowest cosine -1.0000 is below 0.9",
+    )
+    assert found.agreements["image"].cosine_min == pytest.approx(1)
+    assert found.query_agreements["image"].cosine_min == pytest.approx(-1)
+    assert found.query_agreements["text"].cosine_min == pytest.approx(1)
+    whole = gate(bulk, Known(manifest), known_sample(), query_encoder=Known(manifest))
+    assert whole.passed
+    assert gate(bulk, Known(manifest), known_sample()).query_agreements == {}
+
+
+class OnCard(Known):
+    """One of several plans on a card."""
+
+    device_memory_bytes = 100
+
+
+def test_few_rows_are_timed_by_the_plan_for_queries(manifest: Manifest) -> None:
+    bulk, query, fp16_bulk, fp16_query = (OnCard(manifest) for _ in range(4))
+    found = gate(
+        bulk,
+        Known(manifest),
+        known_sample(),
+        batch_sizes=(1, 8, 64, 256),
+        baselines={"fp16 onnxruntime": fp16_bulk},
+        query_encoder=query,
+        query_baselines={"fp16 onnxruntime": fp16_query},
+    )
+    assert [speed.batch_rows for speed in found.speeds] == [1, 8, 64, 256] * 4
+    num_timed = 1 + SPEED_REPEATS
+    for for_many, for_few in ((bulk, query), (fp16_bulk, fp16_query)):
+        assert not {("image", 1), ("image", 8), ("text", 1)} & set(for_many.calls)
+        assert not {("image", 256), ("text", 256)} & set(for_few.calls)
+        for batch in (("image", 1), ("text", 8)):
+            assert for_few.calls.count(batch) == num_timed
+        assert for_many.calls.count(("image", 256)) == num_timed
+    assert found.memory_bytes == {
+        name: 100
+        for precision in ("fp8", "fp16")
+        for name in (f"{precision} onnxruntime", f"{precision} onnxruntime, for queries")
+    }

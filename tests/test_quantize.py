@@ -281,7 +281,14 @@ def test_same_input_same_result_said_to_the_caller_alone(
     before = state(demo.original)
     modules = dict(demo.original.named_modules())
     progress: list[tuple[str, int, int]] = []
-    second = demo.quantize(on_progress=lambda *step: progress.append(step))
+    in_tf32: set[bool] = set()
+
+    def on_progress(*step: Any) -> None:
+        progress.append(step)
+        in_tf32.add(torch.backends.cudnn.allow_tf32)
+
+    second = demo.quantize(on_progress=on_progress)
+    assert in_tf32 == {False}
     assert state(second.tower) == state(first.tower)
     assert second.agreement == first.agreement
     assert state(demo.original) == before

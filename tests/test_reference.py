@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from engine.backends.onnx_cpu import OnnxCpuEncoder
 from engine.errors import EngineError
-from engine.manifest import Manifest
+from engine.manifest import Manifest, read_manifest
 from engine.model import Model
 from engine.reference import ROWS_PER_CALL, ReferenceEncoder
 from jobs.demo.run import CHECKPOINT_DIR
@@ -69,3 +69,15 @@ def test_an_image_only_checkpoint_has_no_texts(model: Model, engine_dir: Path) -
     assert encoder.encode_images(np.zeros((2, 64, 64, 3), dtype=np.uint8)).shape == (2, 128)
     with pytest.raises(EngineError, match="has no text tower"):
         encoder.encode_texts(["a red circle"])
+
+
+def test_convolutions_are_in_full_float32(model: Model, engine_dir: Path) -> None:
+    seen: list[bool] = []
+    hook = model.image_tower.register_forward_hook(
+        lambda *_: seen.append(torch.backends.cudnn.allow_tf32)
+    )
+    encoder = reference(model, engine_dir=engine_dir, manifest=read_manifest(engine_dir))
+    encoder.encode_images(np.zeros((1, 64, 64, 3), dtype=np.uint8))
+    hook.remove()
+    assert seen == [False]
+    assert torch.backends.cudnn.allow_tf32

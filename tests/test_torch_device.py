@@ -5,7 +5,7 @@ import subprocess
 import pytest
 import torch
 
-from engine.backends.torch_device import check_capability, find_device, typed_errors
+from engine.backends.torch_device import check_capability, find_device, full_float32, typed_errors
 from engine.errors import DeviceError, DeviceMemoryError
 
 DEVICE = torch.device("cuda", 0)
@@ -40,6 +40,26 @@ def test_no_compiler_for_triton() -> None:
 def test_errors_that_are_not_the_cards_stay_as_they_are() -> None:
     with pytest.raises(RuntimeError, match=r"^Sizes must match$"), typed_errors(DEVICE, max_rows=1):
         raise RuntimeError("Sizes must match")
+
+
+def test_float32_is_full_within_the_block_alone() -> None:
+    assert torch.backends.cudnn.allow_tf32
+    with full_float32():
+        assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.allow_tf32
+    with pytest.raises(KeyError), full_float32():
+        raise KeyError
+    assert torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.gpu
+def test_a_convolution_in_full_float32() -> None:
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv2d(64, 64, 16, stride=16)
+    x = torch.randn(8, 64, 64, 64)
+    with torch.inference_mode(), full_float32():
+        expected, ours = convolution(x), convolution.to(DEVICE)(x.to(DEVICE)).cpu()
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)  # TF32: 3e-4
 
 
 @pytest.mark.gpu

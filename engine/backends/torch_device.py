@@ -81,6 +81,17 @@ def _triton_error() -> type[Exception]:
     return error
 
 
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Within the block, convolutions in float32 are so; by default cuDNN computes them in TF32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def _is_cuda_error(error: RuntimeError) -> bool:
     # cuBLAS and cuDNN failures come as plain RuntimeErrors that say so.
     named = ("CUDA error", "CUBLAS_STATUS", "cuDNN error", "CUDNN_STATUS", "NVRTC", "Triton Error")

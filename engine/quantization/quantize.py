@@ -16,6 +16,7 @@ from typing import Generic
 from torch import Tensor, nn
 
 from engine.accuracy import Agreement, Thresholds, agreement
+from engine.backends.torch_device import full_float32
 from engine.errors import QuantizationError
 from engine.quantization.half_precision import check_weights
 from engine.quantization.sensitivity import UnitCost, unit_costs
@@ -51,6 +52,7 @@ class QuantizedTower(Generic[TowerT]):
     """With the original, on the rows that judged the choice."""
 
 
+@full_float32()
 def quantize_tower(
     tower: TowerT,
     batches: Sequence[Tensor],
