@@ -48,6 +48,14 @@ def calibrated_engines(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(scope="session")
+def demo_build(tmp_path_factory: pytest.TempPathFactory):
+    """The demo checkpoint's fp8 engine, built end to end (`DemoBuild`); tests leave it as it is."""
+    from tests.demo_build import build_demo  # takes seconds, and most tests do without
+
+    return build_demo(tmp_path_factory.mktemp("demo-build"))
+
+
+@pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """Ray on this machine, as a command starts it; one for the whole session."""
     with ray_cluster(None):

@@ -37,6 +37,24 @@ NUM_HELD_OUT = 128
 DEMO_THRESHOLDS = Thresholds(min_neighbour_overlap=0.9)
 BATCH_ROWS = 64
 
+MODALITIES = ("image", "text")
+# Of the demo's graphs: which products are quantized, and which are not.
+NUM_BLOCKS = {"image": 4, "text": 2}
+BLOCK_PRODUCTS = (
+    "attention/MatMul",
+    "attention/MatMul_1",
+    "attention/key/MatMul",
+    "attention/output/MatMul",
+    "attention/query/MatMul",
+    "attention/value/MatMul",
+    "feed_forward/fc1/MatMul",
+    "feed_forward/fc2/MatMul",
+)
+IN_16_BIT = {
+    "image": ("/backbone/patch_embedding/Conv", "/projection/MatMul"),
+    "text": ("/projection/MatMul",),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class DemoTower:

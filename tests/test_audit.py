@@ -13,24 +13,18 @@ from engine.accuracy import row_cosines
 from engine.errors import QuantizationError
 from engine.quantization.audit import Audit, audit_graph, check
 from engine.quantization.units import Unit, replace, units_of
-from tests.quantized import QuantizedDemo, embed, export, in_16_bit, run_onnx
-
-MODALITIES = ("image", "text")
-NUM_BLOCKS = {"image": 4, "text": 2}
-BLOCK_PRODUCTS = (
-    "attention/MatMul",
-    "attention/MatMul_1",
-    "attention/key/MatMul",
-    "attention/output/MatMul",
-    "attention/query/MatMul",
-    "attention/value/MatMul",
-    "feed_forward/fc1/MatMul",
-    "feed_forward/fc2/MatMul",
+from tests.quantized import (
+    BLOCK_PRODUCTS,
+    IN_16_BIT,
+    MODALITIES,
+    NUM_BLOCKS,
+    QuantizedDemo,
+    embed,
+    export,
+    in_16_bit,
+    run_onnx,
 )
-IN_16_BIT = {
-    "image": ("/backbone/patch_embedding/Conv", "/projection/MatMul"),
-    "text": ("/projection/MatMul",),
-}
+
 QUERY = "/backbone/blocks.0/attention/query"
 POINT = "/backbone/blocks.0/feed_forward/fc1_point"
 
