@@ -204,12 +204,12 @@ def run_gate(
             )
         ),
         memory_bytes={
-            name: int(loaded.device_memory_bytes)
+            name: loaded.device_memory_bytes
             for name, loaded in (
                 *named.items(),
                 *((f"{name}, for queries", loaded) for name, loaded in for_queries.items()),
             )
-            if hasattr(loaded, "device_memory_bytes")
+            if loaded.device_memory_bytes
         },
         faults=tuple(faults),
     )

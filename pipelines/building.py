@@ -4,7 +4,7 @@ Knows nothing of the command line, and does all of it on this machine.
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -140,14 +140,15 @@ def build_engine(config: BuildConfig, *, on_progress: OnProgress) -> BuildResult
         # TensorRT alone has a plan of its own for queries.
         profiles = (BULK, QUERY) if backend == "tensorrt" else (BULK,)
         encoder, *query_encoder = (
-            _entered(loaded, load(engine, profile=profile)) for profile in profiles
+            loaded.enter_context(closing(load(engine, profile=profile))) for profile in profiles
         )
         baselines: list[dict[str, Encoder]] = [{}, {}]
         if backend != "onnxruntime" and config.precision == "fp8":
             on_progress("build fp16 to compare with", 0, 0)
             fp16 = load_or_build(checkpoint, registry=registry, precision="fp16")
             for profile, by_name in zip(profiles, baselines, strict=False):
-                by_name[f"fp16 {backend}"] = _entered(loaded, load(fp16, profile=profile))
+                fp16_encoder = loaded.enter_context(closing(load(fp16, profile=profile)))
+                by_name[f"fp16 {backend}"] = fp16_encoder
         if config.precision == "fp16":
             # What executes it here may compute in more than 16 bit, and would overflow elsewhere.
             for tower in filter(None, (model.image_tower, model.text_tower)):
@@ -254,11 +255,3 @@ def _reference(model: Any, engine: Engine, *, device: str) -> Encoder:
     return ReferenceEncoder(
         model, engine_dir=engine.directory, manifest=engine.manifest, device=device
     )
-
-
-def _entered(stack: ExitStack, encoder: Encoder) -> Encoder:
-    """An encoder that gives its device's memory back at the end, if it has any."""
-    close = getattr(encoder, "close", None)
-    if close is not None:
-        stack.callback(close)
-    return encoder
