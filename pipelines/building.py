@@ -3,16 +3,17 @@
 Knows nothing of the command line, and does all of it on this machine.
 """
 
-from collections.abc import Callable
-from contextlib import ExitStack
+import os
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from engine.accuracy import Thresholds
 from engine.backends.choice import (
     FIRST_FP8_ARCHITECTURE,
+    Backend,
+    Machine,
     Wanted,
     choose_backend,
     load_encoder,
@@ -28,6 +29,7 @@ from engine.manifest import Manifest, Precision
 from engine.plans.plan import BULK, QUERY, Flavour, PlanProfile, PlanRecord, read_plan
 from engine.plans.plan_builder import PlanConfig, plan_key
 from engine.plans.plan_registry import obtain_plan
+from engine.progress import OnProgress
 from engine.promotion import promote, promoted
 from engine.registry import Engine, Registry, default_engines_uri
 from engine.sample import MIN_ROWS, Sample
@@ -35,10 +37,10 @@ from pipelines.gate_page import render_gate_page
 from pipelines.json_text import json_text
 from pipelines.sampling import SampleConfig, draw_samples
 
-GPU_BATCH_SIZES = (1, 8, 64, 256)
-CPU_THREADS = 2
+if TYPE_CHECKING:
+    from engine.model import Model
 
-OnProgress = Callable[[str, int, int], None]
+GPU_BATCH_SIZES = (1, 8, 64, 256)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,7 +115,6 @@ def build_engine(config: BuildConfig, *, on_progress: OnProgress) -> BuildResult
     """
     # torch and transformers: heavy, and needed here alone.
     from engine.model import load_model
-    from engine.quantization.half_precision import watched_activations
 
     registry = Registry(config.engines_uri)
     machine = this_machine()
@@ -128,42 +129,29 @@ def build_engine(config: BuildConfig, *, on_progress: OnProgress) -> BuildResult
         on_progress=on_progress,
     )
     device = "cuda" if machine.has_torch else "cpu"
-    engine = _obtain(
-        config, checkpoint, model, registry, calibration, device=device, on_progress=on_progress
-    )
     plan_dirs: list[Path] = []
-    if backend == "tensorrt":
-        on_progress("compile", 0, 0)
-        plan_dirs += _plans(engine, registry=registry)
-    with ExitStack() as loaded:
-        load = partial(load_encoder, backend=backend, registry=registry, num_threads=CPU_THREADS)
-        # TensorRT alone has a plan of its own for queries.
-        profiles = (BULK, QUERY) if backend == "tensorrt" else (BULK,)
-        encoder, *query_encoder = (
-            _entered(loaded, load(engine, profile=profile)) for profile in profiles
+    with _device_errors(device):
+        engine = _obtain(
+            config, checkpoint, model, registry, calibration, device=device, on_progress=on_progress
         )
-        baselines: list[dict[str, Encoder]] = [{}, {}]
+        if backend == "tensorrt":
+            on_progress("compile", 0, 0)
+            plan_dirs += _plans(engine, registry=registry)
+        baseline = None
         if backend != "onnxruntime" and config.precision == "fp8":
             on_progress("build fp16 to compare with", 0, 0)
-            fp16 = load_or_build(checkpoint, registry=registry, precision="fp16")
-            for profile, by_name in zip(profiles, baselines, strict=False):
-                by_name[f"fp16 {backend}"] = _entered(loaded, load(fp16, profile=profile))
-        if config.precision == "fp16":
-            # What executes it here may compute in more than 16 bit, and would overflow elsewhere.
-            for tower in filter(None, (model.image_tower, model.text_tower)):
-                loaded.enter_context(watched_activations(tower))
-        report = run_gate(
-            encoder,
-            _reference(model, engine, device=device),
+            baseline = load_or_build(checkpoint, registry=registry, precision="fp16")
+        report = _judged(
+            config,
+            model,
+            engine,
             held_out,
-            thresholds=config.thresholds,
+            registry=registry,
+            baseline=baseline,
             backend=backend,
-            device="CPU" if backend == "onnxruntime" else str(machine.architecture),
-            baselines=baselines[0],
-            batch_sizes=() if backend == "onnxruntime" else GPU_BATCH_SIZES,
+            machine=machine,
+            device=device,
             on_progress=on_progress,
-            query_encoder=query_encoder[0] if query_encoder else None,
-            query_baselines=baselines[1],
         )
     manifest = engine.manifest
     kept = add_gate_report(
@@ -195,7 +183,7 @@ def build_engine(config: BuildConfig, *, on_progress: OnProgress) -> BuildResult
 def _obtain(
     config: BuildConfig,
     checkpoint: Checkpoint,
-    model: Any,
+    model: "Model",
     registry: Registry,
     calibration: Sample,
     *,
@@ -219,6 +207,71 @@ def _obtain(
             on_progress=on_progress,
         ),
     )
+
+
+def _judged(
+    config: BuildConfig,
+    model: "Model",
+    engine: Engine,
+    held_out: Sample,
+    *,
+    registry: Registry,
+    baseline: Engine | None,
+    backend: Backend,
+    machine: Machine,
+    device: str,
+    on_progress: OnProgress,
+) -> GateReport:
+    from engine.quantization.half_precision import watched_activations
+
+    with ExitStack() as stack:
+
+        def loaded(engine: Engine, profile: PlanProfile) -> Encoder:
+            encoder = load_encoder(
+                engine,
+                backend=backend,
+                registry=registry,
+                num_threads=len(os.sched_getaffinity(0)),
+                profile=profile,
+            )
+            return _entered(stack, encoder)
+
+        has_query_plan = backend == "tensorrt"  # the others take any number of rows
+        baseline_name = f"fp16 {backend}"
+        baselines, query_baselines = {}, {}
+        encoder = loaded(engine, BULK)
+        query_encoder = loaded(engine, QUERY) if has_query_plan else None
+        if baseline is not None:
+            baselines[baseline_name] = loaded(baseline, BULK)
+            if has_query_plan:
+                query_baselines[baseline_name] = loaded(baseline, QUERY)
+        if config.precision == "fp16":
+            # What executes it here may compute in more than 16 bit, and would overflow elsewhere.
+            for tower in filter(None, (model.image_tower, model.text_tower)):
+                stack.enter_context(watched_activations(tower))
+        return run_gate(
+            encoder,
+            _reference(model, engine, device=device),
+            held_out,
+            thresholds=config.thresholds,
+            backend=backend,
+            device="CPU" if backend == "onnxruntime" else str(machine.architecture),
+            baselines=baselines,
+            batch_sizes=() if backend == "onnxruntime" else GPU_BATCH_SIZES,
+            on_progress=on_progress,
+            query_encoder=query_encoder,
+            query_baselines=query_baselines,
+        )
+
+
+def _device_errors(device: str) -> AbstractContextManager[None]:
+    if device == "cpu":
+        return nullcontext()
+    import torch
+
+    from engine.backends.torch_device import typed_errors
+
+    return typed_errors(torch.device(device, torch.cuda.current_device()))
 
 
 def _check_architectures(config: BuildConfig) -> None:
@@ -248,7 +301,7 @@ def _plans(
     ]
 
 
-def _reference(model: Any, engine: Engine, *, device: str) -> Encoder:
+def _reference(model: "Model", engine: Engine, *, device: str) -> Encoder:
     from engine.reference import ReferenceEncoder
 
     return ReferenceEncoder(
