@@ -61,6 +61,7 @@ def load_or_build(
 
     Raises:
         CheckpointError: The checkpoint cannot be built from.
+        QuantizationError: It holds weights that 16 bit cannot hold.
         EngineError: The registry cannot be read or written.
     """
     build = partial(build_unquantized, checkpoint, precision=precision)
@@ -74,6 +75,7 @@ def build_unquantized(
 
     Raises:
         CheckpointError: The checkpoint cannot be built from.
+        QuantizationError: It holds weights that 16 bit cannot hold.
     """
     # torch and transformers are needed to build an engine, not to find or run one.
     from engine.model import load_model

@@ -28,9 +28,10 @@ from engine.manifest import (
     TextInput,
 )
 from engine.model import Model
+from engine.progress import OnProgress
 from engine.quantization.audit import Audit, audit_graph, check
 from engine.quantization.quantize import QuantizedTower, quantize_tower
-from engine.quantization.simulation import OnProgress, TowerT
+from engine.quantization.simulation import TowerT
 from engine.sample import Sample
 from engine.tokenization import Tokenizer
 

@@ -25,6 +25,7 @@ from engine.accuracy import (
 )
 from engine.backends.encoder import Encoder
 from engine.plans.plan import QUERY
+from engine.progress import OnProgress
 from engine.sample import Sample
 
 # Of zero-shot classification, as in Radford et al. 2021 (arXiv 2103.00020), section 3.1.4.
@@ -124,7 +125,7 @@ def run_gate(
     device: str,
     baselines: Mapping[str, Encoder],
     batch_sizes: Sequence[int],
-    on_progress: Callable[[str, int, int], None],
+    on_progress: OnProgress,
     query_encoder: Encoder | None = None,
     query_baselines: Mapping[str, Encoder] = MappingProxyType({}),
 ) -> GateReport:
@@ -230,7 +231,7 @@ def _embeddings(
     sample: Sample,
     *,
     stage: str,
-    on_progress: Callable[[str, int, int], None],
+    on_progress: OnProgress,
 ) -> dict[str, Embeddings]:
     embeddings = {}
     for name, (encode, rows) in _inputs(encoder, sample).items():

@@ -5,7 +5,7 @@ Knows nothing of how the counts come about.
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -22,6 +22,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from engine.progress import OnProgress
 from pipelines.ledger import Counts
 from pipelines.progress import STAGES
 from pipelines.progress import Progress as RunProgress
@@ -56,7 +57,7 @@ def shown_progress() -> Iterator[ProgressSink]:
 
 
 @contextmanager
-def shown_steps() -> Iterator[Callable[[str, int, int], None]]:
+def shown_steps() -> Iterator[OnProgress]:
     """Show stages and their steps on stderr for the length of a block.
 
     Yields:

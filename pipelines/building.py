@@ -3,42 +3,38 @@
 Knows nothing of the command line, and does all of it on this machine.
 """
 
-from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from engine.accuracy import Thresholds
 from engine.backends.choice import (
     FIRST_FP8_ARCHITECTURE,
     Wanted,
     choose_backend,
-    load_encoder,
     this_machine,
 )
-from engine.backends.encoder import Encoder
 from engine.build import load_or_build
 from engine.checkpoint import Checkpoint, find_checkpoint
 from engine.errors import PlanError
-from engine.gate import GateReport, run_gate
+from engine.gate import GateReport
 from engine.gate_reports import add_gate_report
 from engine.manifest import Manifest, Precision
 from engine.plans.plan import BULK, QUERY, Flavour, PlanProfile, PlanRecord, read_plan
 from engine.plans.plan_builder import PlanConfig, plan_key
 from engine.plans.plan_registry import obtain_plan
+from engine.progress import OnProgress
 from engine.promotion import promote, promoted
 from engine.registry import Engine, Registry, default_engines_uri
 from engine.sample import MIN_ROWS, Sample
 from pipelines.gate_page import render_gate_page
 from pipelines.json_text import json_text
+from pipelines.judging import judge
 from pipelines.sampling import SampleConfig, draw_samples
 
-GPU_BATCH_SIZES = (1, 8, 64, 256)
-CPU_THREADS = 2
-
-OnProgress = Callable[[str, int, int], None]
+if TYPE_CHECKING:
+    from engine.model import Model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,7 +109,6 @@ def build_engine(config: BuildConfig, *, on_progress: OnProgress) -> BuildResult
     """
     # torch and transformers: heavy, and needed here alone.
     from engine.model import load_model
-    from engine.quantization.half_precision import watched_activations
 
     registry = Registry(config.engines_uri)
     machine = this_machine()
@@ -128,43 +123,29 @@ def build_engine(config: BuildConfig, *, on_progress: OnProgress) -> BuildResult
         on_progress=on_progress,
     )
     device = "cuda" if machine.has_torch else "cpu"
-    engine = _obtain(
-        config, checkpoint, model, registry, calibration, device=device, on_progress=on_progress
-    )
     plan_dirs: list[Path] = []
-    if backend == "tensorrt":
-        on_progress("compile", 0, 0)
-        plan_dirs += _plans(engine, registry=registry)
-    with ExitStack() as loaded:
-        load = partial(load_encoder, backend=backend, registry=registry, num_threads=CPU_THREADS)
-        # TensorRT alone has a plan of its own for queries.
-        profiles = (BULK, QUERY) if backend == "tensorrt" else (BULK,)
-        encoder, *query_encoder = (
-            loaded.enter_context(closing(load(engine, profile=profile))) for profile in profiles
+    with _device_errors(device):
+        engine = _obtain(
+            config, checkpoint, model, registry, calibration, device=device, on_progress=on_progress
         )
-        baselines: list[dict[str, Encoder]] = [{}, {}]
+        if backend == "tensorrt":
+            on_progress("compile", 0, 0)
+            plan_dirs += _plans(engine, registry=registry)
+        baseline = None
         if backend != "onnxruntime" and config.precision == "fp8":
             on_progress("build fp16 to compare with", 0, 0)
-            fp16 = load_or_build(checkpoint, registry=registry, precision="fp16")
-            for profile, by_name in zip(profiles, baselines, strict=False):
-                fp16_encoder = loaded.enter_context(closing(load(fp16, profile=profile)))
-                by_name[f"fp16 {backend}"] = fp16_encoder
-        if config.precision == "fp16":
-            # What executes it here may compute in more than 16 bit, and would overflow elsewhere.
-            for tower in filter(None, (model.image_tower, model.text_tower)):
-                loaded.enter_context(watched_activations(tower))
-        report = run_gate(
-            encoder,
-            _reference(model, engine, device=device),
-            held_out,
+            baseline = load_or_build(checkpoint, registry=registry, precision="fp16")
+        report = judge(
+            engine,
+            model=model,
+            held_out=held_out,
             thresholds=config.thresholds,
+            registry=registry,
+            baseline=baseline,
             backend=backend,
-            device="CPU" if backend == "onnxruntime" else str(machine.architecture),
-            baselines=baselines[0],
-            batch_sizes=() if backend == "onnxruntime" else GPU_BATCH_SIZES,
+            machine=machine,
+            device=device,
             on_progress=on_progress,
-            query_encoder=query_encoder[0] if query_encoder else None,
-            query_baselines=baselines[1],
         )
     manifest = engine.manifest
     kept = add_gate_report(
@@ -196,7 +177,7 @@ def build_engine(config: BuildConfig, *, on_progress: OnProgress) -> BuildResult
 def _obtain(
     config: BuildConfig,
     checkpoint: Checkpoint,
-    model: Any,
+    model: "Model",
     registry: Registry,
     calibration: Sample,
     *,
@@ -220,6 +201,16 @@ def _obtain(
             on_progress=on_progress,
         ),
     )
+
+
+def _device_errors(device: str) -> AbstractContextManager[None]:
+    if device == "cpu":
+        return nullcontext()
+    import torch
+
+    from engine.backends.torch_device import typed_errors
+
+    return typed_errors(torch.device(device, torch.cuda.current_device()))
 
 
 def _check_architectures(config: BuildConfig) -> None:
@@ -247,11 +238,3 @@ def _plans(
         )
         for profile in profiles
     ]
-
-
-def _reference(model: Any, engine: Engine, *, device: str) -> Encoder:
-    from engine.reference import ReferenceEncoder
-
-    return ReferenceEncoder(
-        model, engine_dir=engine.directory, manifest=engine.manifest, device=device
-    )

@@ -3,7 +3,7 @@
 Knows nothing of engines but the pixels that they take.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, count
 from typing import Any
@@ -13,6 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from engine.preprocess import Preprocessing
+from engine.progress import OnProgress
 from engine.sample import Sample
 from pipelines import schema
 from pipelines.catalog import Catalog, CatalogConfig, open_catalog
@@ -64,7 +65,7 @@ def draw_samples(
     *,
     preprocessing: Preprocessing,
     modalities: Sequence[Modality],
-    on_progress: Callable[[str, int, int], None],
+    on_progress: OnProgress,
 ) -> tuple[Sample, Sample]:
     """Draw, read and decode rows that have everything the engine takes.
 

@@ -26,8 +26,8 @@ from engine.manifest import (
 )
 from engine.model import Model, load_model
 from engine.preprocess import decode_pixels
+from engine.progress import OnProgress
 from engine.quantization.quantize import MIN_ROWS, QuantizedTower, quantize_tower
-from engine.quantization.simulation import OnProgress
 from engine.towers import ImageTower, TextTower, Tower
 from jobs.demo.catalog import sample_rows
 from jobs.demo.run import CHECKPOINT_DIR

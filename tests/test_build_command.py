@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from engine import build_fp8
 from engine.accuracy import Agreement, Thresholds
+from engine.backends.choice import Machine
 from engine.build_fp8 import fp8_engine_id
 from engine.checkpoint import find_checkpoint
-from engine.errors import PlanError, QuantizationError
+from engine.errors import DeviceMemoryError, PlanError, QuantizationError
 from engine.gate_reports import last_gate
 from engine.model import load_model
 from engine.promotion import promoted
@@ -196,6 +198,22 @@ def test_activations_that_16_bit_does_not_hold_are_found_on_a_cpu(
         assert text in str(caught.value)
     registry = Registry(settings["engines_uri"])
     assert promoted(registry, find_checkpoint(str(folder)).digest) is None
+
+
+def test_a_card_that_is_too_small_to_build_on_is_named(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def obtain(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    card = Machine(architecture="sm_90", tensorrt=None, has_torch=True)
+    monkeypatch.setattr(building, "this_machine", lambda: card)
+    monkeypatch.setattr(building, "_obtain", obtain)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**29, 2**33))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Card")
+    with pytest.raises(DeviceMemoryError, match=r"GPU 0 \(Card\) .* or use a larger card"):
+        built(**settings)
 
 
 class FarEnoughError(Exception):

@@ -167,6 +167,8 @@ def test_a_sabotaged_scale_is_caught(
 class Known:
     """An encoder that knows the embedding of each row: images by their first byte."""
 
+    device_memory_bytes = 0
+
     def __init__(
         self,
         manifest: Manifest,

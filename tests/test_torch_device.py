@@ -52,6 +52,24 @@ def test_float32_is_full_within_the_block_alone() -> None:
     assert torch.backends.cudnn.allow_tf32
 
 
+@pytest.mark.parametrize(
+    ("max_rows", "way_out"),
+    [
+        (7, "for batches of 7 rows: use smaller batches, or stop what else runs on it"),
+        (None, "too little: stop what else runs on it, or use a larger card"),
+    ],
+)
+def test_out_of_memory_has_a_way_out(
+    monkeypatch: pytest.MonkeyPatch, max_rows: int | None, way_out: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**29, 2**33))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Card")
+    with pytest.raises(DeviceMemoryError) as caught, typed_errors(DEVICE, max_rows=max_rows):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert str(caught.value).startswith("GPU 0 (Card) has 0.5 of 8.0 GiB free, too little")
+    assert str(caught.value).endswith(way_out)
+
+
 @pytest.mark.gpu
 def test_a_convolution_in_full_float32() -> None:
     torch.manual_seed(0)

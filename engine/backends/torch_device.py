@@ -37,15 +37,26 @@ def check_capability(capability: tuple[int, int], *, precision: Precision) -> No
 
 
 @contextmanager
-def typed_errors(device: torch.device, *, max_rows: int) -> Iterator[None]:
-    """Raise what CUDA and Triton fail with as DeviceError or DeviceMemoryError."""
+def typed_errors(device: torch.device, *, max_rows: int | None = None) -> Iterator[None]:
+    """Raise what CUDA and Triton fail with as DeviceError or DeviceMemoryError.
+
+    Args:
+        device: The card.
+        max_rows: Of a batch, where the caller could choose smaller ones.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
         free, total = torch.cuda.mem_get_info(device)
+        short = ": stop what else runs on it, or use a larger card"
+        if max_rows is not None:
+            short = (
+                f" for batches of {max_rows} rows: use smaller batches, or stop what else runs on "
+                "it"
+            )
         raise DeviceMemoryError(
-            f"{_name(device)} has {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, too little "
-            f"for batches of {max_rows} rows: use smaller batches, or stop what else runs on it"
+            f"{_name(device)} has {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, too little"
+            f"{short}"
         ) from error
     except (RuntimeError, _triton_error()) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from engine.accuracy import Agreement, Thresholds, agreement
 from engine.backends.torch_device import full_float32
 from engine.errors import QuantizationError
+from engine.progress import OnProgress
 from engine.quantization.half_precision import check_weights
 from engine.quantization.sensitivity import UnitCost, unit_costs
-from engine.quantization.simulation import OnProgress, Simulation, TowerT, embed
+from engine.quantization.simulation import Simulation, TowerT, embed
 from engine.quantization.units import Unit, units_of
 from engine.sample import MIN_ROWS
 

@@ -6,7 +6,7 @@ Knows nothing of which units should be quantized.
 import copy
 import io
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from engine.accuracy import Embeddings
 from engine.errors import QuantizationError
+from engine.progress import OnProgress
 from engine.quantization.fp8 import (
     FP8_MAX,
     PROBABILITIES_SCALE,
@@ -50,7 +51,6 @@ MODELOPT_CONFIG = {
     "algorithm": None,  # calibrated apart
 }
 
-OnProgress = Callable[[str, int, int], None]
 TowerT = TypeVar("TowerT", bound=Tower)
 
 
