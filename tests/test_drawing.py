@@ -64,7 +64,8 @@ def drawn(draw: Callable[[Axes], None] = line, *, name: str = "rate") -> str:
 
 def test_same_numbers_same_bytes() -> None:
     first = drawn()
-    with matplotlib.rc_context({"font.size": 30, "svg.hashsalt": None, "svg.fonttype": "path"}):
+    others = {"lines.linewidth": 9, "font.size": 30, "svg.hashsalt": None, "svg.fonttype": "path"}
+    with matplotlib.rc_context(others):
         assert drawn() == first
     assert drawn(line_and_mark) != first
 
