@@ -11,6 +11,8 @@ import torch
 if not torch.cuda.is_available():
     # Triton reads it as it is imported: kernels then run on the CPU, in its interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
+    # Small towers gain nothing by more; beside other programs, threads wait for each other's cores.
+    torch.set_num_threads(1)
 
 from jobs.cluster import ray_cluster
 from jobs.demo.run import CHECKPOINT_DIR

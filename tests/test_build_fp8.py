@@ -1,10 +1,12 @@
 """Fp8 engines as folders of files: what they are called, what they hold, and what is said of it."""
 
 import dataclasses
+import gc
 import json
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
-from engine.accuracy import Thresholds, agreement, row_cosines
+from engine import build_fp8 as module
+from engine.accuracy import Agreement, Thresholds, agreement, row_cosines
 from engine.backends.onnx_cpu import OnnxCpuEncoder
 from engine.build_fp8 import build_fp8, fp8_engine_id
 from engine.checkpoint import Checkpoint, find_checkpoint
@@ -21,6 +25,7 @@ from engine.errors import QuantizationError
 from engine.manifest import FP8_RECIPE, Manifest, read_manifest
 from engine.model import Model, load_model
 from engine.quantization.audit import audit_graph
+from engine.quantization.quantize import QuantizedTower
 from engine.quantization.units import units_of
 from engine.reference import ReferenceEncoder
 from engine.sample import Sample
@@ -362,3 +367,68 @@ def test_a_sample_without_what_a_tower_takes(
         )
     assert steps == []  # before any work is done
     assert not (tmp_path / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "is_another"),
+    [
+        ({"max_recall_loss": 0.5}, False),
+        ({"max_top1_loss": 0.5}, False),
+        ({"min_cosine_p1": 0.5}, True),
+        ({"min_cosine_min": 0.5}, True),
+        ({"min_neighbour_overlap": 0.5}, True),
+    ],
+)
+def test_thresholds_of_the_gate_alone_ask_for_no_other_engine(
+    checkpoint: Checkpoint, change: dict[str, float], is_another: bool
+) -> None:
+    sample = Sample(uri="catalog", pixels=np.zeros((1, 2, 2, 3), dtype=np.uint8), texts=("a",))
+    usual, changed = (
+        fp8_engine_id(checkpoint, sample=sample, thresholds=thresholds)
+        for thresholds in (Thresholds(), Thresholds(**change))
+    )
+    assert (changed != usual) == is_another
+
+
+class FarEnoughError(Exception):
+    """Nothing after this is of interest."""
+
+
+def test_simulations_are_let_go_before_the_towers_are_written(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simulations: list[weakref.ref[nn.Module]] = []
+
+    def quantize_tower(tower: nn.Module, *arguments: object, **others: object) -> Any:
+        simulation = nn.Linear(1, 1)
+        simulations.append(weakref.ref(simulation))
+        return QuantizedTower(
+            tower=tower,
+            fake_quantized=simulation,
+            quantized=(),
+            kept=(),
+            costs=(),
+            agreement=Agreement(
+                num_rows=1, cosine_mean=1, cosine_p1=1, cosine_min=1, neighbour_overlap=1
+            ),
+        )
+
+    def write_towers(*arguments: object, **others: object) -> None:
+        gc.collect()
+        assert [simulation() for simulation in simulations] == [None, None]
+        raise FarEnoughError
+
+    monkeypatch.setattr(module, "quantize_tower", quantize_tower)
+    monkeypatch.setattr(module, "write_towers", write_towers)
+    with pytest.raises(FarEnoughError):
+        build_fp8(
+            checkpoint,
+            load_model(checkpoint),
+            tmp_path,
+            sample=Sample(
+                uri="catalog", pixels=np.zeros((1, 64, 64, 3), dtype=np.uint8), texts=("a",)
+            ),
+            thresholds=Thresholds(),
+            device="cpu",
+            on_progress=lambda stage, done, total: None,
+        )
