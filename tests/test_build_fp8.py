@@ -141,10 +141,6 @@ def test_an_id_covers_all_that_makes_the_weights(checkpoint: Checkpoint, tmp_pat
         {"sample": sample(pixels=None)},
         {"sample": sample(texts=("ab", "c"))},
         {"sample": sample(texts=None)},
-        *(
-            {"thresholds": Thresholds(**{field.name: 0.5})}
-            for field in dataclasses.fields(Thresholds)
-        ),
     ]
     ids = [fp8_engine_id(checkpoint, **{**usual, **change}) for change in changes]
     ids.append(fp8_engine_id(other, **usual))
@@ -332,7 +328,7 @@ def test_progress_counts_batches_and_units(planted: Planted) -> None:
     stages = list(dict.fromkeys(stage for stage, _, _ in planted.steps))
     assert stages[:3] == ["image: calibrate", "image: round", "image: judge"]
     assert stages[3:7] == ["text: calibrate", "text: round", "text: judge", "text: rank"]
-    assert stages[-2:] == ["text: judge with 2 of 10 units in 16 bit", "export"]
+    assert stages[-2:] == ["text: judge with 1 of 10 units in 16 bit", "export"]
     assert steps_of(planted.steps, "export") == [(0, 1), (1, 1)]
 
 

@@ -116,7 +116,6 @@ def test_a_build_shows_its_steps_on_stderr(calibrated_engines: CalibratedEngines
             *(f"image: {stage}" for stage in ("calibrate", "round", "judge")),
             *(f"text: {stage}" for stage in ("calibrate", "round", "judge")),
             "export",
-            "compile",
             *(f"engine: {name}" for name in ("image", "text")),
             *(f"reference: {name}" for name in ("image", "text")),
         ]
@@ -124,7 +123,7 @@ def test_a_build_shows_its_steps_on_stderr(calibrated_engines: CalibratedEngines
 
 def test_a_build_as_json(calibrated_engines: CalibratedEngines) -> None:
     made = calibrated_engines.second.json
-    assert made.keys() == {"manifest", "gate", "report_path", "plan_paths", "is_promoted"}
+    assert made.keys() == {"manifest", "gate", "report_path", "plan_paths", "plans", "is_promoted"}
     assert made["is_promoted"] is True
     assert made["plan_paths"] == []
     assert made["gate"]["faults"] == []
@@ -185,10 +184,9 @@ def test_plans_for_cards_that_are_not_there(
     done = calibrated_engines.build(registry.local.directory, *options)
     assert done.code == 0
     engine_id = done.out.split()[1]
-    paths = [line for line in done.out.splitlines() if line.startswith("  plan ")]
-    assert [path.rpartition("-")[2] for path in paths] == ["bulk256", "query8"]
-    assert all(f"{engine_id}/plans/tensorrt_rtx-" in path for path in paths)
-    assert all((Path(path.removeprefix("  plan ")) / "plan.json").exists() for path in paths)
+    plan_ids = re.findall(r"^  plan (\S+): image without FP8; text without FP8$", done.out, re.M)
+    assert [plan_id.rpartition("-")[2] for plan_id in plan_ids] == ["bulk256", "query8"]
+    assert registry.plan_ids(engine_id) == plan_ids
     unknown = calibrated_engines.build(
         registry.local.directory, "--precision", "fp16", "--plans-for", "sm_90"
     )
@@ -236,7 +234,7 @@ def test_a_gate_that_fails_is_exit_1_with_the_faults_and_the_report(
         (("--backend", "cuda"), "invalid choice: 'cuda'"),
         (("--min-cosine-p1", "2"), "min_cosine_p1=2.0: expected 0 to 1"),
         (("--held-out", "3"), "num_held_out=3: expected at least 64"),
-        (("--rows", "0"), "num_rows=0: expected at least 1"),
+        (("--rows", "100"), "num_rows=100 (--rows): expected at least 512 to calibrate fp8 with"),
         (("--surprise", "1"), "unrecognized arguments: --surprise"),
     ],
 )
@@ -268,7 +266,6 @@ def test_what_is_missing_is_exit_2(missing: str) -> None:
         (("--checkpoint", "/nowhere"), "checkpoint '/nowhere': no such folder"),
         (("--calibrate", "/nowhere"), "/nowhere"),
         (("--rows", "5000"), "Name a larger catalog, or one with fewer rejects"),
-        (("--rows", "100"), "100 rows to calibrate with; at least 512 are needed"),
         (("--image-column", "none"), "which is calibrated too; name the column with --image-col"),
         (("--label-column", "colour"), "colour"),
         (("--backend", "tensorrt"), "needs a GPU, and there is none: use --backend auto"),
@@ -360,9 +357,10 @@ def test_one_engine_in_full(calibrated_engines: CalibratedEngines) -> None:
 
 
 def test_an_engine_that_was_never_judged(three: Registry) -> None:
-    facts = table(clipmill_engine("show", FP8_ID, "--engines", three.uri).out)
+    shown = clipmill_engine("show", FP8_ID, "--engines", three.uri).out
+    facts = table(shown)
     assert (facts["gate"], facts["promoted"]) == ("never judged", "no")
-    assert facts["plans"] == PLAN_ID
+    assert f"\nplan {PLAN_ID}: damaged, or of a newer Clipmill\n" in shown
     assert not {"calibrated with", "promotions"} & facts.keys()
 
 
@@ -402,8 +400,8 @@ def test_an_engine_without_a_gate_is_not_promoted(
 ) -> None:
     done = clipmill_engine("promote", FP8_ID, "--engines", three.uri)
     assert done.code == 1
-    assert f"engine {FP8_ID} was never compared with fp32 and cannot be promoted" in done.err
-    assert "`clipmill engine build` compares" in done.err
+    assert f"engine {FP8_ID} was never compared with fp32, so it is neither promoted" in done.err
+    assert "Compare it again with `clipmill engine build`" in done.err
     assert promoted(three, calibrated_engines.digest) is None
 
 

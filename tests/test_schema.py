@@ -22,6 +22,7 @@ def test_reasons_are_a_closed_set_that_changes_only_on_purpose():
         "empty_text",
         "text_too_long",
         "invalid_text",
+        "not_encodable",
     } == REASONS
 
 
