@@ -50,8 +50,8 @@ class Recall:
 class Thresholds:
     """How close embeddings must be to those of the reference.
 
-    The defaults let through what retrieval does not notice: at a 1st percentile of 0.99, the error
-    of the worst images is that of a JPEG saved once more at quality 90.
+    The defaults let through what retrieval does not notice: an engine of CLIP ViT-B/16 that just
+    passes them finds the captions of 800 photos as often as the reference does (see README).
     """
 
     min_cosine_p1: float = 0.99

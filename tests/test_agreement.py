@@ -76,9 +76,6 @@ def test_embeddings_are_those_of_transformers(
 
 
 def test_embeddings_with_the_tokenizer_of_siglip(tmp_path: Path, catalog_dir: Path, capsys) -> None:
-    pytest.importorskip(
-        "sentencepiece", reason="sentencepiece, which SiglipTokenizer runs on, is not installed"
-    )
     image, text = measured(save_siglip(tmp_path), catalog_dir, capsys)
     assert min(image["minimum"], text["minimum"]) >= 0.999999
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+import sentencepiece
+from transformers import PreTrainedTokenizerBase, SiglipTokenizer
 from transformers.convert_slow_tokenizer import import_protobuf
 
 from engine.errors import CheckpointError
@@ -92,11 +93,6 @@ def test_known_ids(folder: Path, text: str) -> None:
 
 @pytest.mark.parametrize("settings", [{}, {"do_lower_case": False}], ids=str)
 def test_ids_are_those_of_transformers(tmp_path: Path, settings: dict[str, Any]) -> None:
-    sentencepiece = pytest.importorskip(
-        "sentencepiece", reason="sentencepiece, which SiglipTokenizer runs on, is not installed"
-    )
-    from transformers import SiglipTokenizer
-
     words = [text for text in KNOWN if text.isascii()] + [
         "\u03bf\u03b4\u03cc\u03c2",
         "\u8d64\u3044",
