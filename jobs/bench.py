@@ -1,75 +1,79 @@
-"""`clipmill bench`: measures the pipeline, the answers of a store, or the fidelity of an engine.
+"""`clipmill bench`: measures encoders, the pipeline, the answers of a store, or fidelity.
 
-Knows nothing of how to make either faster.
+Knows nothing of how to make any of it faster or better.
 """
 
-import json
-import shutil
-import subprocess
 import sys
-import tempfile
-import threading
-import time
-from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import psutil
-
-from engine.errors import ClipmillError
+from engine.backends.choice import WANTED
 from engine.registry import default_engines_uri
 from jobs.command import CommandParser, print_result, run
-from jobs.demo.catalog import sample_rows, write_catalog
 from jobs.demo.run import CHECKPOINT_DIR
-from pipelines.retrieval import pair_recall, recall_line
-
-SAMPLE_SECONDS = 0.5
-NUM_SCENES = 1_000  # distinct ones; beyond, they come again under other keys
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PipelineFigures:
-    """One size of catalog."""
-
-    num_rows: int
-    """Rows, each an image and a text."""
-    seconds: float
-    """The whole command, Ray's start included."""
-    rows_per_second: float
-    """Images and texts encoded in a second of the stages' time."""
-    peak_memory_bytes: int
-    """Of all processes together: proportional set size, so that shared pages count once."""
+from jobs.progress import shown_steps
+from pipelines.engines import EngineChoice
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if words else 2
+    name, *options = words
+    if name not in BENCHES:
+        raise ValueError(f"bench {name!r}: expected one of {', '.join(BENCHES)}")
+    measure, _ = BENCHES[name]
+    return measure(options)
+
+
+def _encode(argv: Sequence[str]) -> int:
+    # torch and transformers are heavy; other benches do without.
+    from jobs.benches.encode import BATCH_SIZES, EncodeConfig, measure_encode
+    from jobs.benches.encode_figures import encode_lines
+    from jobs.benches.encode_page import render_encode_page
+
     parser = CommandParser(
-        "bench",
-        description="pipeline: speed and memory over catalog sizes. query: recall of the pairs "
-        "of a store. agreement: cosine of an engine's embeddings to transformers' own.",
+        "bench encode", description="Speed of an engine over batch sizes, beside transformers."
     )
-    parser.add_argument("what", choices=sorted(BENCHES))
-    parser.add_argument(
-        "--rows",
-        type=int,
-        nargs="+",
-        default=[5_000, 50_000],
-        help="pipeline: catalog sizes; agreement: rows compared",
-    )
-    parser.add_argument("--checkpoint", default=str(CHECKPOINT_DIR), metavar="ID_OR_DIR")
-    parser.add_argument("--catalog", metavar="URI", help="agreement: images and texts")
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--checkpoint", metavar="ID_OR_DIR", help="its promoted engine, or fp32")
+    model.add_argument("--engine", metavar="ID", help="one engine, by its id")
     parser.add_argument("--engines", default=default_engines_uri(), metavar="URI")
-    parser.add_argument("--store", metavar="URI", help="query: an indexed store of pairs")
-    parser.add_argument("-k", type=int, nargs="+", default=[1, 5, 10], help="query: cut-offs")
+    parser.add_argument("--backend", default="auto", choices=WANTED)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=list(BATCH_SIZES))
+    parser.add_argument("--seconds", type=float, default=2.0, help="of calls of each batch size")
+    parser.add_argument("--page", metavar="FILE", help="write plots there, as one HTML page")
     options = parser.parse_options(argv)
-    figures, lines = BENCHES[options.what](options)
+    checkpoint = options.checkpoint or (None if options.engine else str(CHECKPOINT_DIR))
+    config = EncodeConfig(
+        engine=EngineChoice(
+            checkpoint=checkpoint,
+            engine_id=options.engine,
+            backend=options.backend,
+            engines_uri=options.engines,
+        ),
+        batch_sizes=tuple(options.batch_sizes),
+        seconds=options.seconds,
+    )
+    with shown_steps() as on_progress:
+        figures = measure_encode(config, on_progress=on_progress)
+    lines = encode_lines(figures)
+    if options.page:
+        Path(options.page).write_text(render_encode_page(figures), encoding="utf-8")
+        lines.append(f"plots: {options.page}")
     print_result(figures, as_json=options.json, text="\n".join(lines))
     return 0
 
 
-def _pipeline(options: Namespace) -> tuple[Any, list[str]]:
+def _pipeline(argv: Sequence[str]) -> int:
+    from jobs.benches.pipeline import measure_pipeline
+
+    parser = CommandParser("bench pipeline", description="Speed and memory over catalog sizes.")
+    parser.add_argument("--rows", type=int, nargs="+", default=[5_000, 50_000])
+    parser.add_argument("--checkpoint", default=str(CHECKPOINT_DIR), metavar="ID_OR_DIR")
+    options = parser.parse_options(argv)
     figures = [measure_pipeline(rows, checkpoint=options.checkpoint) for rows in options.rows]
     head = "     rows   seconds   rows/s encoded   peak memory MiB"
     lines = [
@@ -77,94 +81,57 @@ def _pipeline(options: Namespace) -> tuple[Any, list[str]]:
         f"{figure.peak_memory_bytes / 2**20:>17,.0f}"
         for figure in figures
     ]
-    return figures, [head, *lines]
+    print_result(figures, as_json=options.json, text="\n".join([head, *lines]))
+    return 0
 
 
-def _query(options: Namespace) -> tuple[Any, list[str]]:
-    if options.store is None:
-        raise ValueError("bench query needs --store")
+def _query(argv: Sequence[str]) -> int:
+    from pipelines.retrieval import pair_recall, recall_line
+
+    parser = CommandParser("bench query", description="Recall of the pairs of a store.")
+    parser.add_argument("--store", required=True, metavar="URI", help="an indexed store of pairs")
+    parser.add_argument("-k", type=int, nargs="+", default=[1, 5, 10], help="cut-offs")
+    options = parser.parse_options(argv)
     recalls = pair_recall(options.store, ks=options.k)
-    return recalls, [recall_line(recall) for recall in recalls]
+    text = "\n".join(map(recall_line, recalls))
+    print_result(recalls, as_json=options.json, text=text)
+    return 0
 
 
-def _agreement(options: Namespace) -> tuple[Any, list[str]]:
-    # transformers and torch are heavy; only this needs them.
-    from jobs.agreement import agreement_line, measure_agreement
+def _agreement(argv: Sequence[str]) -> int:
+    from jobs.benches.agreement import agreement_line, measure_agreement
 
-    if options.catalog is None:
-        raise ValueError("bench agreement needs --catalog")
+    parser = CommandParser(
+        "bench agreement", description="Cosine of an fp32 engine's embeddings to transformers' own."
+    )
+    parser.add_argument("--catalog", required=True, metavar="URI", help="images and texts")
+    parser.add_argument("--rows", type=int, default=200, help="compared")
+    parser.add_argument("--checkpoint", default=str(CHECKPOINT_DIR), metavar="ID_OR_DIR")
+    parser.add_argument("--engines", default=default_engines_uri(), metavar="URI")
+    options = parser.parse_options(argv)
     agreements = measure_agreement(
         options.checkpoint,
         catalog_uri=options.catalog,
-        num_rows=options.rows[0],
+        num_rows=options.rows,
         engines_uri=options.engines,
     )
-    return agreements, [agreement_line(agreement) for agreement in agreements]
+    text = "\n".join(map(agreement_line, agreements))
+    print_result(agreements, as_json=options.json, text=text)
+    return 0
 
 
-BENCHES: dict[str, Callable[[Namespace], tuple[Any, list[str]]]] = {
-    "agreement": _agreement,
-    "pipeline": _pipeline,
-    "query": _query,
+BENCHES: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "encode": (_encode, "an engine over batch sizes, beside transformers"),
+    "pipeline": (_pipeline, "speed and memory of embed over catalog sizes"),
+    "query": (_query, "recall of the pairs of a store"),
+    "agreement": (_agreement, "cosine of an engine's embeddings to transformers' own"),
 }
 
 
-def measure_pipeline(num_rows: int, *, checkpoint: str) -> PipelineFigures:
-    """Embed a sample catalog in a process of its own, watching the memory of all its children."""
-    folder = Path(tempfile.mkdtemp(prefix="clipmill-bench-"))
-    try:
-        drawn = sample_rows(min(num_rows, NUM_SCENES))
-        rows = [replace(drawn[row % len(drawn)], key=f"{row:09d}") for row in range(num_rows)]
-        write_catalog(folder / "catalog", rows)
-        command = [sys.executable, "-m", "jobs.cli", "embed", "--json", "--checkpoint", checkpoint]
-        command += ["--catalog", str(folder / "catalog"), "--store", str(folder / "store")]
-        started = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE)
-        watch = _MemoryWatch(process.pid)
-        watch.start()
-        output, _ = process.communicate()
-        seconds = time.perf_counter() - started
-        watch.stop()
-        if process.returncode:
-            raise ClipmillError(f"{' '.join(command)} ended with {process.returncode}")
-        report = json.loads(output)
-    finally:
-        shutil.rmtree(folder)
-    return PipelineFigures(
-        num_rows=num_rows,
-        seconds=seconds,
-        rows_per_second=sum(report["num_embedded"].values()) / report["seconds"],
-        peak_memory_bytes=watch.peak_bytes,
-    )
-
-
-class _MemoryWatch(threading.Thread):
-    def __init__(self, pid: int) -> None:
-        super().__init__(name="memory-watch", daemon=True)
-        self._root = psutil.Process(pid)
-        self._stopped = threading.Event()
-        self.peak_bytes = 0
-
-    def run(self) -> None:
-        while not self._stopped.wait(SAMPLE_SECONDS):
-            self.peak_bytes = max(self.peak_bytes, self._now())
-
-    def stop(self) -> None:
-        self._stopped.set()
-        self.join()
-
-    def _now(self) -> int:
-        total = 0
-        try:
-            processes = [self._root, *self._root.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return 0
-        for process in processes:
-            try:
-                total += process.memory_full_info().pss
-            except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-                continue  # it ended between listing and reading
-        return total
+def _usage() -> str:
+    lines = [f"  {name:<10} {what}" for name, (_, what) in BENCHES.items()]
+    head = "usage: clipmill bench WHAT [options]   (clipmill bench WHAT --help)"
+    return "\n".join([head, "", *lines])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib.style
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
@@ -59,11 +59,16 @@ def figure(*, height_inches: float) -> Iterator[Figure]:
 
 
 def render(
-    template: str, *, filters: Mapping[str, Callable[..., Any]], values: Mapping[str, Any]
+    template: str,
+    *,
+    filters: Mapping[str, Callable[..., Any]],
+    values: Mapping[str, Any],
+    package: str = "pipelines",
 ) -> str:
-    """Fill a template of this package; an HTML document without scripts, to be written as UTF-8."""
+    """Fill a package's template; an HTML document without scripts, to be written as UTF-8."""
+    packages = dict.fromkeys((package, "pipelines"))  # the page that others extend is of the latter
     environment = Environment(
-        loader=PackageLoader("pipelines", package_path=""),
+        loader=ChoiceLoader([PackageLoader(name, package_path="") for name in packages]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

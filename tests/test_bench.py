@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.bench import main, measure_pipeline
+from jobs.bench import main
+from jobs.benches.pipeline import measure_pipeline
 from tests.catalogs import scene_rows, write_rows
 
 
@@ -45,6 +46,17 @@ def test_the_pipeline_is_measured_in_a_process_of_its_own(
 
 
 @pytest.mark.parametrize(("what", "option"), [("query", "--store"), ("agreement", "--catalog")])
-def test_what_to_measure_must_be_named(what: str, option: str):
-    with pytest.raises(ValueError, match=f"bench {what} needs {option}"):
+def test_what_to_measure_must_be_named(what: str, option: str, capsys):
+    with pytest.raises(SystemExit) as ended:
         main([what])
+    assert ended.value.code == 2
+    assert f"the following arguments are required: {option}" in capsys.readouterr().err
+
+
+def test_what_there_is_to_measure(capsys):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n  {name} " in shown for name in ("encode", "pipeline", "query", "agreement"))
+    assert main([]) == 2
+    with pytest.raises(ValueError, match="bench 'speed': expected one of encode, pipeline"):
+        main(["speed"])

@@ -18,11 +18,11 @@ from PIL import Image
 from engine.backends.onnx_cpu import OnnxCpuEncoder
 from engine.build import load_or_build
 from engine.checkpoint import Checkpoint, find_checkpoint
-from engine.errors import ClipmillError
 from engine.images import ImageLimits
 from engine.manifest import TextInput
 from engine.preprocess import decode_pixels
 from engine.registry import Registry
+from jobs.benches.baselines import image_embeddings, load_tokenizer, load_transformers
 from pipelines import schema
 from pipelines.catalog import CatalogConfig, open_catalog
 from pipelines.errors import CatalogError
@@ -121,31 +121,20 @@ class _Reference:
     """transformers alone, in float32 on the CPU, images through Pillow."""
 
     def __init__(self, checkpoint: Checkpoint, *, text: TextInput | None) -> None:
-        folder = str(checkpoint.directory)
-        kind: Any = transformers.AutoModel
-        if checkpoint.model_type == "clip_vision_model":
-            kind = transformers.CLIPVisionModelWithProjection
-        self._model: Any = kind.from_pretrained(folder, dtype=torch.float32).eval()
+        self._model = load_transformers(checkpoint, dtype=torch.float32)
         # With torchvision installed the default is another resize than the one trained with.
-        self._processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+        self._processor = transformers.AutoImageProcessor.from_pretrained(
+            str(checkpoint.directory), backend="pil"
+        )
         self._text = text
         if text is not None:
-            try:
-                self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-            except ImportError as error:  # SigLIP's runs on sentencepiece
-                raise ClipmillError(
-                    f"checkpoint {checkpoint.name}: transformers' tokenizer cannot be loaded: "
-                    f"{error}"
-                ) from error
+            self._tokenizer = load_tokenizer(checkpoint)
 
     def images(self, encoded: Sequence[bytes]) -> NDArray[np.float32]:
         def embed(part: Sequence[bytes]) -> Any:
             pictures = [Image.open(io.BytesIO(image)) for image in part]
             pixels = self._processor(images=pictures, return_tensors="pt")
-            if hasattr(self._model, "get_image_features"):
-                return self._model.get_image_features(**pixels).pooler_output
-            output = self._model(**pixels)
-            return output.image_embeds if "image_embeds" in output else output.pooler_output
+            return image_embeddings(self._model, pixels["pixel_values"])
 
         return self._in_calls(encoded, embed)
 

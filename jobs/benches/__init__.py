@@ -1,0 +1,1 @@
+"""What `clipmill bench` measures, a file for each."""

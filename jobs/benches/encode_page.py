@@ -1,0 +1,68 @@
+"""Draws what `clipmill bench encode` found as one HTML page.
+
+Knows nothing of how it was measured.
+"""
+
+from collections.abc import Callable
+
+from jobs.benches.encode_figures import EncodeFigures, Timing
+from pipelines import drawing
+from pipelines.drawing import ACCENT, INK, MUTED, WARNING, Plot, compact, render, svg_of
+from pipelines.report_page import size_text
+
+COLORS = (ACCENT, WARNING, INK, MUTED)
+MARKERS = ("o", "s", "^", "D")
+
+
+def render_encode_page(figures: EncodeFigures) -> str:
+    """Draw the figures; an HTML document without scripts, to be written as UTF-8."""
+    modalities = dict.fromkeys(timing.modality for timing in figures.encoders[0].timings)
+    plots = {}
+    for modality in modalities:
+        plots[f"{modality}-throughput"] = _plot(
+            figures,
+            modality=modality,
+            what="rows/s",
+            value=lambda timing: max(timing.rows_per_second, timing.stream_rows_per_second),
+        )
+        plots[f"{modality}-latency"] = _plot(
+            figures, modality=modality, what="p50 ms", value=lambda timing: timing.p50_ms
+        )
+    return render(
+        "encode.html",
+        package="jobs.benches",
+        filters={"size": size_text},
+        values={
+            "figures": figures,
+            "plots": plots,
+            "rate": figures.product_tflops.get(figures.product_type),
+        },
+    )
+
+
+def _plot(
+    figures: EncodeFigures, *, modality: str, what: str, value: Callable[[Timing], float]
+) -> Plot:
+    best = []
+    with drawing.figure(height_inches=3.0) as figure:
+        axes = figure.subplots()
+        for encoder, color, marker in zip(figures.encoders, COLORS, MARKERS, strict=False):
+            timings = [timing for timing in encoder.timings if timing.modality == modality]
+            if not timings:
+                continue
+            rows, values = [timing.batch_rows for timing in timings], list(map(value, timings))
+            axes.plot(rows, values, color=color, marker=marker, markersize=4, label=encoder.name)
+            best.append(f"{encoder.name} {compact(values[0])} to {compact(values[-1])}")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(rows, [f"{number:,}" for number in rows])
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter(lambda number, _: compact(number))
+        axes.grid(visible=True)
+        axes.set_xlabel("rows of a call")
+        axes.set_title(what)
+        figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=2)
+        svg = svg_of(figure, name=f"{modality}-{what.replace('/', '-').replace(' ', '-')}")
+    return Plot(
+        svg=svg, alt=f"{modality}, {what} from the smallest to the largest batch: {'; '.join(best)}"
+    )

@@ -1,0 +1,139 @@
+"""`clipmill bench encode`: what is timed, counted and compared, on a small checkpoint."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine.backends.onnx_cpu import OnnxCpuEncoder
+from engine.build import load_or_build
+from engine.checkpoint import find_checkpoint
+from engine.registry import Registry
+from jobs.bench import main
+from jobs.benches.baselines import TransformersEncoder
+from jobs.benches.encode import EncodeConfig, measure_encode
+from jobs.benches.encode_figures import EncodeFigures, encode_lines
+from jobs.benches.encode_page import render_encode_page
+from pipelines.engines import EngineChoice
+from tests.checkpoints import save_clip, save_dual_encoder, save_image_only
+from tests.pages import Page
+
+BATCH_SIZES = (1, 4)
+
+
+@pytest.fixture(scope="module")
+def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def figures(checkpoint_dir: Path, engines_dir: Path) -> EncodeFigures:
+    config = EncodeConfig(
+        engine=EngineChoice(checkpoint=str(checkpoint_dir), engines_uri=str(engines_dir)),
+        batch_sizes=BATCH_SIZES,
+        seconds=0.05,
+    )
+    return measure_encode(config, on_progress=lambda *step: None)
+
+
+def test_every_tower_is_timed_at_every_size_by_engine_and_baseline(figures: EncodeFigures) -> None:
+    assert [encoder.name for encoder in figures.encoders] == [
+        "fp32 onnxruntime",
+        "transformers float32",
+    ]
+    for encoder in figures.encoders:
+        timed = [(timing.modality, timing.batch_rows) for timing in encoder.timings]
+        assert timed == [(name, rows) for name in ("image", "text") for rows in BATCH_SIZES]
+        assert encoder.load_seconds > 0
+        # torch alone takes more, this checkpoint next to nothing.
+        assert 100 * 2**20 < encoder.peak_memory_bytes < 4 * 2**30
+        assert encoder.device_memory_bytes == 0
+        for timing in encoder.timings:
+            assert 5 <= timing.num_calls <= 100
+            assert 0 < timing.p50_ms <= timing.p95_ms <= timing.p99_ms
+            assert timing.rows_per_second == pytest.approx(timing.batch_rows / timing.p50_ms * 1e3)
+
+
+def test_both_give_the_same_embeddings(figures: EncodeFigures) -> None:
+    for encoder in figures.encoders:
+        assert set(encoder.cosine_min) == {"image", "text"}
+        assert min(encoder.cosine_min.values()) > 0.99999
+
+
+def test_operations_are_those_of_the_model(figures: EncodeFigures) -> None:
+    """A ViT of 2 blocks of width 32, hidden 48, 17 tokens, patches of 8 x 8 x 3, 24 dimensions."""
+    tokens, width, hidden = 17, 32, 48
+    products = 4 * width * width + 2 * width * hidden + 2 * tokens * width
+    expected = 2 * (16 * 192 * width + 2 * tokens * products + width * 24)
+    (timing,) = (
+        timing
+        for timing in figures.encoders[0].timings
+        if (timing.modality, timing.batch_rows) == ("image", 4)
+    )
+    fastest = max(timing.rows_per_second, timing.stream_rows_per_second)
+    assert timing.tflops * 1e12 / fastest == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_table_says_all_of_it(figures: EncodeFigures) -> None:
+    lines = encode_lines(figures)
+    assert figures.engine_id in lines[0]
+    assert re.search(r"CPU cores$", lines[0])
+    assert lines[1].startswith("large matrix products here: float32 ")
+    rows = [line for line in lines if line.startswith(("fp32 onnxruntime  ", "transformers float"))]
+    assert len(rows) == 2 * 2 * len(BATCH_SIZES) + 1  # and what transformers needs to be ready
+    assert all(line.rstrip().endswith(("%", "MiB")) for line in rows)
+    assert len({len(line) for line in rows if line.endswith("%")}) == 1
+
+
+def test_the_page_holds_all_figures_and_loads_nothing(figures: EncodeFigures) -> None:
+    page = render_encode_page(figures)
+    found = Page(page).text("td")
+    for encoder in figures.encoders:
+        for timing in encoder.timings:
+            assert f"{timing.rows_per_second:,.0f}" in found
+            assert f"{timing.p99_ms:,.2f}" in found
+    assert page.count("<svg") == 4
+    assert "<script" not in page
+    assert "://" not in page
+
+
+def test_the_command_prints_json_and_writes_the_page(
+    tmp_path: Path, checkpoint_dir: Path, engines_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.html"
+    options = ["--checkpoint", str(checkpoint_dir), "--engines", str(engines_dir)]
+    options += ["--batch-sizes", "2", "--seconds", "0", "--page", str(page), "--json"]
+    assert main(["encode", *options]) == 0
+    printed: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert [timing["batch_rows"] for timing in printed["encoders"][0]["timings"]] == [2, 2]
+    assert printed["product_tflops"]["float32"] > 0
+    assert printed["engine_id"] in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("batch_sizes", ()), ("batch_sizes", (0,)), ("min_calls", 0)]
+)
+def test_out_of_bounds(field: str, value: Any) -> None:
+    choice = EngineChoice(checkpoint="c", engines_uri="e")
+    with pytest.raises(ValueError, match=f"{field}={re.escape(str(value))}: expected at least 1"):
+        EncodeConfig(engine=choice, **{field: value})
+
+
+@pytest.mark.parametrize("save", [save_clip, save_dual_encoder, save_image_only])
+def test_the_baseline_is_the_model_of_the_engine(save: Any, tmp_path: Path) -> None:
+    checkpoint = find_checkpoint(str(save(tmp_path / "checkpoint")))
+    engine = load_or_build(checkpoint, registry=Registry(str(tmp_path / "engines")))
+    ours = OnnxCpuEncoder(engine.directory, num_threads=1)
+    theirs = TransformersEncoder(
+        checkpoint, manifest=engine.manifest, device="cpu", dtype=torch.float32
+    )
+    size = (engine.manifest.preprocessing.height, engine.manifest.preprocessing.width, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, *size), dtype=np.uint8)
+    np.testing.assert_allclose(ours.encode_images(pixels), theirs.encode_images(pixels), atol=1e-5)
+    if engine.manifest.text is not None:
+        texts = ["a red circle", "two squares and a star"]
+        np.testing.assert_allclose(ours.encode_texts(texts), theirs.encode_texts(texts), atol=1e-5)
