@@ -68,17 +68,25 @@ def _encode(argv: Sequence[str]) -> int:
 
 
 def _pipeline(argv: Sequence[str]) -> int:
-    from jobs.benches.pipeline import measure_pipeline
+    from jobs.benches.pipeline import measure_baseline, measure_pipeline
 
     parser = CommandParser("bench pipeline", description="Speed and memory over catalog sizes.")
     parser.add_argument("--rows", type=int, nargs="+", default=[5_000, 50_000])
     parser.add_argument("--checkpoint", default=str(CHECKPOINT_DIR), metavar="ID_OR_DIR")
+    parser.add_argument(
+        "--baseline", action="store_true", help="Ray Data with Pillow and transformers beside it"
+    )
     options = parser.parse_options(argv)
-    figures = [measure_pipeline(rows, checkpoint=options.checkpoint) for rows in options.rows]
-    head = "     rows   seconds   rows/s encoded   peak memory MiB"
+    programs = [measure_pipeline, *([measure_baseline] if options.baseline else [])]
+    figures = [
+        measure(rows, checkpoint=options.checkpoint)
+        for rows in options.rows
+        for measure in programs
+    ]
+    head = f"{'':<30} {'rows':>9} {'seconds':>9} {'embedded/s':>11} {'peak memory MiB':>16}"
     lines = [
-        f"{figure.num_rows:>9,} {figure.seconds:>9.1f} {figure.rows_per_second:>16,.0f} "
-        f"{figure.peak_memory_bytes / 2**20:>17,.0f}"
+        f"{figure.name:<30} {figure.num_rows:>9,} {figure.seconds:>9.1f} "
+        f"{figure.rows_per_second:>11,.0f} {figure.peak_memory_bytes / 2**20:>16,.0f}"
         for figure in figures
     ]
     print_result(figures, as_json=options.json, text="\n".join([head, *lines]))

@@ -1,0 +1,110 @@
+"""The pipeline that Ray Data's documentation shows: Pillow, transformers' processor and model.
+
+Knows nothing of engines. Run as a program: `python -m jobs.benches.ray_baseline CHECKPOINT CATALOG
+OUT` embeds `image` and `text` of a Parquet catalog and prints how long that took, as JSON.
+"""
+
+import io
+import json
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+import ray
+import torch
+from PIL import Image
+from ray.data import ActorPoolStrategy
+from transformers import AutoImageProcessor
+
+from engine.checkpoint import find_checkpoint
+from jobs.benches.baselines import image_embeddings, load_tokenizer, load_transformers
+from jobs.cluster import ray_cluster
+from pipelines import schema
+
+CPU_BATCH_ROWS, GPU_BATCH_ROWS = 32, 256
+MAX_TOKENS = 77
+
+
+class Preprocess:
+    """One row: decoded, resized and tokenized, as floats and ids."""
+
+    def __init__(self, checkpoint: str) -> None:
+        """Load processor and tokenizer."""
+        found = find_checkpoint(checkpoint)
+        self._processor = AutoImageProcessor.from_pretrained(str(found.directory), backend="pil")
+        self._tokenizer = load_tokenizer(found)
+        self._max_tokens = min(MAX_TOKENS, self._tokenizer.model_max_length)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """`image` and `text` -> `pixel_values` float32 [3, H, W] and `input_ids` int64 [T]."""
+        image = Image.open(io.BytesIO(row[schema.IMAGE])).convert("RGB")
+        pixels = self._processor(images=image, return_tensors="np")["pixel_values"][0]
+        tokens = self._tokenizer(
+            row[schema.TEXT], padding="max_length", truncation=True, max_length=self._max_tokens
+        )
+        return {
+            schema.KEY: row[schema.KEY],
+            "pixel_values": pixels,
+            "input_ids": np.asarray(tokens["input_ids"]),
+            "attention_mask": np.asarray(tokens["attention_mask"]),
+        }
+
+
+class Embed:
+    """Batches -> embeddings, with the model as it comes: fp16 on a GPU, float32 on CPUs."""
+
+    def __init__(self, checkpoint: str, device: str) -> None:
+        """Load the model."""
+        dtype = torch.float16 if device == "cuda" else torch.float32
+        self._device, self._dtype = device, dtype
+        self._model = load_transformers(find_checkpoint(checkpoint), dtype=dtype).to(device)
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Columns as `Preprocess` gives them, stacked -> `image` and `text` float32 [N, D]."""
+        pixels, *tokens = (
+            torch.as_tensor(batch[name]).to(self._device)
+            for name in ("pixel_values", "input_ids", "attention_mask")
+        )
+        with torch.inference_mode():
+            images = image_embeddings(self._model, pixels.to(self._dtype))
+            texts = self._model.get_text_features(*tokens).pooler_output
+        unit = torch.nn.functional.normalize
+        return {
+            schema.KEY: batch[schema.KEY],
+            schema.IMAGE: unit(images.float(), dim=-1).cpu().numpy(),
+            schema.TEXT: unit(texts.float(), dim=-1).cpu().numpy(),
+        }
+
+
+def embed_with_transformers(checkpoint: str, *, catalog_uri: str, out_uri: str) -> float:
+    """Embed a catalog into Parquet files; returns seconds from first read to last write."""
+    resources = ray.cluster_resources()
+    num_gpus, num_cpus = int(resources.get("GPU", 0)), int(resources["CPU"])
+    device = "cuda" if num_gpus else "cpu"
+    num_actors = num_gpus or max(1, num_cpus // 2)
+    started = time.perf_counter()
+    ray.data.read_parquet(catalog_uri).map(
+        cast("Any", Preprocess), fn_constructor_args=(checkpoint,), num_cpus=0.5
+    ).map_batches(
+        Embed,
+        fn_constructor_args=(checkpoint, device),
+        batch_size=GPU_BATCH_ROWS if num_gpus else CPU_BATCH_ROWS,
+        num_cpus=0.5,
+        num_gpus=1 if num_gpus else 0,
+        compute=ActorPoolStrategy(size=num_actors),
+    ).write_parquet(out_uri)
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    """Run as a program."""
+    checkpoint, catalog_uri, out_uri = sys.argv[1:]
+    with ray_cluster(None):
+        seconds = embed_with_transformers(checkpoint, catalog_uri=catalog_uri, out_uri=out_uri)
+    print(json.dumps({"seconds": seconds}))
+
+
+if __name__ == "__main__":
+    main()
