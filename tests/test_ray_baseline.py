@@ -1,0 +1,55 @@
+"""The pipeline that Clipmill is timed against does the same work: its embeddings say so."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from engine.backends.onnx_cpu import OnnxCpuEncoder
+from engine.build import load_or_build
+from engine.checkpoint import find_checkpoint
+from engine.images import ImageLimits
+from engine.preprocess import decode_pixels
+from engine.registry import Registry
+from jobs.benches.pipeline import measure_baseline
+from jobs.benches.ray_baseline import embed_with_transformers
+from tests.catalogs import scene_rows, write_rows
+
+
+def test_every_row_has_the_embeddings_of_the_engine(
+    tmp_path: Path, checkpoint_dir: Path, engines_dir: Path, local_ray: None
+) -> None:
+    rows = scene_rows(20)
+    catalog_dir = write_rows(tmp_path / "catalog", rows, num_files=2)
+    seconds = embed_with_transformers(
+        str(checkpoint_dir), catalog_uri=str(catalog_dir), out_uri=str(tmp_path / "out")
+    )
+    assert seconds > 0
+    found = {row["key"]: row for row in pq.read_table(tmp_path / "out").to_pylist()}
+    assert found.keys() == {row["key"] for row in rows}
+    engine = load_or_build(
+        find_checkpoint(str(checkpoint_dir)), registry=Registry(str(engines_dir))
+    )
+    encoder = OnnxCpuEncoder(engine.directory, num_threads=1)
+    pixels = np.stack(
+        [
+            decode_pixels(
+                row["image"], preprocessing=engine.manifest.preprocessing, limits=ImageLimits()
+            )
+            for row in rows
+        ]
+    )
+    for column, expected in (
+        ("image", encoder.encode_images(pixels)),
+        ("text", encoder.encode_texts([row["text"] for row in rows])),
+    ):
+        stored = np.array([found[row["key"]][column] for row in rows], dtype=np.float32)
+        assert np.einsum("nd,nd->n", stored, expected).min() > 0.9999
+
+
+def test_it_is_measured_in_a_process_of_its_own(checkpoint_dir: Path) -> None:
+    figures = measure_baseline(48, checkpoint=str(checkpoint_dir))
+    assert figures.name == "Ray Data, Pillow, transformers"
+    assert figures.num_rows == 48
+    assert figures.rows_per_second > 96 / figures.seconds  # Ray's start is not counted
+    assert 200 * 2**20 < figures.peak_memory_bytes < 16 * 2**30
