@@ -4,12 +4,12 @@ Knows nothing of how to make any of it faster or better.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from engine.backends.choice import WANTED
 from engine.registry import default_engines_uri
-from jobs.command import CommandParser, print_result, run
+from jobs.command import Actions, CommandParser, dispatch, print_result, run
 from jobs.demo.run import CHECKPOINT_DIR
 from jobs.progress import shown_steps
 from pipelines.engines import EngineChoice
@@ -17,15 +17,7 @@ from pipelines.engines import EngineChoice
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help"):
-        print(_usage())
-        return 0 if words else 2
-    name, *options = words
-    if name not in BENCHES:
-        raise ValueError(f"bench {name!r}: expected one of {', '.join(BENCHES)}")
-    measure, _ = BENCHES[name]
-    return measure(options)
+    return dispatch("bench", BENCHES, argv)
 
 
 def _encode(argv: Sequence[str]) -> int:
@@ -128,18 +120,12 @@ def _agreement(argv: Sequence[str]) -> int:
     return 0
 
 
-BENCHES: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+BENCHES: Actions = {
     "encode": (_encode, "an engine over batch sizes, beside transformers"),
     "pipeline": (_pipeline, "speed and memory of embed over catalog sizes"),
     "query": (_query, "recall of the pairs of a store"),
     "agreement": (_agreement, "cosine of an engine's embeddings to transformers' own"),
 }
-
-
-def _usage() -> str:
-    lines = [f"  {name:<10} {what}" for name, (_, what) in BENCHES.items()]
-    head = "usage: clipmill bench WHAT [options]   (clipmill bench WHAT --help)"
-    return "\n".join([head, "", *lines])
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ COMMANDS = {
     "embed": ("jobs.embed", "embed what is new or changed in a catalog"),
     "index": ("jobs.index", "build the index of the current snapshot"),
     "query": ("jobs.query", "find the nearest rows to a text or an image"),
-    "bench": ("jobs.bench", "measure the pipeline, or the answers of a store"),
+    "bench": ("jobs.bench", "measure encoders, the pipeline, the answers of a store"),
 }
 
 

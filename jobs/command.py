@@ -7,7 +7,7 @@ Exit codes: 0 done, 1 environment or data (with the way out), 2 usage.
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +19,7 @@ from engine.images import ImageRejected
 from pipelines.json_text import json_text
 
 Main = Callable[[Sequence[str] | None], int]
+Actions = Mapping[str, tuple[Callable[[Sequence[str]], int], str]]
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -96,6 +97,28 @@ class CommandParser(argparse.ArgumentParser):
         except argparse.ArgumentError as error:
             self.error(f"--config {path}: {error}")
         return typed
+
+
+def dispatch(command: str, actions: Actions, argv: Sequence[str] | None) -> int:
+    """Run the action of a command that the first word names; returns its exit code.
+
+    Args:
+        command: Its name.
+        actions: Their names -> what runs them, and a line of what they do.
+        argv: The action and its options; None takes those of the process.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    lines = [f"  {name:<10} {what}" for name, (_, what) in actions.items()]
+    head = f"usage: clipmill {command} ACTION [options]   (clipmill {command} ACTION --help)"
+    usage = "\n".join([head, "", *lines])
+    if not words or words[0] in ("-h", "--help"):
+        print(usage)
+        return 0
+    if words[0] not in actions:
+        print(f"clipmill {command}: no action {words[0]!r}\n\n{usage}", file=sys.stderr)
+        return 2
+    action, _ = actions[words[0]]
+    return action(words[1:])
 
 
 def run(main: Main, argv: Sequence[str] | None = None) -> NoReturn:

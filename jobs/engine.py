@@ -17,7 +17,7 @@ from engine.inventory import EngineEntry, engine_entry, list_engines, plan_recor
 from engine.plans.plan import PlanRecord
 from engine.promotion import history, promote, rollback, rollback_from
 from engine.registry import Registry, default_engines_uri
-from jobs.command import CommandParser, print_result, run
+from jobs.command import Actions, CommandParser, dispatch, print_result, run
 from jobs.progress import shown_steps
 from pipelines.building import BuildConfig, BuildResult, build_engine
 from pipelines.catalog import CatalogConfig
@@ -26,15 +26,7 @@ from pipelines.sampling import SampleConfig
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the action that the first word names; returns its exit code."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    if not words or words[0] in ("-h", "--help"):
-        print(_usage())
-        return 0
-    if words[0] not in ACTIONS:
-        print(f"clipmill engine: no action {words[0]!r}\n\n{_usage()}", file=sys.stderr)
-        return 2
-    action, _ = ACTIONS[words[0]]
-    return action(words[1:])
+    return dispatch("engine", ACTIONS, argv)
 
 
 def _build(argv: Sequence[str]) -> int:
@@ -283,7 +275,7 @@ def _build_parser() -> CommandParser:
     return parser
 
 
-ACTIONS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+ACTIONS: Actions = {
     "build": (_build, "calibrate, quantize, export, compile, judge, promote"),
     "list": (_list, "all engines"),
     "show": (_show, "one engine"),
@@ -291,12 +283,6 @@ ACTIONS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "rollback": (_rollback, "make the one before it current again"),
     "gc": (_gc, "remove what nobody needs"),
 }
-
-
-def _usage() -> str:
-    lines = [f"  {name:<9} {what}" for name, (_, what) in ACTIONS.items()]
-    head = "usage: clipmill engine ACTION [options]   (clipmill engine ACTION --help)"
-    return "\n".join([head, "", *lines])
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.bench import BENCHES
 from jobs.cli import COMMANDS, main
 from jobs.engine import ACTIONS
 
@@ -25,7 +26,12 @@ def test_an_unknown_command_is_a_usage_error(capsys):
 
 
 @pytest.mark.parametrize(
-    "name", [*sorted(COMMANDS.keys() - {"engine"}), *(f"engine {action}" for action in ACTIONS)]
+    "name",
+    [
+        *sorted(COMMANDS.keys() - {"bench", "engine"}),
+        *(f"bench {action}" for action in BENCHES),
+        *(f"engine {action}" for action in ACTIONS),
+    ],
 )
 def test_every_command_explains_its_options(name: str, capsys):
     with pytest.raises(SystemExit) as stopped:
