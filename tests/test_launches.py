@@ -139,6 +139,15 @@ def test_what_cannot_be_captured_is_enqueued_each_time(cuda: FakeCuda, who: str)
     assert cuda.live().get("graphs", 0) == (2 if who == "CUDA" else 0)
 
 
+def test_too_little_memory_for_a_graph_does_without_it(cuda: FakeCuda) -> None:
+    texts = Texts(FakeTensorrt(cuda), num_slots=1)
+    cuda.fail("cudaGraphInstantiate", "cudaErrorMemoryAllocation")
+    for _ in range(2):
+        texts.check([(4, 8)] * 3)
+    assert texts.api.shapes == [(4, 8)]  # the context, in use, is kept
+    assert cuda.live().get("graphs", 0) == 0
+
+
 def test_a_shape_beyond_the_plan_is_refused(cuda: FakeCuda) -> None:
     with pytest.raises(DeviceError, match=r"text.plan: tensorrt 11.* refuses an input of \[4, 4\]"):
         Texts(FakeTensorrt(cuda)).check([(4, 4)])

@@ -1,5 +1,7 @@
 """Timing caches: what a build finds, and what it leaves."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,16 @@ def test_a_folder_that_is_gone(tmp_path: Path) -> None:
     (tmp_path / "folder").rmdir()
     with pytest.raises(PlanError, match="cannot be kept"):
         cache.publish(config)
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def replace(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(PlanError, match=r"cannot be kept \(No space left on device\)"):
+        build(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_bindings_have_what_is_used() -> None:

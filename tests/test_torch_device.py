@@ -37,6 +37,23 @@ def test_no_compiler_for_triton() -> None:
         raise subprocess.CalledProcessError(1, ["gcc", "main.c"])
 
 
+def test_a_kernel_that_triton_cannot_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_errors = pytest.importorskip(
+        "triton.errors", reason="triton is not installed; it comes with PyTorch for CUDA"
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Card")
+    with (
+        pytest.raises(DeviceError, match=r"GPU 0 \(Card\): Triton cannot build a kernel for it"),
+        typed_errors(DEVICE, max_rows=1),
+    ):
+        raise triton_errors.TritonError("no such sm_999")
+
+
+def test_an_error_without_words_stays_one() -> None:
+    with pytest.raises(RuntimeError, match=r"^$"), typed_errors(DEVICE, max_rows=1):
+        raise RuntimeError
+
+
 def test_errors_that_are_not_the_cards_stay_as_they_are() -> None:
     with pytest.raises(RuntimeError, match=r"^Sizes must match$"), typed_errors(DEVICE, max_rows=1):
         raise RuntimeError("Sizes must match")
