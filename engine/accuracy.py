@@ -50,8 +50,8 @@ class Recall:
 class Thresholds:
     """How close embeddings must be to those of the reference.
 
-    The defaults let through what retrieval does not notice: an engine of CLIP ViT-B/16 that just
-    passes them finds the captions of 800 photos as often as the reference does (see README).
+    The defaults let through what retrieval hardly notices: an engine of CLIP ViT-B/16 that just
+    passes them loses at most 0.0025 of recall@10 over 800 photos and captions (see README).
     """
 
     min_cosine_p1: float = 0.99
