@@ -20,7 +20,7 @@ FORMAT_VERSION = 2
 # before: by decoding, resizing, tokenizing or the exported graph.
 RECIPE_VERSION = 1
 # Part of every fp8 engine's id. Raised whenever the same sample would give other FP8 weights.
-FP8_RECIPE = "modelopt-max-gptq-1"
+FP8_RECIPE = "modelopt-max-gptq-2"
 IMAGE_ONNX, TEXT_ONNX, TOKENIZER_FILE = "image.onnx", "text.onnx", "tokenizer.json"
 # Of fp8 engines: which products of the graphs are FP8.
 AUDIT_FILE = "audit.json"

@@ -28,10 +28,10 @@ from engine.sample import MIN_ROWS
 # Rows on which units are ranked.
 RANKING_ROWS, RANKING_BATCH_ROWS = 32, 4
 # Rows on which a choice of units is judged, and what share of the allowed error it may have there,
-# so that other rows and more of them pass too: of 800 photos instead of 512, ten neighbours overlap
-# by 0.01 less.
+# so that other rows and more of them pass too: the neighbours that CLIP ViT-B/16 with MiniLM loses
+# of 800 photos were 1.25 times those of the 512 that had calibrated it.
 JUDGING_ROWS = 512
-MARGINS = {"min_cosine_p1": 0.95, "min_neighbour_overlap": 0.86}
+MARGINS = {"min_cosine_p1": 0.95, "min_neighbour_overlap": 0.75}
 
 
 @dataclass(frozen=True, kw_only=True)
