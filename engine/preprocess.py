@@ -12,7 +12,8 @@ from PIL import Image
 
 from engine.images import ImageLimits, Size, rgb_image
 
-_MAX_ORDINARY_ASPECT = 20
+MAX_ORDINARY_ASPECT = 20
+"""Long over short side of an image that is resized as a whole, as transformers does."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +104,7 @@ def decode_pixels(
     return np.array(_fit(image, preprocessing), dtype=np.uint8)
 
 
-def _resized_size(size: Size, preprocessing: Preprocessing) -> Size:
+def resized_size(size: Size, preprocessing: Preprocessing) -> Size:
     """Return (width, height) after the resize; the long edge is truncated, as in transformers."""
     resize = preprocessing.resize
     if resize is None:
@@ -118,9 +119,9 @@ def _resized_size(size: Size, preprocessing: Preprocessing) -> Size:
 
 def _fit(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     """Resize and crop; offsets and black padding as in transformers' `center_crop`."""
-    width, height = _resized_size(image.size, preprocessing)
+    width, height = resized_size(image.size, preprocessing)
     if preprocessing.resize is not None:
-        if max(image.size) > _MAX_ORDINARY_ASPECT * min(image.size):
+        if max(image.size) > MAX_ORDINARY_ASPECT * min(image.size):
             image = _resize_strip(image, preprocessing)
             width, height = image.size
         else:
@@ -139,7 +140,7 @@ def _resize_strip(image: Image.Image, preprocessing: Preprocessing) -> Image.Ima
     height of a narrow image as wide as the output.
     """
     left, top, right, bottom = 0.0, 0.0, float(image.width), float(image.height)
-    width, height = _resized_size(image.size, preprocessing)
+    width, height = resized_size(image.size, preprocessing)
     resample = Image.Resampling(preprocessing.resample)
     crop_height, crop_width = preprocessing.crop or (height, width)
     if height > width and height > crop_height:

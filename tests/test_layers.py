@@ -23,7 +23,9 @@ ONLY_IN = {
         "engine/backends/kernels.py",
         "engine/backends/attention_kernel.py",
         "engine/backends/torch_device.py",
+        "engine/decoding/resample.py",
     ),
+    "nvidia": ("engine/decoding/gpu_decoder.py",),
     "faiss": ("pipelines/indexing.py", "pipelines/search.py"),
 }
 # Library -> packages that may not import it.

@@ -144,6 +144,7 @@ def test_an_engine_gives_the_embeddings_of_its_towers(tmp_path: Path, precision:
     found = encoder.encode_images(images.numpy())
     assert_agree(found, expected.numpy(), LOWEST_COSINE[precision])
     np.testing.assert_array_equal(encoder.encode_images(images.numpy()), found)
+    np.testing.assert_array_equal(encoder.encode_images(images.to("cuda")), found)
     given = texts(41)
     expected_texts = reference_text_embeddings(built, given)
     found = encoder.encode_texts(given)

@@ -75,8 +75,11 @@ class CudaGraphRunner:
             self._graph(largest)
             torch.cuda.synchronize()
 
-    def run(self, batches: Iterable[NDArray[Any]]) -> Iterator[NDArray[np.float32]]:
+    def run(self, batches: Iterable[NDArray[Any] | Tensor]) -> Iterator[NDArray[np.float32]]:
         """Batches of at most `max_rows` rows -> their embeddings float32 [rows, D], in order.
+
+        Batches are in host memory, or contiguous on the card, complete, and kept until their
+        results are there.
 
         Raises:
             DeviceError: A call to the card failed.
@@ -95,21 +98,25 @@ class CudaGraphRunner:
             while pending:
                 self._await(pending.popleft())
 
-    def _submit(self, batch: NDArray[Any]) -> "_Slot":
-        num_rows, size = len(batch), batch.size
+    def _submit(self, batch: NDArray[Any] | Tensor) -> "_Slot":
+        num_rows, size = len(batch), math.prod(batch.shape)
         padded = next(rows for rows in self._row_sizes if rows >= num_rows)
         with self._on_device():
             graph = self._graph((padded, *batch.shape[1:]))
             slot = self._idle.popleft()
             slot.num_rows = num_rows
-            # Not torch.from_numpy, which warns of arrays that may not be written, as Ray's are.
-            np.copyto(slot.host_input[:size].numpy(), batch.reshape(-1))
-            with torch.cuda.stream(self._upload):
-                slot.input[:size].copy_(slot.host_input[:size], non_blocking=True)
-                slot.uploaded.record()
+            if isinstance(batch, Tensor):
+                source = batch.reshape(-1)
+            else:
+                # Not torch.from_numpy, which warns of arrays that may not be written, as Ray's are.
+                np.copyto(slot.host_input[:size].numpy(), batch.reshape(-1))
+                source = slot.input[:size]
+                with torch.cuda.stream(self._upload):
+                    source.copy_(slot.host_input[:size], non_blocking=True)
+                    slot.uploaded.record()
             with torch.cuda.stream(self._compute):
                 slot.uploaded.wait()
-                self._input[:size].copy_(slot.input[:size])
+                self._input[:size].copy_(source)
                 graph.replay()
                 slot.output[:num_rows].copy_(self._output[:num_rows])
                 slot.computed.record()

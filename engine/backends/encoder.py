@@ -29,8 +29,12 @@ class Encoder(Protocol):
     device_memory_bytes: int
     """Taken on a GPU; 0 on a CPU."""
 
-    def encode_images(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Pixels uint8 [N, H, W, 3], RGB, HWC -> float32 [N, D], unit norm or NaN."""
+    def encode_images(self, pixels: Any) -> NDArray[np.float32]:
+        """Pixels uint8 [N, H, W, 3], RGB, HWC -> float32 [N, D], unit norm or NaN.
+
+        An array in host memory; the `torch` backend also takes a contiguous tensor on its card that
+        no work under way will still change.
+        """
         ...
 
     def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -50,7 +54,7 @@ class TowerRunner(Protocol):
     length_step: int
     """Lengths of token rows are multiples of this, so that a backend meets few shapes."""
 
-    def run(self, batches: Iterable[NDArray[Any]]) -> Iterator[NDArray[np.float32]]:
+    def run(self, batches: Iterable[Any]) -> Iterator[NDArray[np.float32]]:
         """Batches of at most `max_rows` rows -> their embeddings float32 [rows, D], in order.
 
         A backend may take several batches before it yields the first result.
@@ -88,11 +92,12 @@ class TowerEncoder:
         if manifest.text is not None:
             self._tokenizer = Tokenizer(engine_dir / TOKENIZER_FILE, text=manifest.text)
 
-    def encode_images(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def encode_images(self, pixels: Any) -> NDArray[np.float32]:
         """Pixels uint8 [N, H, W, 3], RGB, HWC -> float32 [N, D], unit norm or NaN."""
         preprocessing = self.manifest.preprocessing
         expected = (preprocessing.height, preprocessing.width, 3)
-        if pixels.shape[1:] != expected or pixels.dtype != np.uint8:
+        # By name: PyTorch's types, of pixels that are on a card, are not NumPy's.
+        if tuple(pixels.shape[1:]) != expected or not str(pixels.dtype).endswith("uint8"):
             raise ValueError(
                 f"pixels are {pixels.dtype} {list(pixels.shape)}, the engine takes "
                 f"uint8 [N, {', '.join(map(str, expected))}]"

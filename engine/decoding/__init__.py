@@ -1,0 +1,1 @@
+"""Decoding on the card: which images it may decode, and how."""

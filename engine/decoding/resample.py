@@ -1,0 +1,246 @@
+"""Resizes and crops images of many sizes on a GPU at once, bit by bit as Pillow does.
+
+Knows nothing of where the pixels came from: arrays of bytes in, arrays of bytes out.
+
+Pillow resamples one axis after the other, and rounds to 8 bit in between; so do two launches of
+one kernel here, each for all images of a batch. Weights are computed as in Pillow's `Resample.c`:
+in float64, normalized, then rounded to fixed point.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.images import Size
+from engine.preprocess import Preprocessing, resized_size
+
+# Pillow's codes of the filters that are here, and how far each reaches in source pixels.
+_BICUBIC = 3
+_SUPPORT = {2: 1.0, _BICUBIC: 2.0}
+FILTERS = frozenset(_SUPPORT)
+"""Pillow's codes of the filters that `resample` knows: bilinear and bicubic."""
+
+# Of weights in fixed point: 32 bit, less 8 for a pixel and 2 for sums beyond 1.
+_NUM_BITS = tl.constexpr(32 - 8 - 2)
+_ONE, _HALF = tl.constexpr(1 << _NUM_BITS.value), tl.constexpr(1 << (_NUM_BITS.value - 1))
+_NUM_FIELDS = tl.constexpr(11)
+_BLOCK_OUT, _BLOCK_LINES = 16, 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """One decoded image in the GPU's memory: uint8 [height, width, 3], RGB, HWC."""
+
+    address: int
+    """Of the first byte."""
+    size: Size
+    """(width, height) in pixels."""
+    row_bytes: int
+    """From one row to the next."""
+
+
+@triton.jit
+def _weight(distance: tl.tensor, is_bicubic: tl.constexpr) -> tl.tensor:
+    """Of a source pixel at this distance from the output pixel's centre, not yet normalized."""
+    x = tl.abs(distance)
+    if is_bicubic:  # Keys 1981, with a = -0.5
+        near = (1.5 * x - 2.5) * x * x + 1.0
+        far = (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5
+        weight = tl.where(x < 1.0, near, tl.where(x < 2.0, far, 0.0))
+    else:
+        weight = tl.where(x < 1.0, 1.0 - x, 0.0)
+    return weight
+
+
+@triton.jit
+def _resample_kernel(
+    jobs_ptr: tl.tensor,
+    support: tl.constexpr,
+    is_bicubic: tl.constexpr,
+    block_out: tl.constexpr,
+    block_lines: tl.constexpr,
+) -> None:
+    """Resample one axis of one image: a tile of output positions by lines across them.
+
+    A line is one channel of a row, or of a column.
+    """
+    job_ptr = jobs_ptr + tl.program_id(0) * _NUM_FIELDS
+    num_lines = tl.load(job_ptr + 0).to(tl.int32)
+    num_out = tl.load(job_ptr + 1).to(tl.int32)
+    first_line = tl.program_id(2) * block_lines
+    first_out = tl.program_id(1) * block_out
+    if first_line >= num_lines or first_out >= num_out:
+        return
+    in_size = tl.load(job_ptr + 2).to(tl.int32)
+    full_size = tl.load(job_ptr + 3)  # of the whole axis after the resize; a crop keeps a part
+    offset = tl.load(job_ptr + 4).to(tl.int32)
+    source_ptr = tl.load(job_ptr + 5).to(tl.pointer_type(tl.uint8))
+    source_line = tl.load(job_ptr + 6)
+    source_step = tl.load(job_ptr + 7)
+    target_ptr = tl.load(job_ptr + 8).to(tl.pointer_type(tl.uint8))
+    target_line = tl.load(job_ptr + 9)
+    target_step = tl.load(job_ptr + 10)
+
+    out = first_out + tl.arange(0, block_out)
+    position = out + offset  # within the resized axis; beyond it a crop pads with black
+    is_inside = (position >= 0) & (position < full_size)
+    scale = in_size.to(tl.float64) / full_size.to(tl.float64)
+    filter_scale = tl.maximum(scale, 1.0)
+    reach = filter_scale * support
+    inverse = 1.0 / filter_scale
+    centre = (position.to(tl.float64) + 0.5) * scale
+    first = tl.maximum((centre - reach + 0.5).to(tl.int32), 0)
+    last = tl.minimum((centre + reach + 0.5).to(tl.int32), in_size)
+    num_taps = 2 * tl.ceil(reach).to(tl.int32) + 1
+
+    total = tl.where(is_inside, 0.0, 1.0).to(tl.float64)
+    for tap in range(num_taps):
+        weight = _weight((first + tap - centre + 0.5) * inverse, is_bicubic)
+        total += tl.where(first + tap < last, weight, 0.0)
+
+    lines = first_line + tl.arange(0, block_lines)
+    is_line = lines < num_lines
+    line_offsets = (lines // 3) * source_line + lines % 3
+    values = tl.full([block_out, block_lines], _HALF, tl.int32)
+    for tap in range(num_taps):
+        pixel = first + tap
+        is_pixel = is_inside & (pixel < last)
+        weight = _weight((pixel - centre + 0.5) * inverse, is_bicubic) / total
+        fixed = weight * _ONE
+        fixed = (fixed + tl.where(fixed < 0.0, -0.5, 0.5)).to(tl.int32)
+        level = tl.load(
+            source_ptr + (pixel * source_step)[:, None] + line_offsets[None, :],
+            mask=is_pixel[:, None] & is_line[None, :],
+            other=0,
+        )
+        values += level.to(tl.int32) * fixed[:, None]
+    values = tl.minimum(tl.maximum(values >> _NUM_BITS, 0), 255)
+    values = tl.where(is_inside[:, None], values, 0)
+    target_offsets = (lines // 3) * target_line + lines % 3
+    tl.store(
+        target_ptr + (out * target_step)[:, None] + target_offsets[None, :],
+        values.to(tl.uint8),
+        mask=(out < num_out)[:, None] & is_line[None, :],
+    )
+
+
+def resample(
+    sources: Sequence[Source], *, preprocessing: Preprocessing, device: torch.device
+) -> Tensor:
+    """Resize and crop images, on the current stream.
+
+    Args:
+        sources: Decoded; they must stay until the stream has come so far.
+        preprocessing: The output's size, and how to reach it; its filter is one of FILTERS.
+        device: Where the images are.
+
+    Returns:
+        uint8 [N, height, width, 3], RGB, HWC, as `preprocess.decode_pixels` makes of such images.
+    """
+    output = np.array([preprocessing.width, preprocessing.height])
+    shape = (len(sources), preprocessing.height, preprocessing.width, 3)
+    pixels = torch.empty(shape, dtype=torch.uint8, device=device)
+    if not sources:
+        return pixels
+    axes = _Axes(
+        in_size=np.array([source.size for source in sources]),
+        full_size=np.array([resized_size(source.size, preprocessing) for source in sources]),
+        output=output,
+    )
+    first_axis = axes.first()
+    between_size = np.where(np.arange(2) == first_axis[:, None], output, axes.in_size)
+    between_bytes = 3 * between_size.prod(axis=1)
+    between = torch.empty(int(between_bytes.sum()), dtype=torch.uint8, device=device)
+    buffers = [
+        _Buffers(
+            addresses=np.array([source.address for source in sources]),
+            row_bytes=np.array([source.row_bytes for source in sources]),
+        ),
+        _Buffers(
+            addresses=between.data_ptr() + between_bytes.cumsum() - between_bytes,
+            row_bytes=3 * between_size[:, 0],
+        ),
+        _Buffers(
+            addresses=pixels.data_ptr() + np.arange(len(sources)) * 3 * output.prod(),
+            row_bytes=np.full(len(sources), 3 * output[0]),
+        ),
+    ]
+    passes = [
+        axes.jobs(axis, source=source, target=target, num_lines=3 * _chosen(between_size, 1 - axis))
+        for axis, source, target in zip(
+            (first_axis, 1 - first_axis), buffers, buffers[1:], strict=False
+        )
+    ]
+    for jobs in torch.from_numpy(np.stack(passes)).to(device):
+        max_lines, max_out = 3 * int(between_size.max()), int(output.max())
+        _resample_kernel[
+            len(sources), triton.cdiv(max_out, _BLOCK_OUT), triton.cdiv(max_lines, _BLOCK_LINES)
+        ](
+            jobs,
+            support=_SUPPORT[preprocessing.resample],
+            is_bicubic=preprocessing.resample == _BICUBIC,
+            block_out=_BLOCK_OUT,
+            block_lines=_BLOCK_LINES,
+            # A fused multiplication and addition rounds once, Pillow's C twice.
+            enable_fp_fusion=False,
+        )
+    return pixels
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Buffers:
+    """Where the images of a batch lie, each HWC."""
+
+    addresses: NDArray[np.int64]
+    """[N]."""
+    row_bytes: NDArray[np.int64]
+    """[N]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Axes:
+    """What is to be done along both axes: 0 is the width, 1 the height."""
+
+    in_size: NDArray[np.int64]
+    """[N, 2], of the sources."""
+    full_size: NDArray[np.int64]
+    """[N, 2], after the resize."""
+    output: NDArray[np.int64]
+    """[2], of which the crop leaves the middle."""
+
+    def first(self) -> NDArray[np.int64]:
+        """The axis [N] that is resampled first, as Pillow chooses."""
+        shrink = self.in_size - self.full_size
+        is_height = (shrink[:, 1] > 0) & (shrink[:, 1] > 2 * shrink[:, 0])
+        return is_height.astype(np.int64)
+
+    def jobs(
+        self,
+        axis: NDArray[np.int64],
+        *,
+        source: _Buffers,
+        target: _Buffers,
+        num_lines: NDArray[np.int64],
+    ) -> NDArray[np.int64]:
+        """One pass, along `axis` [N]: int64 [N, fields], in the order in which the kernel reads."""
+        in_size, full_size = _chosen(self.in_size, axis), _chosen(self.full_size, axis)
+        num_out = self.output[axis]
+        offset = (full_size - num_out) // 2
+        fields = [num_lines, num_out, in_size, full_size, offset]
+        for buffers in (source, target):
+            along = np.where(axis == 0, 3, buffers.row_bytes)
+            across = np.where(axis == 0, buffers.row_bytes, 3)
+            fields += [buffers.addresses, across, along]
+        return np.stack(fields, axis=1).astype(np.int64)
+
+
+def _chosen(sizes: NDArray[np.int64], axis: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Of each row [2], the element that `axis` says."""
+    chosen: NDArray[np.int64] = np.take_along_axis(sizes, axis[:, None], axis=1)[:, 0]
+    return chosen

@@ -1,0 +1,181 @@
+"""Decoding on a GPU against Pillow: formats, orientations, damage; and why it may not be had."""
+
+import importlib.util
+import io
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image
+
+from engine.decoding.jpeg_header import suits_gpu
+from engine.errors import DeviceError
+from engine.images import ImageLimits, ImageRejected
+from engine.preprocess import MAX_ORDINARY_ASPECT, Preprocessing, decode_pixels
+from tests import image_files
+
+from tests.triton_device import DEVICE  # isort: skip  # noqa: F401
+
+from engine.decoding import gpu_decoder  # isort: skip
+from engine.decoding.gpu_decoder import GpuDecoder, decoding_fault  # isort: skip
+
+LIMITS = ImageLimits()
+# Of levels, to Pillow's: the card interpolates colour and rounds its transform otherwise.
+MAX_MEAN_DIFFERENCE = 3.0
+
+
+def preprocessing(**fields) -> Preprocessing:
+    return Preprocessing(
+        **{"height": 64, "width": 64, "resize": 64, "crop": (64, 64), "resample": 3} | fields,
+        mean=(0, 0, 0),
+        std=(1, 1, 1),
+    )
+
+
+CLIP = preprocessing()
+
+
+def jpeg(image: Image.Image | None = None, **options) -> bytes:
+    buffer = io.BytesIO()
+    (image or image_files.photo(180, 130)).save(buffer, "JPEG", **{"quality": 92} | options)
+    return buffer.getvalue()
+
+
+def turned(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return jpeg(image_files.four_corners(180, 130), exif=exif)
+
+
+def by_pillow(encoded: bytes):
+    """Pixels, or the reason why there are none."""
+    try:
+        return decode_pixels(encoded, preprocessing=CLIP, limits=LIMITS)
+    except ImageRejected as verdict:
+        return verdict.reason
+
+
+@pytest.fixture(scope="module")
+def decoder() -> GpuDecoder:
+    return GpuDecoder(CLIP, limits=LIMITS, num_threads=4)
+
+
+ORDINARY = {
+    "4:2:0": jpeg(),
+    "4:2:2": jpeg(subsampling=1),
+    "4:4:4": jpeg(subsampling=0),
+    "grey": jpeg(image_files.photo(180, 130).convert("L")),
+    "restart markers": jpeg(restart_marker_rows=1),
+    "tall": jpeg(image_files.photo(70, 400)),
+    "small": jpeg(image_files.photo(9, 7)),
+    "large": jpeg(image_files.photo(2100, 1400)),
+    **{f"orientation {number}": turned(number) for number in range(1, 9)},
+}
+
+
+@pytest.mark.gpu
+def test_the_card_decodes_what_suits_it_nearly_as_pillow_does(decoder: GpuDecoder):
+    for name, encoded in ORDINARY.items():
+        assert suits_gpu(encoded, limits=LIMITS, max_aspect=MAX_ORDINARY_ASPECT), name
+    decoded = decoder.decode(list(ORDINARY.values()))
+    assert (dict(decoded.rejected), decoded.num_by_cpu) == ({}, 0)
+    assert decoded.pixels.shape == (len(ORDINARY), 64, 64, 3)
+    for (name, encoded), pixels in zip(ORDINARY.items(), decoded.pixels, strict=True):
+        difference = np.abs(pixels.cpu().numpy().astype(int) - by_pillow(encoded)).mean()
+        assert difference < MAX_MEAN_DIFFERENCE, name
+
+
+@pytest.mark.gpu
+def test_what_the_card_cannot_decode_is_left_to_pillow_and_harms_no_neighbour(decoder: GpuDecoder):
+    photo = ORDINARY["4:2:0"]
+    odd = [
+        *(photo, image_files.png(), photo, b"nonsense" * 9, b""),
+        *(jpeg(image_files.photo(90, 70).convert("CMYK")), photo),
+    ]
+    decoded = decoder.decode(odd)
+    alone = decoder.decode([photo]).pixels[0].cpu()
+    found = dict(zip(decoded.rows.tolist(), decoded.pixels.cpu(), strict=True))
+    assert list(found) == sorted(set(range(len(odd))) - set(decoded.rejected))
+    for row, encoded in enumerate(odd):
+        expected = by_pillow(encoded)
+        if isinstance(expected, str):
+            assert decoded.rejected[row].reason == expected
+        elif encoded == photo:
+            assert bool((found[row] == alone).all())
+        else:
+            assert np.abs(found[row].numpy().astype(int) - expected).mean() < MAX_MEAN_DIFFERENCE
+
+
+@pytest.mark.gpu
+def test_more_images_than_one_call_takes(decoder: GpuDecoder, monkeypatch: pytest.MonkeyPatch):
+    photos = [*ORDINARY.values(), b"nonsense", ORDINARY["grey"]]
+    whole = decoder.decode(photos)
+    for limits in ({"_CALL_ROWS": 4}, {"_CALL_BYTES": 3 * 200 * 200}):
+        for name, value in limits.items():
+            monkeypatch.setattr(gpu_decoder, name, value)
+        parts = decoder.decode(photos)
+        assert parts.rows.tolist() == whole.rows.tolist()
+        assert bool((parts.pixels == whole.pixels).all())
+
+
+@pytest.mark.parametrize(
+    ("max_rows", "max_bytes", "expected"),
+    [
+        (3, 10**9, [[0, 2, 3], [4, 5]]),
+        (9, 3 * 250, [[0, 2], [3], [4, 5]]),
+        (9, 1, [[0], [2], [3], [4], [5]]),
+    ],
+)
+def test_calls_are_of_so_many_images_and_bytes(
+    monkeypatch: pytest.MonkeyPatch, max_rows: int, max_bytes: int, expected: list[list[int]]
+):
+    monkeypatch.setattr(gpu_decoder, "_CALL_ROWS", max_rows)
+    monkeypatch.setattr(gpu_decoder, "_CALL_BYTES", max_bytes)
+    small, large = SimpleNamespace(width=10, height=10), SimpleNamespace(width=20, height=10)
+    streams = [small, None, small, large, small, small]
+    assert list(gpu_decoder._calls(streams)) == expected
+    assert list(gpu_decoder._calls([None])) == []
+
+
+@pytest.mark.gpu
+def test_a_batch_without_any_image(decoder: GpuDecoder):
+    decoded = decoder.decode([b"", b"nonsense"])
+    assert (len(decoded.rows), len(decoded.pixels), set(decoded.rejected)) == (0, 0, {0, 1})
+
+
+@pytest.mark.gpu
+def test_batches_of_all_sizes_give_the_same_bits(decoder: GpuDecoder):
+    photos = [jpeg(image_files.photo(100 + 9 * seed, 90, seed=seed)) for seed in range(12)]
+    whole = decoder.decode(photos).pixels.cpu()
+    for num_rows in (1, 5, 12, 3):
+        assert bool((decoder.decode(photos[:num_rows]).pixels.cpu() == whole[:num_rows]).all())
+    assert decoder.decode([]).pixels.shape == (0, 64, 64, 3)
+    assert bool((decoder.decode(photos[::-1]).pixels.cpu() == whole.flip(0)).all())
+
+
+@pytest.mark.gpu
+def test_the_card_at_hand_decodes():
+    assert decoding_fault(CLIP) is None
+
+
+def test_why_a_card_may_not_decode(monkeypatch: pytest.MonkeyPatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        gpu_decoder, "find_spec", lambda name: None if "nvi" in name else real(name)
+    )
+    fault = "nvImageCodec is not installed (pip install 'clipmill[gpu]')"
+    assert decoding_fault(CLIP) == fault
+    with pytest.raises(DeviceError) as caught:
+        GpuDecoder(CLIP, limits=LIMITS, num_threads=1)
+    said = f"images cannot be decoded on the GPU: {fault}; use --decode cpu"
+    assert str(caught.value) == said
+    monkeypatch.setattr(gpu_decoder, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    fault = decoding_fault(CLIP)
+    assert fault is not None
+    assert fault.endswith("whose kernels resize them, sees no CUDA GPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    fault = decoding_fault(preprocessing(resample=1))
+    assert fault is not None
+    assert "Pillow's filter 1, and only bilinear and bicubic are there" in fault
