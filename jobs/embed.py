@@ -21,6 +21,7 @@ from pipelines.embedding import EmbedConfig, embed
 from pipelines.engines import EngineChoice
 from pipelines.report import RunReport, make_report, summary
 from pipelines.runs import save_report
+from pipelines.schema import WANTED_DECODERS
 from pipelines.stages import Resources
 
 
@@ -61,6 +62,7 @@ def config_from(options: Namespace) -> EmbedConfig:
             engine_id=options.engine,
             precision=options.precision,
             backend=options.backend,
+            decoder=options.decode,
             engines_uri=options.engines,
         ),
         dtype=options.dtype,
@@ -100,6 +102,12 @@ def _parser() -> CommandParser:
         "--precision", choices=get_args(Precision), help="that the promoted engine must have"
     )
     what.add_argument("--backend", default="auto", choices=WANTED, help="what executes the engine")
+    what.add_argument(
+        "--decode",
+        default="auto",
+        choices=WANTED_DECODERS,
+        help="where JPEGs are decoded: auto takes the GPU that runs the engine, if it can",
+    )
     what.add_argument("--engines", default=default_engines_uri(), metavar="URI")
     what.add_argument("--dtype", default="float32", choices=("float32", "float16"))
     columns = parser.add_argument_group("columns of the catalog")

@@ -5,7 +5,7 @@ Knows nothing of how the counts come about.
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -24,7 +24,6 @@ from rich.text import Text
 
 from engine.progress import OnProgress
 from pipelines.ledger import Counts
-from pipelines.progress import STAGES
 from pipelines.progress import Progress as RunProgress
 
 LOG_SECONDS = 30.0
@@ -46,7 +45,7 @@ def shown_progress() -> Iterator[ProgressSink]:
         yield _Lines()
         return
     with Progress(
-        TextColumn("{task.description:>6}"),
+        TextColumn("{task.description:>7}"),
         BarColumn(),
         MofNCompleteColumn(),
         _RateColumn(),
@@ -123,9 +122,11 @@ class _Bars:
         self._tasks: dict[str, TaskID] = {}
 
     def __call__(self, counts: Counts, progress: RunProgress) -> None:
-        for stage in STAGES:
+        for stage in progress.stages:
             if stage not in self._tasks:
-                self._tasks[stage] = self._bars.add_task(stage, total=stage_total(counts, stage))
+                self._tasks[stage] = self._bars.add_task(
+                    stage, total=bar_total(counts, stage, stages=progress.stages)
+                )
             self._bars.update(self._tasks[stage], completed=progress.stages[stage].num_rows)
 
 
@@ -145,10 +146,16 @@ def stage_total(counts: Counts, stage: str) -> int:
     return counts.num_due_rows if stage == "read" else sum(counts.num_due.values())
 
 
+def bar_total(counts: Counts, stage: str, *, stages: Collection[str]) -> int | None:
+    """The same for a bar; None where nobody knows how many images are left to the GPUs."""
+    by_gpus = stage == "decode" and "prepare" in stages
+    return None if by_gpus else stage_total(counts, stage)
+
+
 def progress_line(counts: Counts, progress: RunProgress) -> str:
     """Progress in one line for a log."""
     total, done = stage_total(counts, "encode"), progress.stages["encode"].num_rows
     rate = done / progress.seconds if progress.seconds else 0.0
     left = f"{(total - done) / rate:,.0f} s left" if rate else "time left unknown"
-    stages = ", ".join(f"{stage} {progress.stages[stage].num_rows:,}" for stage in STAGES)
+    stages = ", ".join(f"{name} {count.num_rows:,}" for name, count in progress.stages.items())
     return f"{progress.seconds:,.0f} s: {stages} of {total:,} rows; {rate:,.1f} rows/s, {left}"

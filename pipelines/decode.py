@@ -1,6 +1,7 @@
 """The decode stage: catalog rows -> pixels and texts that are ready to encode, or reject reasons.
 
-Knows nothing of models beyond the geometry of their pixels.
+Knows nothing of models beyond the geometry of their pixels. Where GPUs decode, it only looks at the
+headers of images, and passes on those that a GPU can take.
 
 Rows come out once for each wanted modality, so that an image and a text of one key are judged
 and counted apart.
@@ -13,13 +14,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from engine.decoding.jpeg_header import suits_gpu
 from engine.images import ImageLimits, ImageRejected
-from engine.preprocess import Preprocessing, decode_pixels
+from engine.preprocess import MAX_ORDINARY_ASPECT, Preprocessing, decode_pixels
+from engine.truncation import ends_early
 from pipelines import schema
+from pipelines.binary_columns import binary_views
 from pipelines.fetch import FetchFailure, fetch_all
 from pipelines.fingerprints import row_fingerprints
 from pipelines.progress import StageMeter, metered
-from pipelines.schema import Modality, Reason, Stage
+from pipelines.schema import Decoder, Modality, Reason, Stage
 
 # (reason, detail), or None for a row that is fine.
 Verdict = tuple[str, str | None] | None
@@ -52,25 +56,29 @@ def decode_batch(
     preprocessing: Preprocessing,
     limits: RowLimits,
     carry_columns: Sequence[str],
+    decoder: Decoder = "cpu",
     meter: StageMeter | None = None,
 ) -> pa.Table:
     """Decode a batch of canonical rows (see `reading.CatalogDatasource`).
 
     Returns:
         One row for each wanted modality of each row: `key`, `modality`, `pixels` large_binary
-        (uint8 [H, W, 3], RGB, HWC) or null, `text` or null, `fingerprint`, `stage`, `reason` and
-        `detail` (null where the row is fine), `source_file`, `source_row`, carried columns.
+        (uint8 [H, W, 3], RGB, HWC) or null, `encoded` large_binary (a JPEG that a GPU is to decode)
+        or null, `text` or null, `fingerprint`, `stage`, `reason` and `detail` (null where the row
+        is fine so far), `source_file`, `source_row`, carried columns.
     """
     with metered(meter) as size:
         parts = []
         for modality in modalities:
             wanted = table.filter(table[schema.WANTED[modality]])
             if modality == "image":
-                pixels, verdicts = _images(wanted, preprocessing=preprocessing, limits=limits)
+                pixels, encoded, verdicts = _images(
+                    wanted, preprocessing=preprocessing, limits=limits, decoder=decoder
+                )
                 texts: Any = pa.nulls(wanted.num_rows, pa.string())
             else:
                 texts, verdicts = _texts(wanted, limits=limits)
-                pixels = pa.nulls(wanted.num_rows, pa.large_binary())
+                pixels = encoded = pa.nulls(wanted.num_rows, pa.large_binary())
             rejected = [verdict is not None for verdict in verdicts]
             stages = [Stage.DECODE.value if flag else None for flag in rejected]
             parts.append(
@@ -79,6 +87,7 @@ def decode_batch(
                         schema.KEY: wanted[schema.KEY],
                         schema.MODALITY: pa.repeat(modality, wanted.num_rows),
                         schema.PIXELS: pixels,
+                        schema.ENCODED: encoded,
                         schema.TEXT: texts,
                         schema.FINGERPRINT: row_fingerprints(wanted, modality=modality),
                         schema.STAGE: pa.array(stages, pa.string()),
@@ -96,24 +105,36 @@ def decode_batch(
 
 
 def _images(
-    table: pa.Table, *, preprocessing: Preprocessing, limits: RowLimits
-) -> tuple[pa.Array, list[Verdict]]:
-    encoded: list[Any] = [
-        image.as_buffer() if image.is_valid else None for image in table[schema.IMAGE]
-    ]
+    table: pa.Table, *, preprocessing: Preprocessing, limits: RowLimits, decoder: Decoder
+) -> tuple[pa.Array, pa.Array, list[Verdict]]:
+    contents: list[Any] = binary_views(table[schema.IMAGE])
     uris = table[schema.IMAGE_URI].to_pylist()
     # Bytes that are there win; a path beside them only says where they once came from.
-    missing = [row for row, uri in enumerate(uris) if encoded[row] is None and uri]
+    missing = [row for row, uri in enumerate(uris) if contents[row] is None and uri]
     fetched = fetch_all([uris[row] for row in missing], max_bytes=limits.image.max_image_bytes)
     for row, content in zip(missing, fetched, strict=True):
-        encoded[row] = content
+        contents[row] = content
     pixels: list[bytes | None] = []
+    encoded: list[Any] = []
     verdicts: list[Verdict] = []
-    for content in encoded:
-        pixel, verdict = _image(content, preprocessing=preprocessing, limits=limits.image)
+    for content in contents:
+        pixel, verdict, passed_on = None, None, None
+        if decoder == "gpu" and _suits_gpu(content, limits=limits.image):
+            passed_on = content
+        else:
+            pixel, verdict = _image(content, preprocessing=preprocessing, limits=limits.image)
         pixels.append(pixel)
+        encoded.append(passed_on)
         verdicts.append(verdict)
-    return pa.array(pixels, pa.large_binary()), verdicts
+    return pa.array(pixels, pa.large_binary()), pa.array(encoded, pa.large_binary()), verdicts
+
+
+def _suits_gpu(content: Any, *, limits: ImageLimits) -> bool:
+    return (
+        isinstance(content, bytes | memoryview)
+        and suits_gpu(content, limits=limits, max_aspect=MAX_ORDINARY_ASPECT)
+        and not ends_early(content)
+    )
 
 
 def _image(
@@ -124,7 +145,7 @@ def _image(
     if isinstance(content, FetchFailure):
         return None, (Reason.FETCH_FAILED.value, content.detail)
     try:
-        pixels = decode_pixels(memoryview(content), preprocessing=preprocessing, limits=limits)
+        pixels = decode_pixels(content, preprocessing=preprocessing, limits=limits)
     except ImageRejected as error:
         return None, (error.reason, error.detail)
     return np.ascontiguousarray(pixels).tobytes(), None

@@ -13,7 +13,6 @@ from typing import Any, cast
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from engine.backends.choice import Backend
 from engine.errors import EngineError
 from engine.manifest import Manifest
 from engine.registry import Engine, Registry
@@ -21,7 +20,14 @@ from pipelines import schema
 from pipelines.assembly import count_rejects, next_files
 from pipelines.catalog import Catalog, CatalogConfig, open_catalog
 from pipelines.decode import RowLimits
-from pipelines.engines import EngineChoice, chosen_backend, chosen_engine, ready_engine
+from pipelines.engines import (
+    EngineChoice,
+    Execution,
+    chosen_backend,
+    chosen_decoder,
+    chosen_engine,
+    ready_engine,
+)
 from pipelines.errors import IncompleteRunError, TooManyRejectsError
 from pipelines.ledger import Counts, Ledger
 from pipelines.parent import check_parent, same_state
@@ -32,7 +38,7 @@ from pipelines.planning import (
     plan_id_of,
     staged_files,
 )
-from pipelines.progress import Progress, ProgressBoard, polled
+from pipelines.progress import GPU_STAGES, STAGES, Progress, ProgressBoard, polled
 from pipelines.schema import EmbeddingDtype, Modality
 from pipelines.snapshots import EngineRecord, Snapshot, StoredFile, commit, current_snapshot
 from pipelines.stages import Pass, Resources, num_workers, ray_data_settings, run_stages
@@ -96,8 +102,8 @@ class EmbedResult:
     """What the stages did; None if there was nothing to embed."""
     workers: dict[str, int]
     """Stage -> how many could work at once."""
-    backend: Backend
-    """What executed the engine, or would have."""
+    execution: Execution
+    """What executed the engine and decoded images, or would have."""
 
 
 def embed(
@@ -122,21 +128,25 @@ def embed(
     catalog = open_catalog(config.catalog)
     registry = Registry(config.engine.engines_uri)
     engine = chosen_engine(config.engine, registry=registry)
-    backend = chosen_backend(config.engine.backend, engine=engine)
     store.check_writable()
     parent = current_snapshot(store)
+    execution = _chosen_execution(
+        config, catalog=catalog, engine=engine, registry=registry, parent=parent
+    )
     check_parent(
         parent,
         catalog=catalog,
         engine=engine,
-        backend=backend,
-        wanted=config.engine.backend,
+        execution=execution,
+        wanted_backend=config.engine.backend,
+        wanted_decoder=config.engine.decoder,
         dtype=config.dtype,
         store=store,
     )
     limits = config.limits
     # The share of rejects is not among them: a run stopped by it goes on when more are accepted.
-    settings = [config.dtype, backend, repr(limits.image), str(limits.max_text_chars)]
+    settings = [config.dtype, execution.backend, repr(limits.image), str(limits.max_text_chars)]
+    settings += [execution.decoder] if execution.decoder != "cpu" else []
     plan_id = plan_id_of(catalog, engine=engine, settings=settings)
     before = () if parent is None else parent.files
     written: list[StoredFile] = []
@@ -158,7 +168,7 @@ def embed(
                 engine=engine,
                 manifest=manifest,
                 registry=registry,
-                backend=backend,
+                execution=execution,
                 store=store,
                 plan_id=plan_id,
                 dtype=config.dtype,
@@ -198,7 +208,8 @@ def embed(
         embedding_dtype=config.dtype,
         modalities=catalog.modalities,
         files=tuple(sorted(files, key=lambda file: file.path)),
-        backend=backend,
+        backend=execution.backend,
+        decoder=execution.decoder,
     )
     committed = parent is None or not same_state(snapshot, parent)
     if committed:
@@ -221,9 +232,31 @@ def embed(
         },
         rejects_by_reason=count_rejects(store, snapshot.files_of("rejects")),
         progress=progress,
-        workers=num_workers(config.resources, backend=backend),
-        backend=backend,
+        workers=num_workers(config.resources, execution=execution),
+        execution=execution,
     )
+
+
+def _chosen_execution(
+    config: EmbedConfig,
+    *,
+    catalog: Catalog,
+    engine: EngineRecord,
+    registry: Registry,
+    parent: Snapshot | None,
+) -> Execution:
+    backend = chosen_backend(config.engine.backend, engine=engine)
+    wanted = config.engine.decoder
+    if "image" not in catalog.modalities:
+        if wanted == "gpu":
+            raise ValueError("--decode gpu: the catalog has no images")
+        return Execution(backend=backend, decoder="cpu")
+    # CPUs can always do what they did before.
+    if wanted == "auto" and parent is not None and parent.decoder == "cpu":
+        wanted = "cpu"
+    ready = partial(_ready_manifest, config, engine=engine, registry=registry, catalog=catalog)
+    decoder = chosen_decoder(wanted, backend=backend, ready_manifest=ready)
+    return Execution(backend=backend, decoder=decoder)
 
 
 def _ready_manifest(
@@ -255,7 +288,10 @@ def _run(
 ) -> tuple[list[StoredFile], Progress]:
     # On the driver's node: a worker that may be lost at any time would take the counts along.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = ProgressBoard.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    stages = GPU_STAGES if pass_.execution.decoder == "gpu" else STAGES
+    board = ProgressBoard.options(  # type: ignore[attr-defined]
+        scheduling_strategy=here
+    ).remote(stages)
     written: list[StoredFile] = []
     num_planned = sum(counts.num_due.values()) + sum(file.num_rows for file in staged)
     num_rejected = _num_rejects(staged)

@@ -1,8 +1,11 @@
 """The encode stage: an actor that loads an engine in its worker and turns batches into embeddings.
 
-Knows nothing of where rows come from or go to.
+Knows nothing of where rows come from or go to. Where GPUs decode, JPEGs come here as they are, and
+for PyTorch's encoder their pixels never leave the card.
 """
 
+import threading
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,15 +16,20 @@ from numpy.typing import NDArray
 from engine.backends.choice import Backend, load_encoder
 from engine.backends.encoder import Encoder
 from engine.errors import ClipmillError
+from engine.images import ImageLimits, ImageRejected
 from engine.registry import Registry
 from pipelines import schema
+from pipelines.binary_columns import binary_views, pixel_array
 from pipelines.engines import ready_engine
 from pipelines.progress import StageMeter
 from pipelines.snapshots import EngineRecord
 
 
 class EncodeStage:
-    """Encodes batches of decoded rows. Constructed in the worker, from names and paths."""
+    """Encodes batches of decoded rows. Constructed in the worker, from names and paths.
+
+    Several threads may call it: while one batch is encoded, the next is decoded.
+    """
 
     def __init__(
         self,
@@ -29,9 +37,12 @@ class EncodeStage:
         engine: EngineRecord,
         registry: Registry,
         backend: Backend,
+        decoder: schema.Decoder,
+        limits: ImageLimits,
         num_threads: int,
         dtype: schema.EmbeddingDtype,
         meter: StageMeter,
+        decode_meter: StageMeter,
     ) -> None:
         """Load the engine, building it or its plan for this GPU first if nobody has.
 
@@ -39,6 +50,7 @@ class EncodeStage:
         as dead, without its error.
         """
         self._error: ClipmillError | None = None
+        self._decoder: Any = None
         try:
             self._encoder: Encoder = load_encoder(
                 ready_engine(engine, registry=registry),
@@ -46,60 +58,109 @@ class EncodeStage:
                 registry=registry,
                 num_threads=num_threads,
             )
+            if decoder == "gpu":
+                # torch and Triton are heavy; workers that decode nothing do without.
+                from engine.decoding.gpu_decoder import GpuDecoder
+
+                self._decoder = GpuDecoder(
+                    self._encoder.manifest.preprocessing, limits=limits, num_threads=num_threads
+                )
         except ClipmillError as error:
             self._error = error
+        # PyTorch's encoder takes pixels where they are, others from host memory.
+        self._takes_gpu_pixels = backend == "torch"
         self._dtype = np.dtype(dtype)
-        self._meter = meter
+        self._meter, self._decode_meter = meter, decode_meter
+        self._encoding, self._decoding = threading.Lock(), threading.Lock()
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Replace `pixels` and `text` by `embedding`, null for rejected rows.
+        """Replace `pixels`, `encoded` and `text` by `embedding`, null for rejected rows.
 
-        A row that the engine gives no embedding for is rejected here.
+        An image that cannot be decoded, and a row that the engine gives no embedding for, are
+        rejected here.
         """
         if self._error is not None:
             raise self._error
         manifest = self._encoder.manifest
-        with self._meter.batch() as size:
-            embeddings = np.zeros((table.num_rows, manifest.embedding_dim), dtype=np.float32)
-            has_pixels = table[schema.PIXELS].is_valid().to_numpy()
+        decoded_rows, decoded_pixels, rejected = self._decoded(table)
+        embeddings = np.zeros((table.num_rows, manifest.embedding_dim), dtype=np.float32)
+        has_pixels = table[schema.PIXELS].is_valid().to_numpy()
+        has_text = table[schema.TEXT].is_valid().to_numpy()
+        with self._encoding, self._meter.batch() as size:
             if has_pixels.any():
                 shape = (manifest.preprocessing.height, manifest.preprocessing.width, 3)
                 pixels = pixel_array(table[schema.PIXELS], shape=shape)
                 embeddings[has_pixels] = self._encoder.encode_images(pixels)
-            has_text = table[schema.TEXT].is_valid().to_numpy()
+            if len(decoded_rows):
+                embeddings[decoded_rows] = self._encoder.encode_images(decoded_pixels)
             if has_text.any():
                 texts = table[schema.TEXT].drop_null().to_pylist()
                 embeddings[has_text] = self._encoder.encode_texts(texts)
-            is_sound = np.isfinite(embeddings).all(axis=1)
-            column = pa.FixedSizeListArray.from_arrays(
-                pa.array(embeddings.astype(self._dtype).reshape(-1)),
-                manifest.embedding_dim,
-                mask=pa.array(~((has_pixels | has_text) & is_sound)),
-            )
             size(table.num_rows, 0)
-        table = table.drop_columns([schema.PIXELS, schema.TEXT])
+        is_sound = np.isfinite(embeddings).all(axis=1)
+        is_encoded = has_pixels | has_text
+        is_encoded[decoded_rows] = True
+        column = pa.FixedSizeListArray.from_arrays(
+            pa.array(embeddings.astype(self._dtype).reshape(-1)),
+            manifest.embedding_dim,
+            mask=pa.array(~(is_encoded & is_sound)),
+        )
+        table = table.drop_columns([schema.PIXELS, schema.ENCODED, schema.TEXT])
+        if rejected:
+            table = _rejected_images(table, rejected)
         if not is_sound.all():
-            table = _rejected(table, pa.array(~is_sound))
+            table = _rejected(
+                table,
+                np.logical_not(is_sound),
+                stage=schema.Stage.ENCODE,
+                reason=schema.Reason.NOT_ENCODABLE,
+                detail="the engine gives no unit vector for it; is it beyond 16 bit?",
+            )
         return table.append_column(schema.EMBEDDING, column)
 
+    def _decoded(
+        self, table: pa.Table
+    ) -> tuple[NDArray[np.int64], Any, Mapping[int, ImageRejected]]:
+        """Decode what is still encoded.
 
-def _rejected(table: pa.Table, chosen: pa.BooleanArray) -> pa.Table:
-    """The table with these rows as rejects of this stage."""
-    for name, value in (
-        (schema.STAGE, schema.Stage.ENCODE),
-        (schema.REASON, schema.Reason.NOT_ENCODABLE),
-        (schema.DETAIL, "the engine gives no unit vector for it; is it beyond 16 bit?"),
-    ):
-        column = pc.if_else(chosen, pa.scalar(str(value)), table[name])
-        table = table.set_column(table.column_names.index(name), name, column)
+        Returns:
+            Rows that were decoded; their pixels uint8 [n, H, W, 3], on the GPU if the encoder takes
+            them there; row -> why it is no usable image.
+        """
+        rows = np.flatnonzero(table[schema.ENCODED].is_valid().to_numpy())
+        if len(rows) == 0:
+            return rows, None, {}
+        encoded = [view for view in binary_views(table[schema.ENCODED]) if view is not None]
+        with self._decoding, self._decode_meter.batch() as size:
+            batch = self._decoder.decode(encoded)
+            pixels = batch.pixels if self._takes_gpu_pixels else batch.pixels.cpu().numpy()
+            size(len(rows), pixels.nbytes)
+        rejected = {int(rows[row]): verdict for row, verdict in batch.rejected.items()}
+        return rows[batch.rows], pixels, rejected
+
+
+def _rejected_images(table: pa.Table, verdicts: Mapping[int, ImageRejected]) -> pa.Table:
+    for row, verdict in verdicts.items():
+        chosen = np.arange(table.num_rows) == row
+        table = _rejected(
+            table,
+            chosen,
+            stage=schema.Stage.DECODE,
+            reason=verdict.reason,
+            detail=verdict.detail,
+        )
     return table
 
 
-def pixel_array(column: Any, *, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """The valid pixels of a large_binary column as uint8 [N, H, W, 3]; one chunk is not copied."""
-    array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-    offsets = np.frombuffer(array.buffers()[1], dtype=np.int64)
-    offsets = offsets[array.offset : array.offset + len(array) + 1]
-    # Nulls take no bytes, so what lies between first and last offset is all valid pixels.
-    content = np.frombuffer(array.buffers()[2], dtype=np.uint8)[offsets[0] : offsets[-1]]
-    return content.reshape(-1, *shape)
+def _rejected(
+    table: pa.Table, chosen: NDArray[np.bool_], *, stage: schema.Stage, reason: str, detail: str
+) -> pa.Table:
+    """The table with these rows as rejects."""
+    for name, value in (
+        (schema.STAGE, stage),
+        (schema.REASON, reason),
+        (schema.DETAIL, detail),
+    ):
+        column = pc.if_else(pa.array(chosen), pa.scalar(str(value)), table[name])
+        table = table.set_column(table.column_names.index(name), name, column)
+    return table

@@ -1,10 +1,13 @@
-"""Which engine and backend a run uses: chosen before it starts, the same for all its workers.
+"""Which engine, backend and decoder a run uses: chosen before it starts, for all its workers.
 
 Knows nothing of the rows that it encodes.
 """
 
+import importlib.util
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import ray
@@ -24,9 +27,11 @@ from engine.build import engine_id_of, load_or_build, unquantized_precision
 from engine.checkpoint import find_checkpoint
 from engine.errors import DeviceError, EngineError, GateError
 from engine.gate_reports import check_gate
-from engine.manifest import Precision
+from engine.manifest import Manifest, Precision
+from engine.preprocess import Preprocessing
 from engine.promotion import promoted
 from engine.registry import Engine, Registry, default_engines_uri
+from pipelines.schema import WANTED_DECODERS, Decoder, WantedDecoder
 from pipelines.snapshots import EngineRecord
 
 # Of a GPU, for looking what there is: room for it is left beside most that use GPUs in part.
@@ -51,6 +56,8 @@ class EngineChoice:
     """Of the checkpoint's engine: an error if another one is promoted. None takes what is."""
     backend: Wanted = "auto"
     """What executes it."""
+    decoder: WantedDecoder = "auto"
+    """Where JPEGs are decoded: auto takes the GPU that the engine runs on, if it can."""
     engines_uri: str = field(default_factory=default_engines_uri)
     """Where engines are kept: a folder, each node's own or shared, or any fsspec URI."""
 
@@ -62,6 +69,20 @@ class EngineChoice:
             raise ValueError(f"engine {self.engine_id} has a revision and a precision of its own")
         if self.backend not in WANTED:
             raise ValueError(f"backend={self.backend!r}: expected one of {', '.join(WANTED)}")
+        if self.decoder not in WANTED_DECODERS:
+            raise ValueError(
+                f"decoder={self.decoder!r}: expected one of {', '.join(WANTED_DECODERS)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Execution:
+    """What does the work of a run."""
+
+    backend: Backend
+    """Executes the engine."""
+    decoder: Decoder
+    """Decodes JPEGs."""
 
 
 def chosen_engine(choice: EngineChoice, *, registry: Registry) -> EngineRecord:
@@ -131,23 +152,72 @@ def chosen_backend(wanted: Wanted, *, engine: EngineRecord) -> Backend:
     return backend
 
 
-def _gpu_worker() -> Machine:
-    look: Any = ray.remote(cast("Any", this_machine))
-    looked = look.options(num_cpus=0, num_gpus=PROBE_GPUS).remote()
-    try:
-        machine: Machine = ray.get(looked, timeout=PROBE_SECONDS)
-    except GetTimeoutError as error:
-        ray.cancel(looked)
+def chosen_decoder(
+    wanted: WantedDecoder, *, backend: Backend, ready_manifest: Callable[[], Manifest]
+) -> Decoder:
+    """Choose where JPEGs are decoded, by a try on one of the cluster's GPUs.
+
+    Args:
+        wanted: What was asked for.
+        backend: What executes the engine.
+        ready_manifest: Gives the engine's manifest, and builds the engine first if need be; called
+            only where a GPU is tried.
+
+    Raises:
+        DeviceError: The GPU was asked for and cannot; or no GPU could be looked at.
+    """
+    if wanted == "cpu" or (wanted == "auto" and backend == "onnxruntime"):
+        return "cpu"
+    if backend == "onnxruntime":
         raise DeviceError(
-            f"none of the cluster's {num_gpus():g} GPUs had room within {PROBE_SECONDS:g} s: wait "
-            "for the jobs that use them, or use --backend onnxruntime to run on CPUs"
-        ) from error
+            "--decode gpu needs an engine that runs on GPUs, this one runs on CPUs: use --decode "
+            "auto, or an fp16 or fp8 engine (`clipmill engine build`)"
+        )
+    fault: str | None = _on_a_gpu(partial(_decoding_fault, ready_manifest().preprocessing))
+    if fault is None:
+        return "gpu"
+    if wanted == "gpu":
+        raise DeviceError(f"--decode gpu: {fault}")
+    _log.warning("images are decoded by CPUs, since the GPU cannot: %s", fault)
+    return "cpu"
+
+
+def _decoding_fault(preprocessing: Preprocessing) -> str | None:
+    for library in ("torch", "triton"):  # which the tensorrt backend does without
+        if importlib.util.find_spec(library) is None:
+            return f"{library} is not installed, whose kernels resize images there"
+    from engine.decoding.gpu_decoder import decoding_fault
+
+    return decoding_fault(preprocessing)
+
+
+def _gpu_worker() -> Machine:
+    machine: Machine = _on_a_gpu(this_machine)
     if machine.architecture is None:
         raise DeviceError(
             f"Ray counts {num_gpus():g} GPUs, but a worker that was given one sees none: check "
             "`nvidia-smi` on the GPU nodes, or use --backend onnxruntime to run on CPUs"
         )
     return machine
+
+
+def _on_a_gpu(look_at_it: Callable[[], Any]) -> Any:
+    """What a function finds in a worker that has a GPU."""
+    # After one call its process ends, and with it what it holds on the GPU.
+    look: Any = ray.remote(num_cpus=0, num_gpus=PROBE_GPUS, max_calls=1)(cast("Any", _called))
+    looked = look.remote(look_at_it)
+    try:
+        return ray.get(looked, timeout=PROBE_SECONDS)
+    except GetTimeoutError as error:
+        ray.cancel(looked)
+        raise DeviceError(
+            f"none of the cluster's {num_gpus():g} GPUs had room within {PROBE_SECONDS:g} s: wait "
+            "for the jobs that use them, or use --backend onnxruntime to run on CPUs"
+        ) from error
+
+
+def _called(function: Callable[[], Any]) -> Any:
+    return function()
 
 
 def num_gpus() -> float:

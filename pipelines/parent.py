@@ -3,11 +3,12 @@
 Knows nothing of how rows are embedded.
 """
 
-from engine.backends.choice import Backend, Wanted
+from engine.backends.choice import Wanted
 from pipelines.catalog import Catalog
+from pipelines.engines import Execution
 from pipelines.errors import StoreError
 from pipelines.planning import catalog_columns
-from pipelines.schema import EmbeddingDtype
+from pipelines.schema import EmbeddingDtype, WantedDecoder
 from pipelines.snapshots import EngineRecord, Snapshot
 from pipelines.store import Store
 
@@ -17,8 +18,9 @@ def check_parent(
     *,
     catalog: Catalog,
     engine: EngineRecord,
-    backend: Backend,
-    wanted: Wanted,
+    execution: Execution,
+    wanted_backend: Wanted,
+    wanted_decoder: WantedDecoder,
     dtype: EmbeddingDtype,
     store: Store,
 ) -> None:
@@ -28,19 +30,24 @@ def check_parent(
         parent: That snapshot; None in an empty store, which takes all.
         catalog: What is to be embedded.
         engine: With what.
-        backend: What executes it.
-        wanted: What was asked for: a backend asked for by name may be another than before.
+        execution: What executes it, and where images are decoded.
+        wanted_backend: What was asked for: who asks by name may ask for another than before.
+        wanted_decoder: The same of the decoder.
         dtype: Of stored embeddings.
         store: Whose snapshot it is.
     """
     if parent is None:
         return
     faults = []
-    if parent.backend != backend and wanted == "auto":
-        faults.append(
-            f"embeddings by {parent.backend}, here it would be {backend}, whose last digits "
-            f"differ (--backend {parent.backend} is the same, --backend {backend} mixes them)"
-        )
+    for what, option, before, now, asked in (
+        ("embeddings by", "--backend", parent.backend, execution.backend, wanted_backend),
+        ("images decoded by", "--decode", parent.decoder, execution.decoder, wanted_decoder),
+    ):
+        if before != now and asked == "auto":
+            faults.append(
+                f"{what} {before}, here it would be {now}, whose last digits differ "
+                f"({option} {before} is the same, {option} {now} mixes them)"
+            )
     if parent.engine.engine_id != engine.engine_id:
         faults.append(
             f"embeddings of engine {parent.engine.engine_id} ({parent.engine.checkpoint}), "

@@ -6,7 +6,7 @@ store is counted from its files.
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 import ray
 
 STAGES = ("read", "decode", "encode", "write")
+# Where GPUs decode, CPUs prepare: they look at headers and decode what GPUs do not take.
+GPU_STAGES = ("read", "prepare", "decode", "encode", "write")
 SAMPLE_SECONDS = 1.0
 POLL_SECONDS = 0.5
 # A series beyond this length is thinned to every other sample, so that a long run's stays small.
@@ -39,7 +41,7 @@ class Progress:
     seconds: float
     """Since the run began."""
     stages: dict[str, StageCount]
-    """One for each of STAGES."""
+    """By name, in order: STAGES, or GPU_STAGES where GPUs decode."""
     samples: list[tuple[float, int]] = field(default_factory=list)
     """(seconds, rows encoded) about once a second, for the plot of the rate."""
 
@@ -48,10 +50,10 @@ class Progress:
 class ProgressBoard:
     """The actor that workers report to."""
 
-    def __init__(self) -> None:
+    def __init__(self, stages: Sequence[str] = STAGES) -> None:
         """Start the clock."""
         self._started = time.monotonic()
-        self._stages = {stage: StageCount() for stage in STAGES}
+        self._stages = {stage: StageCount() for stage in stages}
         self._samples: list[tuple[float, int]] = [(0.0, 0)]
         self._sample_seconds = SAMPLE_SECONDS
 

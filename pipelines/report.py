@@ -6,11 +6,14 @@ Knows nothing of how the report is drawn.
 from dataclasses import dataclass
 
 from pipelines.embedding import EmbedResult
-from pipelines.progress import STAGES, Progress
+from pipelines.progress import Progress
 
 ADVICE = {
     "read": "the catalog's storage sets the pace; bring the data nearer or use larger row groups",
-    "decode": "add CPUs, or store images nearer to the size that the model reads",
+    "prepare": "add CPUs: they look at headers, fingerprint rows and decode what GPUs do not take",
+    "decode": "add CPUs, store images nearer to the size that the model reads, or decode them on "
+    "GPUs (--decode gpu)",
+    "decode by gpu": "add GPUs, or store images nearer to the size that the model reads",
     "encode": "add encoders (--num-encoders), CPUs for them, or a GPU",
     "write": "the store sets the pace; write larger files (--rows-per-file) or nearer",
 }
@@ -23,9 +26,9 @@ class StageReport:
     """One stage of a run."""
 
     stage: str
-    """read, decode, encode or write."""
+    """read, prepare, decode, encode or write."""
     num_rows: int
-    """Rows that left the stage; from decode on once for each modality."""
+    """Rows that left the stage; after reading once for each modality."""
     num_bytes: int
     """Bytes read, decoded to, or written; 0 for encode."""
     busy_seconds: float
@@ -56,6 +59,8 @@ class RunReport:
     """Same id, same embeddings."""
     backend: str
     """What executed it in this run."""
+    decoder: str
+    """Where this run decoded JPEGs: cpu or gpu."""
     embedding_dim: int
     """D."""
     snapshot: int
@@ -96,7 +101,8 @@ def make_report(result: EmbedResult, *, catalog_uri: str, store_uri: str) -> Run
         store_uri=store_uri,
         checkpoint=snapshot.engine.checkpoint,
         engine_id=snapshot.engine.engine_id,
-        backend=result.backend,
+        backend=result.execution.backend,
+        decoder=result.execution.decoder,
         embedding_dim=snapshot.embedding_dim,
         snapshot=snapshot.number,
         committed=result.committed,
@@ -116,8 +122,7 @@ def make_report(result: EmbedResult, *, catalog_uri: str, store_uri: str) -> Run
 def stage_reports(progress: Progress, *, workers: dict[str, int]) -> list[StageReport]:
     """Turn counts into shares and rates."""
     reports = []
-    for stage in STAGES:
-        count = progress.stages[stage]
+    for stage, count in progress.stages.items():
         available = progress.seconds * workers[stage]
         reports.append(
             StageReport(
@@ -149,7 +154,9 @@ def bottleneck_line(stages: list[StageReport]) -> str:
             f"start-bound: even {busiest.stage} was busy only {busiest.busy_share:.0%} of the run; "
             f"a larger catalog would use the workers better (rows/s each alone: {rates})"
         )
-    return f"{busiest.stage}-bound: {share} (rows/s each alone: {rates}); {ADVICE[busiest.stage]}"
+    by_gpu = busiest.stage == "decode" and any(stage.stage == "prepare" for stage in stages)
+    advice = ADVICE["decode by gpu" if by_gpu else busiest.stage]
+    return f"{busiest.stage}-bound: {share} (rows/s each alone: {rates}); {advice}"
 
 
 def summary(report: RunReport) -> str:
@@ -158,7 +165,7 @@ def summary(report: RunReport) -> str:
     lines = [
         f"snapshot {report.snapshot} {state}: {report.num_keys:,} keys of "
         f"{report.num_catalog_rows:,} rows",
-        f"  engine {report.engine_id} by {report.backend}",
+        f"  engine {report.engine_id} by {report.backend}, images decoded by {report.decoder}",
     ]
     for modality, num_stored in report.num_stored.items():
         lines.append(
@@ -168,9 +175,9 @@ def summary(report: RunReport) -> str:
     for reason, num_rows in report.rejects_by_reason.items():
         lines.append(f"  reject {num_rows:>10,} {reason}")
     if report.stages:
-        lines.append("  stage        rows   busy s  workers  busy   rows/s alone")
+        lines.append("  stage         rows   busy s  workers  busy   rows/s alone")
     lines += [
-        f"  {stage.stage:<6} {stage.num_rows:>10,} {stage.busy_seconds:>8.1f} "
+        f"  {stage.stage:<7} {stage.num_rows:>10,} {stage.busy_seconds:>8.1f} "
         f"{stage.workers:>8} {stage.busy_share:>5.0%} {stage.rows_per_second:>14,.0f}"
         for stage in report.stages
     ]

@@ -16,9 +16,9 @@ from engine.preprocess import Preprocessing
 from engine.progress import OnProgress
 from engine.sample import Sample
 from pipelines import schema
+from pipelines.binary_columns import pixel_array
 from pipelines.catalog import Catalog, CatalogConfig, open_catalog
 from pipelines.decode import RowLimits, decode_batch
-from pipelines.encode import pixel_array
 from pipelines.errors import CatalogError
 from pipelines.reading import CatalogDatasource, RowGroupRows
 from pipelines.schema import Modality

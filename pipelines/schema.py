@@ -14,6 +14,10 @@ from engine.images import REASONS as IMAGE_REASONS
 Modality = Literal["image", "text"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
 EmbeddingDtype = Literal["float32", "float16"]
+# Where JPEGs are decoded; CPUs decode all other images.
+Decoder = Literal["cpu", "gpu"]
+WantedDecoder = Literal["auto", "cpu", "gpu"]
+WANTED_DECODERS: tuple[WantedDecoder, ...] = get_args(WantedDecoder)
 
 # Of every table.
 KEY = "key"
@@ -28,6 +32,7 @@ IMAGE_URI = "image_uri"
 TEXT = "text"
 VERSION = "version"
 PIXELS = "pixels"
+ENCODED = "encoded"
 WANTED = {"image": "image_wanted", "text": "text_wanted"}
 
 # Of embeddings.
@@ -48,7 +53,7 @@ NUM_BYTES = "num_bytes"
 FINGERPRINT_TYPE = pa.binary(16)
 RESERVED = frozenset(
     {KEY, MODALITY, FINGERPRINT, EMBEDDING, ENGINE_ID, SOURCE_FILE, SOURCE_ROW, IMAGE, IMAGE_URI}
-    | {TEXT, VERSION, PIXELS, STAGE, REASON, DETAIL, *WANTED.values()}
+    | {TEXT, VERSION, PIXELS, ENCODED, STAGE, REASON, DETAIL, *WANTED.values()}
 )
 
 

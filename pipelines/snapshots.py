@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from engine.backends.choice import Backend
 from pipelines.errors import StoreError
-from pipelines.schema import EmbeddingDtype, Modality
+from pipelines.schema import Decoder, EmbeddingDtype, Modality
 from pipelines.store import Store
 
 FORMAT_VERSION = 1
@@ -94,6 +94,8 @@ class Snapshot:
     """All files; what is in no snapshot does not exist for a reader."""
     backend: Backend = "onnxruntime"
     """What executed the engine in the run that committed it."""
+    decoder: Decoder = "cpu"
+    """Where that run decoded JPEGs."""
 
     @property
     def path(self) -> str:

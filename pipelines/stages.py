@@ -1,5 +1,7 @@
 """Runs due rows through the stages read, decode, encode and write on Ray Data.
 
+Where GPUs decode, the stages are read, prepare, decode and encode in one actor, and write.
+
 Knows nothing of snapshots or of why the rows are due.
 """
 
@@ -12,13 +14,13 @@ from typing import Any
 import ray
 from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 
-from engine.backends.choice import Backend
 from engine.manifest import Manifest
 from engine.registry import Registry
 from pipelines import schema
 from pipelines.catalog import Catalog
 from pipelines.decode import RowLimits, decode_batch
 from pipelines.encode import EncodeStage
+from pipelines.engines import Execution
 from pipelines.ledger import DueRows
 from pipelines.progress import StageMeter
 from pipelines.reading import CatalogDatasource, RowGroupRows
@@ -51,8 +53,8 @@ class Resources:
     io_cpus: float = 0.25
     """CPUs for a read or write task; they mostly wait."""
     batch_rows: int | None = None
-    """Rows given to an encode actor at once, also rows of a decode task; None: 32 on CPUs, 256 on
-    GPUs, which smaller batches leave idle."""
+    """Rows given to an encode actor at once, also rows of a decode task; None: 32 on CPUs; on GPUs
+    256, which smaller batches leave idle, and 1,024 where GPUs decode: images are small before."""
     rows_per_file: int = 4096
     """Rows of a written file; a killed run redoes at most those not yet written."""
     in_flight_bytes: int = 128 * 2**20
@@ -83,8 +85,8 @@ class Pass:
     """Of that engine."""
     registry: Registry
     """Where the engine is kept."""
-    backend: Backend
-    """What executes it."""
+    execution: Execution
+    """What executes it, and where images are decoded."""
     store: Store
     """Where to."""
     plan_id: str
@@ -109,27 +111,32 @@ def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Iterator[l
         board: Handle of the ProgressBoard that the stages report to.
     """
     catalog, resources = pass_.catalog, pass_.resources
-    on_cpus = pass_.backend == "onnxruntime"
-    batch_rows = resources.batch_rows or (32 if on_cpus else 256)
-    workers = num_workers(resources, backend=pass_.backend)
-    check_room(resources, backend=pass_.backend)
+    execution = pass_.execution
+    on_cpus = execution.backend == "onnxruntime"
+    on_gpus = execution.decoder == "gpu"
+    batch_rows = resources.batch_rows or _batch_rows(execution)
+    workers = num_workers(resources, execution=execution)
+    check_room(resources, execution=execution)
     source = CatalogDatasource(
         catalog,
         pieces=_pieces(catalog, due),
         content=catalog.modalities,
         meter=StageMeter(board, stage="read"),
     )
-    decoded = ray.data.read_datasource(source, num_cpus=resources.io_cpus).map_batches(
+    # Where GPUs decode, Ray Data reads and prepares in one task, for which both must ask alike.
+    read_cpus = resources.decode_cpus if on_gpus else resources.io_cpus
+    decoded = ray.data.read_datasource(source, num_cpus=read_cpus).map_batches(
         partial(
             decode_batch,
             modalities=catalog.modalities,
             preprocessing=pass_.manifest.preprocessing,
             limits=pass_.limits,
             carry_columns=catalog.config.carry_columns,
-            meter=StageMeter(board, stage="decode"),
+            decoder=execution.decoder,
+            meter=StageMeter(board, stage="prepare" if on_gpus else "decode"),
         ),
         batch_format="pyarrow",
-        batch_size=batch_rows,
+        batch_size=None if on_gpus else batch_rows,
         num_cpus=resources.decode_cpus,
     )
     encoded = decoded.map_batches(
@@ -137,16 +144,24 @@ def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Iterator[l
         fn_constructor_kwargs={
             "engine": pass_.engine,
             "registry": pass_.registry,
-            "backend": pass_.backend,
+            "backend": execution.backend,
+            "decoder": execution.decoder,
+            "limits": pass_.limits.image,
             "num_threads": resources.encoder_threads,
             "dtype": pass_.dtype,
             "meter": StageMeter(board, stage="encode"),
+            "decode_meter": StageMeter(board, stage="decode"),
         },
         batch_format="pyarrow",
         batch_size=batch_rows,
         num_cpus=resources.encoder_cpus,
         num_gpus=0 if on_cpus else resources.encoder_gpus,
-        compute=ActorPoolStrategy(size=workers["encode"]),
+        compute=ActorPoolStrategy(
+            size=workers["encode"],
+            # One batch is decoded while another is encoded, and a third comes or goes.
+            max_concurrent_calls_per_actor=3 if on_gpus else 1,
+            enable_true_multi_threading=on_gpus,
+        ),
     )
     reports = encoded.map_batches(
         partial(
@@ -170,17 +185,24 @@ def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Iterator[l
         yield stored_files(report)
 
 
-def num_workers(resources: Resources, *, backend: Backend) -> dict[str, int]:
+def _batch_rows(execution: Execution) -> int:
+    if execution.backend == "onnxruntime":
+        return 32
+    return 1024 if execution.decoder == "gpu" else 256
+
+
+def num_workers(resources: Resources, *, execution: Execution) -> dict[str, int]:
     """Stage -> how many of its workers the cluster has room for at once."""
     cpus = _num_cpus()
     io = max(1, int(cpus / resources.io_cpus))
-    encoders = cpus // 2 if backend == "onnxruntime" else _gpu_room(resources)
-    return {
-        "read": io,
-        "decode": max(1, int(cpus / max(1.0, resources.decode_cpus))),
-        "encode": resources.num_encoders or max(1, int(encoders)),
-        "write": io,
-    }
+    room = cpus // 2 if execution.backend == "onnxruntime" else _gpu_room(resources)
+    encoders = resources.num_encoders or max(1, int(room))
+    decoders = max(1, int(cpus / max(1.0, resources.decode_cpus)))
+    if execution.decoder == "gpu":
+        workers = {"read": decoders, "prepare": decoders, "decode": encoders}
+    else:
+        workers = {"read": io, "decode": decoders}
+    return {**workers, "encode": encoders, "write": io}
 
 
 @contextmanager
@@ -221,10 +243,10 @@ def _gpu_room(resources: Resources) -> int:
     return sum(int(gpus / resources.encoder_gpus) for gpus in nodes)
 
 
-def check_room(resources: Resources, *, backend: Backend) -> None:
+def check_room(resources: Resources, *, execution: Execution) -> None:
     """ValueError if the cluster has less room than the stages need at once."""
-    num_encoders = num_workers(resources, backend=backend)["encode"]
-    if backend != "onnxruntime" and num_encoders > _gpu_room(resources):
+    num_encoders = num_workers(resources, execution=execution)["encode"]
+    if execution.backend != "onnxruntime" and num_encoders > _gpu_room(resources):
         raise ValueError(
             f"num_encoders={num_encoders}, encoder_gpus={resources.encoder_gpus:g}: the cluster's "
             f"GPUs have room for {_gpu_room(resources)} such encoders; use fewer, or a lower "

@@ -70,7 +70,7 @@ def text_rows(*texts, **columns):
     )
 
 
-def decoded(table, *, modalities=None, limits=LIMITS, carry_columns=(), meter=None):
+def decoded(table, *, modalities=None, limits=LIMITS, carry_columns=(), decoder="cpu", meter=None):
     if modalities is None:
         modalities = ["image"] if "image" in table.column_names else ["text"]
     return decode_batch(
@@ -79,6 +79,7 @@ def decoded(table, *, modalities=None, limits=LIMITS, carry_columns=(), meter=No
         preprocessing=PREPROCESSING,
         limits=limits,
         carry_columns=carry_columns,
+        decoder=decoder,
         meter=meter or ListMeter(),
     )
 
@@ -153,6 +154,29 @@ def test_a_file_beyond_the_bound_is_too_large_after_fetching_too(tmp_path):
     assert row["reason"] == "image_too_large"
 
 
+def test_where_gpus_decode_only_what_they_take_is_left_to_them():
+    jpeg, png = image_files.jpeg(), image_files.png()
+    early = jpeg[: len(jpeg) // 2] + b"\xff\xd9"
+    contents = [jpeg, png, jpeg[:-30], early, None]
+    table = image_rows(*((content, None) for content in contents))
+    found = decoded(table, decoder="gpu").to_pylist()
+    assert [row["encoded"] for row in found] == [jpeg, None, None, None, None]
+    (by_cpu,) = decoded(image_rows((png, None))).to_pylist()
+    assert [row["pixels"] for row in found] == [None, by_cpu["pixels"], None, None, None]
+    reasons = [None, None, "truncated_image", "truncated_image", "null_image"]
+    assert [row["reason"] for row in found] == reasons
+    assert {row["encoded"] for row in decoded(table).to_pylist()} == {None}
+    fingerprints = [row["fingerprint"] for row in found]
+    assert fingerprints == [row["fingerprint"] for row in decoded(table).to_pylist()]
+
+
+def test_a_fetched_jpeg_is_left_to_the_gpu_too(tmp_path):
+    path = tmp_path / "there.jpg"
+    path.write_bytes(image_files.jpeg())
+    (row,) = decoded(image_rows((None, str(path))), decoder="gpu").to_pylist()
+    assert (row["encoded"], row["pixels"]) == (image_files.jpeg(), None)
+
+
 def test_texts_pass_as_they_are_up_to_the_bound():
     texts = [" kept as it is "[:10], "x" * 10, "\U0001f600" * 10, "\0"]
     rows = decoded(text_rows(*texts)).to_pylist()
@@ -205,6 +229,7 @@ def test_the_columns_are_those_that_the_next_stages_read():
             "key": pa.string(),
             "modality": pa.string(),
             "pixels": pa.large_binary(),
+            "encoded": pa.large_binary(),
             "text": pa.string(),
             "fingerprint": pa.binary(16),
             "stage": pa.string(),

@@ -1,37 +1,27 @@
 """The encode stage in one process: what it fills in, what it leaves null, which engine it takes."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from engine.backends.encoder import Encoder
 from engine.build import engine_id_of
 from engine.checkpoint import find_checkpoint
+from engine.images import ImageLimits, ImageRejected
+from engine.preprocess import decode_pixels
 from engine.registry import Registry
-from pipelines.encode import EncodeStage, pixel_array
+from pipelines.encode import EncodeStage
 from pipelines.engines import ready_engine
 from pipelines.snapshots import EngineRecord
+from tests import image_files
 from tests.meters import ListMeter
-
-SHAPE = (2, 2, 3)
-
-
-def test_pixels_of_a_column_with_nulls_and_an_offset_come_without_a_copy():
-    pictures = [np.full(SHAPE, value, np.uint8) for value in (1, 2, 3)]
-    column = pa.chunked_array(
-        [
-            pa.array(
-                [b"x" * 12, *(part for picture in pictures for part in (picture.tobytes(), None))],
-                pa.large_binary(),
-            )
-        ]
-    ).slice(1)
-    found = pixel_array(column, shape=SHAPE)
-    assert np.array_equal(found, np.stack(pictures))
-    address = column.chunk(0).buffers()[2].address
-    assert found.__array_interface__["data"][0] == address + 12
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +38,12 @@ def test_rows_that_are_fine_get_unit_embeddings_and_rejects_get_none(
         engine=record,
         registry=Registry(str(engines_dir)),
         backend="onnxruntime",
+        decoder="cpu",
+        limits=ImageLimits(),
         num_threads=1,
         dtype="float16",
         meter=meter,
+        decode_meter=ListMeter(),
     )
     side = ready_engine(record, registry=Registry(str(engines_dir))).manifest.preprocessing.height
     picture = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8).tobytes()
@@ -58,6 +51,7 @@ def test_rows_that_are_fine_get_unit_embeddings_and_rejects_get_none(
         {
             "key": ["picture", "caption", "reject", "twin"],
             "pixels": pa.array([picture, None, None, picture], pa.large_binary()),
+            "encoded": pa.nulls(4, pa.large_binary()),
             "text": [None, "a small red circle", None, None],
             "reason": [None, None, "not_an_image", None],
         }
@@ -93,15 +87,19 @@ def test_a_row_without_an_embedding_is_a_reject_and_the_others_are_not(
         engine=record,
         registry=Registry(str(engines_dir)),
         backend="onnxruntime",
+        decoder="cpu",
+        limits=ImageLimits(),
         num_threads=1,
         dtype="float32",
         meter=ListMeter(),
+        decode_meter=ListMeter(),
     )
     stage._encoder = Overflowing(stage._encoder)
     table = pa.table(
         {
             "key": [1, 2, 3],
             "pixels": pa.nulls(3, pa.large_binary()),
+            "encoded": pa.nulls(3, pa.large_binary()),
             "text": ["a", "b", None],
             "stage": [None, None, "decode"],
             "reason": [None, None, "null_text"],
@@ -116,3 +114,165 @@ def test_a_row_without_an_embedding_is_a_reject_and_the_others_are_not(
         "the engine gives no unit vector for it; is it beyond 16 bit?",
         "there is none",
     ]
+
+
+class ByPillow:
+    """Decodes as `GpuDecoder` does, without a GPU."""
+
+    def __init__(self, preprocessing) -> None:
+        self.preprocessing = preprocessing
+
+    def decode(self, encoded):
+        pixels, rejected = {}, {}
+        for row, content in enumerate(encoded):
+            try:
+                pixels[row] = decode_pixels(
+                    content, preprocessing=self.preprocessing, limits=ImageLimits()
+                )
+            except ImageRejected as verdict:
+                rejected[row] = verdict
+        shape = (len(pixels), self.preprocessing.height, self.preprocessing.width, 3)
+        return SimpleNamespace(
+            rows=np.array(list(pixels), dtype=np.int64),
+            pixels=torch.from_numpy(np.array(list(pixels.values()), np.uint8).reshape(shape)),
+            rejected=rejected,
+        )
+
+
+def test_what_comes_encoded_is_decoded_here_and_what_cannot_be_is_a_reject_of_decoding(
+    record: EngineRecord, engines_dir: Path
+):
+    meter, decode_meter = ListMeter(), ListMeter()
+    stage = EncodeStage(
+        engine=record,
+        registry=Registry(str(engines_dir)),
+        backend="onnxruntime",
+        decoder="cpu",
+        limits=ImageLimits(),
+        num_threads=1,
+        dtype="float32",
+        meter=meter,
+        decode_meter=decode_meter,
+    )
+    preprocessing = stage._encoder.manifest.preprocessing
+    stage._decoder = ByPillow(preprocessing)
+    photos = [image_files.jpeg(image_files.photo(90, 70, seed=seed)) for seed in range(3)]
+    pixels = [
+        decode_pixels(photo, preprocessing=preprocessing, limits=ImageLimits()).tobytes()
+        for photo in photos
+    ]
+    head = {"key": list("abcde"), "text": [None, None, None, "a word", None]}
+    verdicts = {name: pa.nulls(5, pa.string()) for name in ("stage", "reason", "detail")}
+    damaged = photos[1][: len(photos[1]) // 2]
+    table = pa.table(
+        {
+            **head,
+            **verdicts,
+            "pixels": pa.array([None, pixels[1], None, None, None], pa.large_binary()),
+            "encoded": pa.array([photos[0], None, damaged, None, photos[2]], pa.large_binary()),
+        }
+    )
+    encoded = stage(table)
+    assert encoded.column_names == ["key", "stage", "reason", "detail", "embedding"]
+    assert encoded["reason"].to_pylist() == [None, None, "truncated_image", None, None]
+    assert encoded["stage"].to_pylist() == [None, None, "decode", None, None]
+    assert encoded["embedding"].is_valid().to_pylist() == [True, True, False, True, True]
+    by_cpu = stage(
+        pa.table(
+            {
+                **head,
+                **verdicts,
+                "pixels": pa.array([*pixels[:2], None, None, pixels[2]], pa.large_binary()),
+                "encoded": pa.nulls(5, pa.large_binary()),
+            }
+        )
+    )
+    expected = [row for row in by_cpu["embedding"].to_pylist() if row]
+    found = [row for row in encoded["embedding"].to_pylist() if row]
+    assert np.allclose(found, expected, atol=1e-6)
+    assert [rows for rows, _ in decode_meter.batches] == [3]
+    assert [rows for rows, _ in meter.batches] == [5, 5]
+
+
+def stage_by_pillow(record: EngineRecord, engines_dir: Path) -> EncodeStage:
+    stage = EncodeStage(
+        engine=record,
+        registry=Registry(str(engines_dir)),
+        backend="onnxruntime",
+        decoder="cpu",
+        limits=ImageLimits(),
+        num_threads=1,
+        dtype="float32",
+        meter=ListMeter(),
+        decode_meter=ListMeter(),
+    )
+    stage._decoder = ByPillow(stage._encoder.manifest.preprocessing)
+    return stage
+
+
+def encoded_rows(images: list[bytes], *, keys: list[int]) -> pa.Table:
+    return pa.table(
+        {
+            "key": keys,
+            **{name: pa.nulls(len(keys), pa.string()) for name in ("text", "stage", "reason")},
+            "detail": pa.nulls(len(keys), pa.string()),
+            "pixels": pa.nulls(len(keys), pa.large_binary()),
+            "encoded": pa.array(images, pa.large_binary()),
+        }
+    )
+
+
+@pytest.mark.parametrize("num_rows", [0, 3])
+def test_a_batch_of_which_no_image_is_left(record: EngineRecord, engines_dir: Path, num_rows: int):
+    stage = stage_by_pillow(record, engines_dir)
+    found = stage(encoded_rows([b"no image"] * num_rows, keys=list(range(num_rows))))
+    assert found["reason"].to_pylist() == ["not_an_image"] * num_rows
+    assert found["embedding"].to_pylist() == [None] * num_rows
+
+
+class OneAtATime:
+    """Passes calls on, slowly, and remembers whether two were under way at once."""
+
+    def __init__(self, inner, method: str) -> None:
+        self._inner, self._method = inner, method
+        self._busy = threading.Lock()
+        self.collided = False
+
+    def __getattr__(self, name: str):
+        found = getattr(self._inner, name)
+        if name != self._method:
+            return found
+
+        def call(*args):
+            if not self._busy.acquire(blocking=False):
+                self.collided = True
+                self._busy.acquire()
+            try:
+                time.sleep(0.02)
+                return found(*args)
+            finally:
+                self._busy.release()
+
+        return call
+
+
+def test_batches_in_several_threads_keep_their_rows_and_take_turns(
+    record: EngineRecord, engines_dir: Path
+):
+    stage = stage_by_pillow(record, engines_dir)
+    photos = [image_files.jpeg(image_files.photo(70, 60, seed=seed)) for seed in range(24)]
+    batches = [
+        encoded_rows(photos[first : first + 3], keys=list(range(first, first + 3)))
+        for first in range(0, 24, 3)
+    ]
+    alone = [stage(batch)["embedding"].to_pylist() for batch in batches]
+    decoder = stage._decoder = OneAtATime(stage._decoder, "decode")
+    encoder = stage._encoder = OneAtATime(stage._encoder, "encode_images")
+    with ThreadPoolExecutor(3) as threads:
+        together = list(threads.map(stage, batches))
+    assert [table["key"].to_pylist() for table in together] == [
+        table["key"].to_pylist() for table in batches
+    ]
+    assert [table["embedding"].to_pylist() for table in together] == alone
+    assert not decoder.collided
+    assert not encoder.collided

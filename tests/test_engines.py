@@ -1,22 +1,33 @@
 """Which engine and backend a run takes: promoted, named, or of the checkpoint alone; refusals."""
 
 import dataclasses
+import importlib.util
 import logging
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from engine.backends.choice import Backend
 from engine.build import engine_id_of, load_or_build
 from engine.checkpoint import Checkpoint, find_checkpoint
 from engine.device import has_driver
-from engine.errors import CheckpointError, EngineError, GateError
+from engine.errors import CheckpointError, DeviceError, EngineError, GateError
 from engine.gate_reports import add_gate_report
 from engine.promotion import promote, rollback
 from engine.registry import Registry
-from pipelines.engines import EngineChoice, chosen_backend, chosen_engine, ready_engine
+from pipelines import engines
+from pipelines.engines import (
+    EngineChoice,
+    chosen_backend,
+    chosen_decoder,
+    chosen_engine,
+    ready_engine,
+)
+from pipelines.schema import WantedDecoder
 from pipelines.snapshots import EngineRecord
 from tests.checkpoints import save_clip
 from tests.engines import flip_byte
@@ -198,11 +209,12 @@ for wait in (False, True):
     except DeviceError as error:
         print(error)
 print(engines.chosen_backend("onnxruntime", engine=engine))
-print(stages.num_workers(stages.Resources(), backend="torch")["encode"])
-print(stages.num_workers(stages.Resources(encoder_gpus=0.25), backend="torch")["encode"])
+by_torch = engines.Execution(backend="torch", decoder="cpu")
+print(stages.num_workers(stages.Resources(), execution=by_torch)["encode"])
+print(stages.num_workers(stages.Resources(encoder_gpus=0.25), execution=by_torch)["encode"])
 for resources in (stages.Resources(encoder_gpus=2.0), stages.Resources(num_encoders=3)):
     try:
-        stages.check_room(resources, backend="torch")
+        stages.check_room(resources, execution=by_torch)
     except ValueError as error:
         print(error)
 ray.shutdown()
@@ -217,6 +229,71 @@ ray.shutdown()
     assert lines[2:5] == ["onnxruntime", "1", "4"]
     assert "encoder_gpus=2: the cluster's GPUs have room for 0 such encoders" in lines[5]
     assert "num_encoders=3, encoder_gpus=1: the cluster's GPUs have room for 1" in lines[6]
+
+
+class Looks:
+    """In the place of `_on_a_gpu`: what a GPU's worker would find, and how often it was asked."""
+
+    def __init__(self, fault: str | None) -> None:
+        self.fault = fault
+        self.num_looks = 0
+
+    def __call__(self, look_at_it: object) -> str | None:
+        self.num_looks += 1
+        return self.fault
+
+
+@pytest.mark.parametrize(
+    ("wanted", "backend", "fault", "chosen", "num_looks"),
+    [
+        ("auto", "torch", None, "gpu", 1),
+        ("gpu", "tensorrt", None, "gpu", 1),
+        ("auto", "torch", "no card", "cpu", 1),
+        ("cpu", "torch", None, "cpu", 0),
+        ("auto", "onnxruntime", None, "cpu", 0),
+        ("cpu", "onnxruntime", None, "cpu", 0),
+    ],
+)
+def test_images_are_decoded_where_the_engine_runs_if_that_is_possible(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    wanted: WantedDecoder,
+    backend: Backend,
+    fault: str | None,
+    chosen: str,
+    num_looks: int,
+) -> None:
+    caplog.set_level(logging.WARNING)
+    looks = Looks(fault)
+    monkeypatch.setattr(engines, "_on_a_gpu", looks)
+    ready = SimpleNamespace(preprocessing=None)
+    assert chosen_decoder(wanted, backend=backend, ready_manifest=lambda: ready) == chosen
+    assert looks.num_looks == num_looks
+    assert caplog.messages == (
+        [f"images are decoded by CPUs, since the GPU cannot: {fault}"] if fault else []
+    )
+
+
+def test_a_gpu_that_was_asked_for_and_cannot_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = SimpleNamespace(preprocessing=None)
+    with pytest.raises(DeviceError, match="needs an engine that runs on GPUs"):
+        chosen_decoder("gpu", backend="onnxruntime", ready_manifest=lambda: ready)
+    monkeypatch.setattr(engines, "_on_a_gpu", Looks("no card"))
+    with pytest.raises(DeviceError, match="--decode gpu: no card"):
+        chosen_decoder("gpu", backend="torch", ready_manifest=lambda: ready)
+
+
+def test_a_worker_without_a_gpu_cannot_decode_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    for library in ("torch", "triton"):
+        monkeypatch.setattr(
+            importlib.util,
+            "find_spec",
+            lambda name, missing=library: None if name == missing else real(name),
+        )
+        assert engines._decoding_fault(None) == (
+            f"{library} is not installed, whose kernels resize images there"
+        )
 
 
 def test_a_checkpoint_that_changed_is_not_taken_for_the_one_recorded(

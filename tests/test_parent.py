@@ -9,10 +9,11 @@ import pytest
 
 from engine.backends.choice import Backend, Wanted
 from pipelines.catalog import Catalog, CatalogConfig, open_catalog
+from pipelines.engines import Execution
 from pipelines.errors import StoreError
 from pipelines.parent import check_parent, same_state
 from pipelines.planning import catalog_record
-from pipelines.schema import EmbeddingDtype
+from pipelines.schema import Decoder, EmbeddingDtype, WantedDecoder
 from pipelines.snapshots import Snapshot
 from pipelines.store import Store
 from tests.catalogs import write_rows
@@ -38,7 +39,9 @@ def check(
     tmp_path: Path,
     *,
     backend: Backend = "onnxruntime",
-    wanted: Wanted = "auto",
+    decoder: Decoder = "cpu",
+    wanted_backend: Wanted = "auto",
+    wanted_decoder: WantedDecoder = "auto",
     dtype: EmbeddingDtype = "float32",
     **engine: Any,
 ) -> None:
@@ -47,8 +50,9 @@ def check(
         parent,
         catalog=catalog,
         engine=dataclasses.replace(record, **engine),
-        backend=backend,
-        wanted=wanted,
+        execution=Execution(backend=backend, decoder=decoder),
+        wanted_backend=wanted_backend,
+        wanted_decoder=wanted_decoder,
         dtype=dtype,
         store=Store(str(tmp_path / "store")),
     )
@@ -66,6 +70,7 @@ def test_the_same_again(parent: Snapshot, catalog: Catalog, tmp_path: Path) -> N
         ({"weights": "0" * 64}, "of another build of engine .*, with other weights"),
         ({"dtype": "float16"}, "float32 embeddings, float16 was asked for"),
         ({"backend": "torch"}, "by onnxruntime, here it would be torch, .* --backend torch mixes"),
+        ({"decoder": "gpu"}, "decoded by cpu, here it would be gpu, .* --decode gpu mixes them"),
     ],
 )
 def test_what_changed_is_named(
@@ -76,7 +81,8 @@ def test_what_changed_is_named(
 
 
 def test_another_backend_by_name(parent: Snapshot, catalog: Catalog, tmp_path: Path) -> None:
-    check(parent, catalog, tmp_path, backend="torch", wanted="torch")
+    check(parent, catalog, tmp_path, backend="torch", wanted_backend="torch")
+    check(parent, catalog, tmp_path, decoder="gpu", wanted_decoder="gpu")
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,17 @@ import pytest
 import ray
 
 from jobs import progress
-from jobs.progress import LOG_SECONDS, progress_line, shown_progress, shown_steps, stage_total
+from jobs.progress import (
+    LOG_SECONDS,
+    bar_total,
+    progress_line,
+    shown_progress,
+    shown_steps,
+    stage_total,
+)
 from pipelines.ledger import Counts
 from pipelines.progress import (
+    GPU_STAGES,
     STAGES,
     Progress,
     ProgressBoard,
@@ -106,6 +114,20 @@ def test_a_log_line_has_rate_and_time_left():
 def test_totals_count_rows_to_read_and_then_modalities():
     assert stage_total(COUNTS, "read") == 70
     assert stage_total(COUNTS, "write") == 100
+
+
+def test_nobody_knows_how_many_images_are_left_to_gpus():
+    assert bar_total(COUNTS, "decode", stages=STAGES) == 100
+    assert bar_total(COUNTS, "decode", stages=GPU_STAGES) is None
+    assert bar_total(COUNTS, "prepare", stages=GPU_STAGES) == 100
+
+
+def test_a_board_counts_the_stages_that_there_are(local_ray: None):
+    board = ProgressBoard.remote(GPU_STAGES)
+    ray.get(board.add.remote("prepare", 5, 0, 0.1))
+    progress = ray.get(board.progress.remote())
+    assert list(progress.stages) == list(GPU_STAGES)
+    assert progress_line(COUNTS, progress).split(": ", 1)[1].startswith("read 0, prepare 5, decode")
 
 
 def test_a_log_gets_a_line_now_and_then(capsys):

@@ -6,8 +6,9 @@ import json
 import pytest
 
 from pipelines.embedding import EmbedResult
+from pipelines.engines import Execution
 from pipelines.ledger import Counts
-from pipelines.progress import STAGES, Progress, StageCount
+from pipelines.progress import GPU_STAGES, STAGES, Progress, StageCount
 from pipelines.report import ADVICE, bottleneck_line, make_report, stage_reports, summary
 from pipelines.snapshots import StoredFile
 from tests.stored import ENGINE_ID, make_snapshot
@@ -44,6 +45,18 @@ def test_shares_and_rates_of_a_stage():
     assert encode.busy_share == pytest.approx(18 / (10 * 2))
     assert encode.rows_per_second == pytest.approx(1000 * 2 / 18)
     assert (encode.num_rows, encode.num_bytes, encode.workers) == (1000, 5000, 2)
+
+
+def test_where_gpus_decode_the_advice_is_for_gpus():
+    counts = {stage: StageCount(num_rows=10, busy_seconds=1) for stage in GPU_STAGES}
+    counts["decode"].busy_seconds = 19
+    run = Progress(seconds=10, stages=counts)
+    reports = stage_reports(run, workers=WORKERS | {"prepare": 8, "decode": 2})
+    assert [report.stage for report in reports] == list(GPU_STAGES)
+    line = bottleneck_line(reports)
+    assert line.startswith("decode-bound: its 2 workers were busy 95%")
+    assert line.endswith(ADVICE["decode by gpu"])
+    assert "--decode gpu" in ADVICE["decode"]
 
 
 def test_a_share_is_at_most_one_and_no_time_is_no_share():
@@ -99,7 +112,7 @@ def result(*, committed: bool = True) -> EmbedResult:
         rejects_by_reason={"null_image": 9, "empty_text": 1},
         progress=progress(encode=18) if committed else None,
         workers=WORKERS,
-        backend="onnxruntime",
+        execution=Execution(backend="onnxruntime", decoder="cpu"),
     )
 
 
@@ -139,7 +152,7 @@ def test_a_report_survives_json():
 def test_the_summary_for_a_terminal():
     lines = summary(make_report(result(), catalog_uri="c", store_uri="s")).splitlines()
     assert lines[0] == "snapshot 3 committed: 1,100 keys of 1,105 rows"
-    assert lines[1].split() == ["engine", ENGINE_ID, "by", "onnxruntime"]
+    assert lines[1] == f"  engine {ENGINE_ID} by onnxruntime, images decoded by cpu"
     assert " ".join(lines[2].split()) == "image 90 stored: 50 embedded now, 40 rows unchanged"
     assert lines[4].split() == ["reject", "9", "null_image"]
     encode = next(line for line in lines if line.strip().startswith("encode "))

@@ -35,6 +35,7 @@ REPORT = RunReport(
     checkpoint="openai/clip-vit-base-patch32",
     engine_id="9b1cf2e07a44d1c8",
     backend="onnxruntime",
+    decoder="cpu",
     embedding_dim=512,
     snapshot=7,
     committed=True,

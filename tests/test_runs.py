@@ -17,6 +17,7 @@ REPORT = RunReport(
     checkpoint="acme/clip",
     engine_id="9b1cf2e07a44d1c8",
     backend="onnxruntime",
+    decoder="cpu",
     embedding_dim=512,
     snapshot=7,
     committed=True,

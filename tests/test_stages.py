@@ -4,6 +4,8 @@ import pytest
 import ray
 from ray.data import DataContext
 
+from pipelines.engines import Execution
+from pipelines.progress import GPU_STAGES, STAGES
 from pipelines.stages import Resources, num_workers, ray_data_settings
 
 
@@ -26,14 +28,22 @@ def test_resources_out_of_bounds_name_field_and_value(name: str, value: float):
 
 
 def test_workers_follow_the_cluster(local_ray: None):
-    workers = num_workers(
-        Resources(io_cpus=0.5, decode_cpus=1, num_encoders=3), backend="onnxruntime"
-    )
+    on_cpus = Execution(backend="onnxruntime", decoder="cpu")
+    resources = Resources(io_cpus=0.5, decode_cpus=1, num_encoders=3)
+    workers = num_workers(resources, execution=on_cpus)
     assert workers["encode"] == 3
+    assert list(workers) == list(STAGES)
     assert workers["read"] == workers["write"] == 2 * workers["decode"]
-    assert num_workers(Resources(), backend="onnxruntime")["encode"] == max(
-        1, workers["decode"] // 2
-    )
+    encoders = num_workers(Resources(), execution=on_cpus)["encode"]
+    assert encoders == max(1, workers["decode"] // 2)
+
+
+def test_where_gpus_decode_the_encoders_do_and_the_cpus_prepare(local_ray: None):
+    on_gpus = Execution(backend="torch", decoder="gpu")
+    workers = num_workers(Resources(num_encoders=3, decode_cpus=1), execution=on_gpus)
+    assert list(workers) == list(GPU_STAGES)
+    assert workers["decode"] == workers["encode"] == 3
+    assert workers["read"] == workers["prepare"] == int(ray.cluster_resources()["CPU"])
 
 
 def test_ray_data_settings_are_of_the_block_only(local_ray: None):

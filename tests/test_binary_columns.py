@@ -1,0 +1,63 @@
+"""Contents of binary columns: nulls, slices, chunks, and that nothing is copied."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipelines.binary_columns import binary_views, pixel_array
+
+SHAPE = (2, 2, 3)
+
+
+def test_pixels_of_a_column_with_nulls_and_an_offset_come_without_a_copy():
+    pictures = [np.full(SHAPE, value, np.uint8) for value in (1, 2, 3)]
+    column = pa.chunked_array(
+        [
+            pa.array(
+                [b"x" * 12, *(part for picture in pictures for part in (picture.tobytes(), None))],
+                pa.large_binary(),
+            )
+        ]
+    ).slice(1)
+    found = pixel_array(column, shape=SHAPE)
+    assert np.array_equal(found, np.stack(pictures))
+    address = column.chunk(0).buffers()[2].address
+    assert found.__array_interface__["data"][0] == address + 12
+
+
+ROWS = [b"first", None, b"", b"fourth", b"fifth" * 9]
+
+
+def column(rows: list[bytes | None]) -> pa.Array:
+    return pa.array(rows, pa.large_binary())
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        column(ROWS),
+        pa.chunked_array([column(ROWS[:2]), column([]), column(ROWS[2:])]),
+        column([b"before", *ROWS, b"after"]).slice(1, len(ROWS)),
+    ],
+    ids=["one array", "chunks", "a slice"],
+)
+def test_views_are_the_rows(rows):
+    views = binary_views(rows)
+    assert [view if view is None else bytes(view) for view in views] == ROWS
+
+
+@pytest.mark.parametrize("rows", [[], [None, None], [b"", None]], ids=str)
+def test_rows_without_a_byte(rows):
+    views = binary_views(column(rows))
+    assert [view if view is None else bytes(view) for view in views] == rows
+    assert binary_views(pa.nulls(2, pa.large_binary())) == [None, None]
+
+
+def test_views_lie_in_the_column_and_keep_it():
+    rows = column(ROWS)
+    address = rows.buffers()[2].address
+    views = binary_views(rows)
+    found = np.frombuffer(views[3], np.uint8).__array_interface__["data"][0]
+    assert found == address + len(b"first")
+    del rows
+    assert bytes(views[4]) == ROWS[4]
