@@ -4,7 +4,9 @@ Knows nothing of how to make any of it faster or better.
 """
 
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from engine.backends.choice import WANTED
@@ -13,6 +15,7 @@ from jobs.command import Actions, CommandParser, dispatch, print_result, run
 from jobs.demo.run import CHECKPOINT_DIR
 from jobs.progress import shown_steps
 from pipelines.engines import EngineChoice
+from pipelines.schema import WANTED_DECODERS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,23 +32,13 @@ def _encode(argv: Sequence[str]) -> int:
     parser = CommandParser(
         "bench encode", description="Speed of an engine over batch sizes, beside transformers."
     )
-    model = parser.add_mutually_exclusive_group()
-    model.add_argument("--checkpoint", metavar="ID_OR_DIR", help="its promoted engine, or fp32")
-    model.add_argument("--engine", metavar="ID", help="one engine, by its id")
-    parser.add_argument("--engines", default=default_engines_uri(), metavar="URI")
-    parser.add_argument("--backend", default="auto", choices=WANTED)
+    _add_engine(parser)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=list(BATCH_SIZES))
     parser.add_argument("--seconds", type=float, default=2.0, help="of calls of each batch size")
     parser.add_argument("--page", metavar="FILE", help="write plots there, as one HTML page")
     options = parser.parse_options(argv)
-    checkpoint = options.checkpoint or (None if options.engine else str(CHECKPOINT_DIR))
     config = EncodeConfig(
-        engine=EngineChoice(
-            checkpoint=checkpoint,
-            engine_id=options.engine,
-            backend=options.backend,
-            engines_uri=options.engines,
-        ),
+        engine=_engine_choice(options),
         batch_sizes=tuple(options.batch_sizes),
         seconds=options.seconds,
     )
@@ -59,28 +52,73 @@ def _encode(argv: Sequence[str]) -> int:
     return 0
 
 
+def _decode(argv: Sequence[str]) -> int:
+    from jobs.benches.decode import BATCH_SIZES, DecodeConfig, decode_lines, measure_decode
+
+    parser = CommandParser(
+        "bench decode", description="Speed of decoding and resizing, by CPU cores and by a GPU."
+    )
+    parser.add_argument("--catalog", required=True, metavar="URI", help="images")
+    _add_engine(parser)
+    parser.add_argument("--images", type=int, default=512, metavar="N", help="distinct ones")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=list(BATCH_SIZES))
+    options = parser.parse_options(argv)
+    config = DecodeConfig(
+        catalog_uri=options.catalog,
+        engine=_engine_choice(options),
+        num_images=options.images,
+        batch_sizes=tuple(options.batch_sizes),
+    )
+    figures = measure_decode(config)
+    print_result(figures, as_json=options.json, text="\n".join(decode_lines(figures)))
+    return 0
+
+
 def _pipeline(argv: Sequence[str]) -> int:
-    from jobs.benches.pipeline import measure_baseline, measure_pipeline
+    from jobs.benches.pipeline import PipelineConfig, measure_baseline, measure_pipeline
+    from jobs.benches.repeated_images import RepeatedImages
 
     parser = CommandParser("bench pipeline", description="Speed and memory over catalog sizes.")
     parser.add_argument("--rows", type=int, nargs="+", default=[5_000, 50_000])
-    parser.add_argument("--checkpoint", default=str(CHECKPOINT_DIR), metavar="ID_OR_DIR")
+    _add_engine(parser)
+    parser.add_argument("--decode", default="auto", choices=WANTED_DECODERS)
+    parser.add_argument(
+        "--images", metavar="URI", help="a catalog whose images are repeated; or else drawn scenes"
+    )
+    parser.add_argument(
+        "--damaged", type=float, default=0.0, metavar="SHARE", help="of --images, cut in half"
+    )
     parser.add_argument(
         "--baseline", action="store_true", help="Ray Data with Pillow and transformers beside it"
     )
     options = parser.parse_options(argv)
+    if options.damaged and options.baseline:
+        raise ValueError("--baseline takes no damaged images: leave --damaged out")
+    if options.baseline and options.engine:
+        raise ValueError("--baseline loads a checkpoint: name --checkpoint, not --engine")
+    if options.damaged and not options.images:
+        raise ValueError("--damaged is a share of --images")
+    images = None
+    if options.images:
+        images = RepeatedImages(catalog_uri=options.images, damaged_share=options.damaged)
     programs = [measure_pipeline, *([measure_baseline] if options.baseline else [])]
+    engine = replace(_engine_choice(options), decoder=options.decode)
     figures = [
-        measure(rows, checkpoint=options.checkpoint)
+        measure(PipelineConfig(num_rows=rows, engine=engine, images=images))
         for rows in options.rows
         for measure in programs
     ]
-    head = f"{'':<30} {'rows':>9} {'seconds':>9} {'embedded/s':>11} {'peak memory MiB':>16}"
+    head = (
+        f"{'':<30} {'rows':>9} {'seconds':>9} {'embedded/s':>11} {'steady':>9} "
+        f"{'peak memory MiB':>16}"
+    )
     lines = [
         f"{figure.name:<30} {figure.num_rows:>9,} {figure.seconds:>9.1f} "
-        f"{figure.rows_per_second:>11,.0f} {figure.peak_memory_bytes / 2**20:>16,.0f}"
+        f"{figure.rows_per_second:>11,.0f} {figure.steady_rows_per_second:>9,.0f} "
+        f"{figure.peak_memory_bytes / 2**20:>16,.0f}"
         for figure in figures
     ]
+    lines += [figure.bottleneck for figure in figures if figure.bottleneck]
     print_result(figures, as_json=options.json, text="\n".join([head, *lines]))
     return 0
 
@@ -120,8 +158,27 @@ def _agreement(argv: Sequence[str]) -> int:
     return 0
 
 
+def _add_engine(parser: CommandParser) -> None:
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--checkpoint", metavar="ID_OR_DIR", help="its promoted engine, or fp32")
+    model.add_argument("--engine", metavar="ID", help="one engine, by its id")
+    parser.add_argument("--engines", default=default_engines_uri(), metavar="URI")
+    parser.add_argument("--backend", default="auto", choices=WANTED)
+
+
+def _engine_choice(options: Namespace) -> EngineChoice:
+    """What `_add_engine` asked for; the demo's checkpoint if nothing was."""
+    return EngineChoice(
+        checkpoint=options.checkpoint or (None if options.engine else str(CHECKPOINT_DIR)),
+        engine_id=options.engine,
+        backend=options.backend,
+        engines_uri=options.engines,
+    )
+
+
 BENCHES: Actions = {
     "encode": (_encode, "an engine over batch sizes, beside transformers"),
+    "decode": (_decode, "images to pixels, by CPU cores and by a GPU"),
     "pipeline": (_pipeline, "speed and memory of embed over catalog sizes"),
     "query": (_query, "recall of the pairs of a store"),
     "agreement": (_agreement, "cosine of an engine's embeddings to transformers' own"),

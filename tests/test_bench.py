@@ -3,10 +3,14 @@
 import json
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from jobs.bench import main
-from jobs.benches.pipeline import measure_pipeline
+from jobs.benches.pipeline import PipelineConfig, measure_pipeline
+from jobs.benches.repeated_images import ROWS_PER_FILE, RepeatedImages, write_images
+from pipelines.engines import EngineChoice
+from tests import image_files
 from tests.catalogs import scene_rows, write_rows
 
 
@@ -33,11 +37,23 @@ def test_agreement_with_transformers_is_measured_row_by_row(
     assert all(0.9999 <= entry["minimum"] <= 1.0001 for entry in measured)
 
 
-def test_the_pipeline_is_measured_in_a_process_of_its_own(
-    checkpoint_dir: Path, engines_dir: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setenv("CLIPMILL_ENGINES", str(engines_dir))
-    figures = measure_pipeline(48, checkpoint=str(checkpoint_dir))
+def test_decoding_is_measured_on_all_cores(tmp_path: Path, engines_dir: Path, capsys):
+    rows = [{"key": "a", "image": image_files.jpeg()}, {"key": "b", "image": image_files.png()}]
+    catalog_dir = write_rows(tmp_path / "catalog", rows)
+    options = ["--catalog", str(catalog_dir), "--engines", str(engines_dir), "--json"]
+    assert main(["decode", *options, "--batch-sizes", "2"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["num_images"] == 2
+    names = [timing["name"] for timing in figures["timings"]]
+    assert names[0].startswith("Pillow on ")
+    assert names[1].startswith("is it for a GPU? on ")
+    assert all(timing["num_calls"] >= 5 for timing in figures["timings"])
+    assert (figures["device"] is None) == (figures["cosine_p1"] is None) == (len(names) == 2)
+
+
+def test_the_pipeline_is_measured_in_a_process_of_its_own(checkpoint_dir: Path, engines_dir: Path):
+    engine = EngineChoice(checkpoint=str(checkpoint_dir), engines_uri=str(engines_dir))
+    figures = measure_pipeline(PipelineConfig(num_rows=48, engine=engine))
     assert figures.num_rows == 48
     assert figures.seconds > 1
     assert figures.rows_per_second > 0
@@ -45,7 +61,45 @@ def test_the_pipeline_is_measured_in_a_process_of_its_own(
     assert 200 * 2**20 < figures.peak_memory_bytes < 16 * 2**30
 
 
-@pytest.mark.parametrize(("what", "option"), [("query", "--store"), ("agreement", "--catalog")])
+def test_a_pipeline_of_repeated_and_damaged_images_accounts_for_every_row(
+    tmp_path: Path, checkpoint_dir: Path, engines_dir: Path, capsys
+):
+    rows = [
+        {"key": str(row), "image": image_files.jpeg(image_files.photo(90, 70, seed=row))}
+        for row in range(6)
+    ]
+    catalog_dir = write_rows(tmp_path / "catalog", rows)
+    options = ["--rows", "100", "--images", str(catalog_dir), "--damaged", "0.1", "--baseline"]
+    options += ["--checkpoint", str(checkpoint_dir), "--engines", str(engines_dir), "--json"]
+    with pytest.raises(ValueError, match="--baseline takes no damaged images"):
+        main(["pipeline", *options])
+    options.remove("--baseline")
+    assert main(["pipeline", *options]) == 0
+    (figures,) = json.loads(capsys.readouterr().out)
+    assert figures["rejects_by_reason"] == {"truncated_image": 10}
+    assert (figures["num_rows"], figures["name"]) == (100, "clipmill")
+    assert "-bound" in figures["bottleneck"]
+
+
+def test_images_are_repeated_and_every_tenth_is_damaged(tmp_path: Path):
+    image = image_files.jpeg()
+    catalog_dir = write_rows(tmp_path / "catalog", [{"key": "a", "image": image}])
+    images = RepeatedImages(catalog_uri=str(catalog_dir), damaged_share=0.1)
+    write_images(tmp_path / "many", images, num_rows=ROWS_PER_FILE + 20)
+    table = pq.read_table(tmp_path / "many")
+    assert table["key"].to_pylist() == [f"{row:09d}" for row in range(ROWS_PER_FILE + 20)]
+    contents = table["image"].to_pylist()
+    damaged = [content for content in contents if content != image]
+    assert len(damaged) == (ROWS_PER_FILE + 20) // 10
+    half = image[: len(image) // 2]
+    assert damaged[:2] == [half + b"\xff\xd9", half]
+    with pytest.raises(ValueError, match=r"damaged_share=0\.6: expected 0 to 0\.5"):
+        RepeatedImages(catalog_uri="x", damaged_share=0.6)
+
+
+@pytest.mark.parametrize(
+    ("what", "option"), [("query", "--store"), ("agreement", "--catalog"), ("decode", "--catalog")]
+)
 def test_what_to_measure_must_be_named(what: str, option: str, capsys):
     with pytest.raises(SystemExit) as ended:
         main([what])
@@ -56,7 +110,8 @@ def test_what_to_measure_must_be_named(what: str, option: str, capsys):
 def test_what_there_is_to_measure(capsys):
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(f"\n  {name} " in shown for name in ("encode", "pipeline", "query", "agreement"))
+    names = ("encode", "decode", "pipeline", "query", "agreement")
+    assert all(f"\n  {name} " in shown for name in names)
     assert main([]) == 0
     assert main(["speed"]) == 2
     assert "no action 'speed'" in capsys.readouterr().err

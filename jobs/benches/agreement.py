@@ -6,10 +6,9 @@ Knows nothing of how either is executed.
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 import transformers
 from numpy.typing import NDArray
@@ -23,10 +22,8 @@ from engine.manifest import TextInput
 from engine.preprocess import decode_pixels
 from engine.registry import Registry
 from jobs.benches.baselines import image_embeddings, load_tokenizer, load_transformers
+from jobs.benches.catalog_rows import first_rows
 from pipelines import schema
-from pipelines.catalog import CatalogConfig, open_catalog
-from pipelines.errors import CatalogError
-from pipelines.reading import CatalogDatasource, all_rows
 from pipelines.schema import Modality
 
 ROWS_PER_CALL = 8
@@ -66,7 +63,7 @@ def measure_agreement(
     engine = load_or_build(checkpoint, registry=Registry(engines_uri))
     encoder = OnnxCpuEncoder(engine.directory, num_threads=2)
     modalities: tuple[Modality, ...] = ("image", "text") if engine.manifest.text else ("image",)
-    rows = _first_rows(catalog_uri, modalities=modalities, num_rows=num_rows)
+    rows = first_rows(catalog_uri, modalities=modalities, num_rows=num_rows)
     images = rows[schema.IMAGE].to_pylist()
     pixels = [
         decode_pixels(image, preprocessing=engine.manifest.preprocessing, limits=ImageLimits())
@@ -86,24 +83,6 @@ def agreement_line(result: Agreement) -> str:
         f"{result.modality}: cosine to transformers mean {result.mean:.7f}, "
         f"1st percentile {result.p1:.7f}, minimum {result.minimum:.7f} ({result.num_rows} rows)"
     )
-
-
-def _first_rows(catalog_uri: str, *, modalities: Sequence[Modality], num_rows: int) -> pa.Table:
-    catalog = open_catalog(CatalogConfig(uri=catalog_uri))
-    pieces = all_rows(catalog, paths=[file.path for file in catalog.files])
-    absent = [name for name in modalities if name not in catalog.modalities]
-    if absent:
-        raise CatalogError(f"catalog {catalog_uri}: has no {' or '.join(absent)} column to compare")
-    source = CatalogDatasource(catalog, pieces=pieces, content=modalities)
-    tables: list[pa.Table] = []
-    for read in source.get_read_tasks(1):
-        # Images that would have to be fetched are null too.
-        tables += [table.select(modalities).drop_null() for table in cast("Any", read())]
-        if sum(table.num_rows for table in tables) >= num_rows:
-            break
-    if not any(table.num_rows for table in tables):
-        raise CatalogError(f"catalog {catalog_uri}: no row has {' and '.join(modalities)} bytes")
-    return pa.concat_tables(tables).slice(0, num_rows)
 
 
 def _compare(modality: str, ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> Agreement:

@@ -9,15 +9,30 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from engine.errors import ClipmillError
 from jobs.benches.memory import MemoryWatch
+from jobs.benches.repeated_images import RepeatedImages, write_images
 from jobs.demo.catalog import sample_rows, write_catalog
+from pipelines.engines import EngineChoice
 
 NUM_SCENES = 1_000  # distinct ones; beyond, they come again under other keys
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineConfig:
+    """What is measured."""
+
+    num_rows: int
+    """Of the catalog."""
+    engine: EngineChoice
+    """What embeds it."""
+    images: RepeatedImages | None = None
+    """What the catalog is made of; None: drawn scenes with captions."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,54 +42,87 @@ class PipelineFigures:
     name: str
     """Clipmill, or what it is compared with."""
     num_rows: int
-    """Rows, each an image and a text."""
+    """Rows, each an image, and a text where scenes are drawn."""
     seconds: float
     """The whole command, Ray's start included."""
     rows_per_second: float
     """Images and texts in a second, from the first read to the last write."""
+    steady_rows_per_second: float
+    """The same from the first second with encoded rows on: without the start of workers and models;
+    0 where there was no second like that, or it is not known."""
     peak_memory_bytes: int
     """Of all processes together: proportional set size, so that shared pages count once."""
+    rejects_by_reason: dict[str, int] = field(default_factory=dict)
+    """Damaged rows; every other one was embedded."""
+    bottleneck: str = ""
+    """What limited, and what would help."""
 
 
-def measure_pipeline(num_rows: int, *, checkpoint: str) -> PipelineFigures:
-    """Time `clipmill embed` on a sample catalog.
+def measure_pipeline(config: PipelineConfig) -> PipelineFigures:
+    """Time `clipmill embed`.
 
-    Args:
-        num_rows: Of the catalog.
-        checkpoint: Hub id or folder.
+    Raises:
+        ClipmillError: It failed, or a key is in neither embeddings nor rejects.
+    """
+    engine = config.engine
+    words = ["-m", "jobs.cli", "embed", "--json", "--engines", engine.engines_uri]
+    words += ["--backend", engine.backend, "--decode", engine.decoder]
+    words += ["--engine", engine.engine_id] if engine.engine_id else []
+    words += ["--checkpoint", engine.checkpoint] if engine.checkpoint else []
+    figures, report = _measured(
+        "clipmill",
+        config=config,
+        command=lambda folder: [
+            *(*words, "--catalog", str(folder / "catalog"), "--store", str(folder / "store")),
+        ],
+        num_contents=lambda report: sum(report["num_embedded"].values()),
+    )
+    accounted = sum(report["num_stored"].values()) + sum(report["rejects_by_reason"].values())
+    if accounted != config.num_rows * len(report["num_stored"]):
+        raise ClipmillError(f"{accounted} embeddings and rejects of {config.num_rows} rows")
+    return replace(
+        figures, rejects_by_reason=report["rejects_by_reason"], bottleneck=report["bottleneck"]
+    )
+
+
+def measure_baseline(config: PipelineConfig) -> PipelineFigures:
+    """Time Ray Data with Pillow and transformers on the same catalog; it takes no damaged images.
 
     Raises:
         ClipmillError: It failed.
     """
-    return _measured(
-        "clipmill",
-        num_rows=num_rows,
-        command=lambda folder: [
-            *("-m", "jobs.cli", "embed", "--json", "--checkpoint", checkpoint),
-            *("--catalog", str(folder / "catalog"), "--store", str(folder / "store")),
-        ],
-    )
-
-
-def measure_baseline(num_rows: int, *, checkpoint: str) -> PipelineFigures:
-    """Time Ray Data with Pillow and transformers on the same catalog; see `measure_pipeline`."""
-    return _measured(
+    checkpoint = config.engine.checkpoint
+    if checkpoint is None:
+        raise ClipmillError("the baseline loads a checkpoint: name it, not an engine")
+    figures, _ = _measured(
         "Ray Data, Pillow, transformers",
-        num_rows=num_rows,
+        config=config,
         command=lambda folder: [
             *("-m", "jobs.benches.ray_baseline", checkpoint),
             *(str(folder / "catalog"), str(folder / "out")),
         ],
+        num_contents=lambda report: config.num_rows * (1 if config.images else 2),
     )
+    return figures
 
 
-def _measured(name: str, *, num_rows: int, command: Callable[[Path], list[str]]) -> PipelineFigures:
+def _measured(
+    name: str,
+    *,
+    config: PipelineConfig,
+    command: Callable[[Path], list[str]],
+    num_contents: Callable[[dict[str, Any]], int],
+) -> tuple[PipelineFigures, dict[str, Any]]:
     """Run a program of this project in a process of its own, and watch all its children."""
     folder = Path(tempfile.mkdtemp(prefix="clipmill-bench-"))
+    num_rows = config.num_rows
     try:
-        drawn = sample_rows(min(num_rows, NUM_SCENES))
-        rows = [replace(drawn[row % len(drawn)], key=f"{row:09d}") for row in range(num_rows)]
-        write_catalog(folder / "catalog", rows)
+        if config.images is None:
+            drawn = sample_rows(min(num_rows, NUM_SCENES))
+            rows = [replace(drawn[row % len(drawn)], key=f"{row:09d}") for row in range(num_rows)]
+            write_catalog(folder / "catalog", rows)
+        else:
+            write_images(folder / "catalog", config.images, num_rows=num_rows)
         words = [sys.executable, *command(folder)]
         started = time.perf_counter()
         process = subprocess.Popen(words, stdout=subprocess.PIPE)
@@ -83,13 +131,25 @@ def _measured(name: str, *, num_rows: int, command: Callable[[Path], list[str]])
         seconds = time.perf_counter() - started
         if process.returncode:
             raise ClipmillError(f"{' '.join(words)} ended with {process.returncode}")
-        inner_seconds = json.loads(output)["seconds"]
+        report: dict[str, Any] = json.loads(output)
     finally:
         shutil.rmtree(folder)
-    return PipelineFigures(
+    figures = PipelineFigures(
         name=name,
         num_rows=num_rows,
         seconds=seconds,
-        rows_per_second=2 * num_rows / inner_seconds,
+        rows_per_second=num_contents(report) / report["seconds"],
+        steady_rows_per_second=_steady_rate(report.get("samples", [])),
         peak_memory_bytes=watch.peak_bytes,
     )
+    return figures, report
+
+
+def _steady_rate(samples: Sequence[tuple[float, int]]) -> float:
+    """Rows a second after the first sample with any, to the last with new ones."""
+    busy = [sample for sample in samples if sample[1]]
+    if not busy:
+        return 0.0
+    ended = next(sample for sample in busy if sample[1] == busy[-1][1])
+    seconds = ended[0] - busy[0][0]
+    return (ended[1] - busy[0][1]) / seconds if seconds else 0.0

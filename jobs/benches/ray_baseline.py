@@ -1,7 +1,8 @@
 """The pipeline that Ray Data's documentation shows: Pillow, transformers' processor and model.
 
 Knows nothing of engines. Run as a program: `python -m jobs.benches.ray_baseline CHECKPOINT CATALOG
-OUT` embeds `image` and `text` of a Parquet catalog and prints how long that took, as JSON.
+OUT` embeds `image`, and `text` if it is there, of a Parquet catalog and prints how long that took,
+as JSON.
 """
 
 import io
@@ -25,31 +26,34 @@ from pipelines import schema
 
 CPU_BATCH_ROWS, GPU_BATCH_ROWS = 32, 256
 MAX_TOKENS = 77
+TOKEN_COLUMNS = ("input_ids", "attention_mask")
 
 
 class Preprocess:
-    """One row: decoded, resized and tokenized, as floats and ids."""
+    """One row: decoded, resized and tokenized if it has text, as floats and ids."""
 
     def __init__(self, checkpoint: str) -> None:
-        """Load processor and tokenizer."""
-        found = find_checkpoint(checkpoint)
-        self._processor = AutoImageProcessor.from_pretrained(str(found.directory), backend="pil")
-        self._tokenizer = load_tokenizer(found)
-        self._max_tokens = min(MAX_TOKENS, self._tokenizer.model_max_length)
+        """Load the processor; the tokenizer comes with the first text."""
+        self._checkpoint = find_checkpoint(checkpoint)
+        self._processor = AutoImageProcessor.from_pretrained(
+            str(self._checkpoint.directory), backend="pil"
+        )
+        self._tokenizer: Any = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """`image` and `text` -> `pixel_values` float32 [3, H, W] and `input_ids` int64 [T]."""
         image = Image.open(io.BytesIO(row[schema.IMAGE])).convert("RGB")
         pixels = self._processor(images=image, return_tensors="np")["pixel_values"][0]
-        tokens = self._tokenizer(
-            row[schema.TEXT], padding="max_length", truncation=True, max_length=self._max_tokens
-        )
-        return {
-            schema.KEY: row[schema.KEY],
-            "pixel_values": pixels,
-            "input_ids": np.asarray(tokens["input_ids"]),
-            "attention_mask": np.asarray(tokens["attention_mask"]),
-        }
+        made = {schema.KEY: row[schema.KEY], "pixel_values": pixels}
+        if schema.TEXT in row:
+            if self._tokenizer is None:
+                self._tokenizer = load_tokenizer(self._checkpoint)
+            max_tokens = min(MAX_TOKENS, self._tokenizer.model_max_length)
+            tokens = self._tokenizer(
+                row[schema.TEXT], padding="max_length", truncation=True, max_length=max_tokens
+            )
+            made |= {name: np.asarray(tokens[name]) for name in TOKEN_COLUMNS}
+        return made
 
 
 class Embed:
@@ -63,19 +67,20 @@ class Embed:
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Columns as `Preprocess` gives them, stacked -> `image` and `text` float32 [N, D]."""
-        pixels, *tokens = (
-            torch.as_tensor(batch[name]).to(self._device)
-            for name in ("pixel_values", "input_ids", "attention_mask")
-        )
         with torch.inference_mode():
-            images = image_embeddings(self._model, pixels.to(self._dtype))
-            texts = self._model.get_text_features(*tokens).pooler_output
+            pixels = self._moved(batch["pixel_values"]).to(self._dtype)
+            found = {schema.IMAGE: image_embeddings(self._model, pixels)}
+            if TOKEN_COLUMNS[0] in batch:
+                tokens = [self._moved(batch[name]) for name in TOKEN_COLUMNS]
+                found[schema.TEXT] = self._model.get_text_features(*tokens).pooler_output
         unit = torch.nn.functional.normalize
-        return {
-            schema.KEY: batch[schema.KEY],
-            schema.IMAGE: unit(images.float(), dim=-1).cpu().numpy(),
-            schema.TEXT: unit(texts.float(), dim=-1).cpu().numpy(),
+        embeddings = {
+            name: unit(vectors.float(), dim=-1).cpu().numpy() for name, vectors in found.items()
         }
+        return {schema.KEY: batch[schema.KEY], **embeddings}
+
+    def _moved(self, column: Any) -> torch.Tensor:
+        return torch.as_tensor(column).to(self._device)
 
 
 def embed_with_transformers(checkpoint: str, *, catalog_uri: str, out_uri: str) -> float:
