@@ -19,6 +19,7 @@ from engine.preprocess import decode_pixels
 from engine.registry import Registry
 from pipelines.encode import EncodeStage
 from pipelines.engines import ready_engine
+from pipelines.schema import EmbeddingDtype
 from pipelines.snapshots import EngineRecord
 from tests import image_files
 from tests.meters import ListMeter
@@ -30,21 +31,32 @@ def record(checkpoint_dir: Path) -> EngineRecord:
     return EngineRecord(engine_id=engine_id, checkpoint=str(checkpoint_dir), revision=None)
 
 
-def test_rows_that_are_fine_get_unit_embeddings_and_rejects_get_none(
-    record: EngineRecord, engines_dir: Path
-):
-    meter = ListMeter()
-    stage = EncodeStage(
+def make_stage(
+    record: EngineRecord,
+    engines_dir: Path,
+    *,
+    dtype: EmbeddingDtype = "float32",
+    meter: ListMeter | None = None,
+    decode_meter: ListMeter | None = None,
+) -> EncodeStage:
+    return EncodeStage(
         engine=record,
         registry=Registry(str(engines_dir)),
         backend="onnxruntime",
         decoder="cpu",
         limits=ImageLimits(),
         num_threads=1,
-        dtype="float16",
-        meter=meter,
-        decode_meter=ListMeter(),
+        dtype=dtype,
+        meter=meter or ListMeter(),
+        decode_meter=decode_meter or ListMeter(),
     )
+
+
+def test_rows_that_are_fine_get_unit_embeddings_and_rejects_get_none(
+    record: EngineRecord, engines_dir: Path
+):
+    meter = ListMeter()
+    stage = make_stage(record, engines_dir, dtype="float16", meter=meter)
     side = ready_engine(record, registry=Registry(str(engines_dir))).manifest.preprocessing.height
     picture = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8).tobytes()
     table = pa.table(
@@ -83,17 +95,7 @@ class Overflowing:
 def test_a_row_without_an_embedding_is_a_reject_and_the_others_are_not(
     record: EngineRecord, engines_dir: Path
 ):
-    stage = EncodeStage(
-        engine=record,
-        registry=Registry(str(engines_dir)),
-        backend="onnxruntime",
-        decoder="cpu",
-        limits=ImageLimits(),
-        num_threads=1,
-        dtype="float32",
-        meter=ListMeter(),
-        decode_meter=ListMeter(),
-    )
+    stage = make_stage(record, engines_dir)
     stage._encoder = Overflowing(stage._encoder)
     table = pa.table(
         {
@@ -143,17 +145,7 @@ def test_what_comes_encoded_is_decoded_here_and_what_cannot_be_is_a_reject_of_de
     record: EngineRecord, engines_dir: Path
 ):
     meter, decode_meter = ListMeter(), ListMeter()
-    stage = EncodeStage(
-        engine=record,
-        registry=Registry(str(engines_dir)),
-        backend="onnxruntime",
-        decoder="cpu",
-        limits=ImageLimits(),
-        num_threads=1,
-        dtype="float32",
-        meter=meter,
-        decode_meter=decode_meter,
-    )
+    stage = make_stage(record, engines_dir, meter=meter, decode_meter=decode_meter)
     preprocessing = stage._encoder.manifest.preprocessing
     stage._decoder = ByPillow(preprocessing)
     photos = [image_files.jpeg(image_files.photo(90, 70, seed=seed)) for seed in range(3)]
@@ -195,17 +187,7 @@ def test_what_comes_encoded_is_decoded_here_and_what_cannot_be_is_a_reject_of_de
 
 
 def stage_by_pillow(record: EngineRecord, engines_dir: Path) -> EncodeStage:
-    stage = EncodeStage(
-        engine=record,
-        registry=Registry(str(engines_dir)),
-        backend="onnxruntime",
-        decoder="cpu",
-        limits=ImageLimits(),
-        num_threads=1,
-        dtype="float32",
-        meter=ListMeter(),
-        decode_meter=ListMeter(),
-    )
+    stage = make_stage(record, engines_dir)
     stage._decoder = ByPillow(stage._encoder.manifest.preprocessing)
     return stage
 
