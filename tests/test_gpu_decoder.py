@@ -2,12 +2,13 @@
 
 import importlib.util
 import io
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from engine.decoding.jpeg_header import suits_gpu
 from engine.errors import DeviceError
@@ -15,7 +16,7 @@ from engine.images import ImageLimits, ImageRejected
 from engine.preprocess import MAX_ORDINARY_ASPECT, Preprocessing, decode_pixels
 from tests import image_files
 
-from tests.triton_device import DEVICE  # isort: skip  # noqa: F401
+from tests.triton_device import DEVICE  # isort: skip
 
 from engine.decoding import gpu_decoder  # isort: skip
 from engine.decoding.gpu_decoder import GpuDecoder, decoding_fault  # isort: skip
@@ -157,6 +158,86 @@ def test_batches_of_all_sizes_give_the_same_bits(decoder: GpuDecoder):
 @pytest.mark.gpu
 def test_the_card_at_hand_decodes():
     assert decoding_fault(CLIP) is None
+
+
+class Picture:
+    """A decoded image as nvImageCodec gives it, but in host memory."""
+
+    def __init__(self, pixels) -> None:
+        self.pixels = pixels
+        self.__cuda_array_interface__ = pixels.__array_interface__
+
+
+class Codec:
+    """nvImageCodec without a GPU: JPEGs by Pillow, anything else not at all."""
+
+    BackendKind = SimpleNamespace(HW_GPU_ONLY=1, GPU_ONLY=2, HYBRID_CPU_GPU=3)
+    ColorSpec = SimpleNamespace(SRGB=1)
+
+    def __init__(self) -> None:
+        self.num_rows: list[int] = []
+
+    def Backend(self, kind: int) -> int:  # noqa: N802 - its name there
+        return kind
+
+    def DecodeParams(self, **options: object) -> dict[str, object]:  # noqa: N802
+        return options
+
+    def Decoder(self, **options: object) -> "Codec":  # noqa: N802
+        return self
+
+    def CodeStream(self, content):  # noqa: N802
+        try:
+            return Image.open(io.BytesIO(content.tobytes()))
+        except UnidentifiedImageError as error:
+            raise RuntimeError("Failed to get image info") from error
+
+    def decode(self, streams, **options: object):
+        self.num_rows.append(len(streams))
+        return [
+            Picture(np.array(stream.convert("RGB"))) if stream.format == "JPEG" else None
+            for stream in streams
+        ]
+
+
+class Stream:
+    """A CUDA stream on which all is done at once."""
+
+    cuda_stream = 0
+
+    def __init__(self, device: object = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, it decodes for real above")
+def test_rows_of_a_batch_whoever_decodes_them(monkeypatch: pytest.MonkeyPatch):
+    codec = Codec()
+    monkeypatch.setattr(gpu_decoder, "find_spec", lambda name: object())
+    monkeypatch.setattr(gpu_decoder, "_nvimgcodec", lambda: codec)
+    monkeypatch.setattr(gpu_decoder, "_CALL_ROWS", 3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    decoder = GpuDecoder(CLIP, limits=LIMITS, num_threads=2)
+    decoder._device = DEVICE
+    photos = [jpeg(image_files.photo(90 + row, 80, seed=row)) for row in range(5)]
+    batch = [photos[0], image_files.png(), b"nonsense", *photos[1:], image_files.png()[:40], b""]
+    decoded = decoder.decode(batch)
+    assert codec.num_rows == [3, 3]
+    assert decoded.rows.tolist() == [0, 1, 3, 4, 5, 6]
+    for row, pixels in zip(decoded.rows, decoded.pixels.numpy(), strict=True):
+        assert np.array_equal(pixels, by_pillow(batch[row])), row
+    reasons = {row: verdict.reason for row, verdict in decoded.rejected.items()}
+    assert reasons == {row: by_pillow(batch[row]) for row in (2, 7, 8)}
+    assert decoded.num_by_cpu == 4
+    nothing = decoder.decode([b""])
+    assert (len(nothing.rows), tuple(nothing.pixels.shape)) == (0, (0, 64, 64, 3))
+    assert decoder.decode([]).pixels.shape == (0, 64, 64, 3)
+    decoder.close()
 
 
 def test_why_a_card_may_not_decode(monkeypatch: pytest.MonkeyPatch):
