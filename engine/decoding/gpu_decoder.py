@@ -157,7 +157,9 @@ class GpuDecoder:
     def _code_stream(self, content: bytes | memoryview) -> Any:
         """What nvImageCodec reads of it; None where that is no image to its eyes."""
         try:
-            return self._codec.CodeStream(np.frombuffer(content, dtype=np.uint8))
+            stream = self._codec.CodeStream(np.frombuffer(content, dtype=np.uint8))
+            # It reads the header when first asked.
+            return stream if stream.width and stream.height else None
         except RuntimeError:
             return None
 
