@@ -26,12 +26,28 @@ def binary_views(column: Any) -> list[memoryview | None]:
     return views
 
 
+def only(column: Any, is_kept: NDArray[np.bool_]) -> Any:
+    """The column with null in all other rows. Contents are not copied, nor left out."""
+    array = _one_array(column)
+    _, offsets, content = array.buffers()
+    flags = np.concatenate([np.zeros(array.offset, dtype=np.bool_), is_kept])
+    validity = pa.py_buffer(np.packbits(flags, bitorder="little"))
+    return pa.Array.from_buffers(
+        array.type, len(array), [validity, offsets, content], offset=array.offset
+    )
+
+
 def pixel_array(column: Any, *, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
     """The valid pixels of a column as uint8 [N, H, W, 3]; one chunk is not copied."""
-    array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-    offsets, content = _parts(array)
+    offsets, content = _parts(_one_array(column))
     # Nulls take no bytes, so what lies between first and last offset is all valid pixels.
     return content[offsets[0] : offsets[-1]].reshape(-1, *shape)
+
+
+def _one_array(column: Any) -> Any:
+    if not isinstance(column, pa.ChunkedArray):
+        return column
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def _parts(array: Any) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:

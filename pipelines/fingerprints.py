@@ -10,6 +10,7 @@ import pyarrow as pa
 import xxhash
 
 from pipelines import schema
+from pipelines.binary_columns import binary_views
 from pipelines.schema import FINGERPRINT_TYPE, Modality
 
 
@@ -28,8 +29,10 @@ def row_fingerprints(table: pa.Table, *, modality: Modality) -> pa.Array:
     if modality == "text":
         return _hashes(table[schema.TEXT].to_pylist())
     return _hashes(
-        memoryview(image.as_buffer()) if image.is_valid else _uri_content(uri)
-        for image, uri in zip(table[schema.IMAGE], table[schema.IMAGE_URI].to_pylist(), strict=True)
+        _uri_content(uri) if image is None else image
+        for image, uri in zip(
+            binary_views(table[schema.IMAGE]), table[schema.IMAGE_URI].to_pylist(), strict=True
+        )
     )
 
 

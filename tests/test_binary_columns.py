@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipelines.binary_columns import binary_views, pixel_array
+from pipelines.binary_columns import binary_views, only, pixel_array
 
 SHAPE = (2, 2, 3)
 
@@ -61,3 +61,16 @@ def test_views_lie_in_the_column_and_keep_it():
     assert found == address + len(b"first")
     del rows
     assert bytes(views[4]) == ROWS[4]
+
+
+@pytest.mark.parametrize("first", [0, 1, 9])
+def test_some_rows_of_a_column_without_a_copy(first: int):
+    before = [b"before"] * first
+    whole = column([*before, *ROWS]).slice(first)
+    is_kept = np.array([True, False, True, False, True])
+    for found in (only(whole, is_kept), only(pa.chunked_array([whole]), is_kept)):
+        found.validate(full=True)
+        assert found.to_pylist() == [ROWS[0], None, ROWS[2], None, ROWS[4]]
+        assert found.buffers()[2].address == whole.buffers()[2].address
+    assert only(whole, np.zeros(5, dtype=bool)).null_count == 5
+    assert len(only(column([]), np.zeros(0, dtype=bool))) == 0
