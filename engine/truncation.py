@@ -45,22 +45,6 @@ def strip_end_marker(stream: io.BytesIO, image: JpegImageFile) -> None:
     stream.truncate()
 
 
-def ends_early(encoded: bytes | memoryview) -> bool:
-    """Whether a JPEG of one scan that Pillow can open ends before its last pixel.
-
-    It is decoded at an eighth of its size: what is left of the work is to read the coded pixels.
-    """
-    stream = io.BytesIO(encoded)
-    with JpegImageFile(stream) as image:
-        image.draft(None, (1, 1))
-        strip_end_marker(stream, image)
-        try:
-            image.load()
-        except OSError:
-            return True
-    return False
-
-
 def has_missing_rows(stream: io.BytesIO, image: PngImageFile) -> bool:
     """Whether a loaded PNG has fewer rows of pixels than its header says.
 

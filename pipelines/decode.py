@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from engine.decoding.jpeg_header import suits_gpu
 from engine.images import ImageLimits, ImageRejected
 from engine.preprocess import MAX_ORDINARY_ASPECT, Preprocessing, decode_pixels
-from engine.truncation import ends_early
 from pipelines import schema
-from pipelines.binary_columns import binary_views
+from pipelines.binary_columns import binary_views, only
 from pipelines.fetch import FetchFailure, fetch_all
 from pipelines.fingerprints import row_fingerprints
 from pipelines.progress import StageMeter, metered
@@ -70,7 +70,9 @@ def decode_batch(
     with metered(meter) as size:
         parts = []
         for modality in modalities:
-            wanted = table.filter(table[schema.WANTED[modality]])
+            wanted = table
+            if not pc.all(table[schema.WANTED[modality]]).as_py():
+                wanted = table.filter(table[schema.WANTED[modality]])
             if modality == "image":
                 pixels, encoded, verdicts = _images(
                     wanted, preprocessing=preprocessing, limits=limits, decoder=decoder
@@ -115,25 +117,28 @@ def _images(
     for row, content in zip(missing, fetched, strict=True):
         contents[row] = content
     pixels: list[bytes | None] = []
-    encoded: list[Any] = []
     verdicts: list[Verdict] = []
-    for content in contents:
-        pixel, verdict, passed_on = None, None, None
+    is_passed_on = np.zeros(len(contents), dtype=np.bool_)
+    for row, content in enumerate(contents):
+        pixel, verdict = None, None
         if decoder == "gpu" and _suits_gpu(content, limits=limits.image):
-            passed_on = content
+            is_passed_on[row] = True
         else:
             pixel, verdict = _image(content, preprocessing=preprocessing, limits=limits.image)
         pixels.append(pixel)
-        encoded.append(passed_on)
         verdicts.append(verdict)
-    return pa.array(pixels, pa.large_binary()), pa.array(encoded, pa.large_binary()), verdicts
+    encoded = pa.nulls(len(contents), pa.large_binary())
+    if is_passed_on[missing].any():
+        passed_on = zip(contents, is_passed_on, strict=True)
+        encoded = pa.array([c if flag else None for c, flag in passed_on], pa.large_binary())
+    elif is_passed_on.any():
+        encoded = only(table[schema.IMAGE], is_passed_on)
+    return pa.array(pixels, pa.large_binary()), encoded, verdicts
 
 
 def _suits_gpu(content: Any, *, limits: ImageLimits) -> bool:
-    return (
-        isinstance(content, bytes | memoryview)
-        and suits_gpu(content, limits=limits, max_aspect=MAX_ORDINARY_ASPECT)
-        and not ends_early(content)
+    return isinstance(content, bytes | memoryview) and suits_gpu(
+        content, limits=limits, max_aspect=MAX_ORDINARY_ASPECT
     )
 
 

@@ -71,7 +71,7 @@ class EncodeStage:
         self._takes_gpu_pixels = backend == "torch"
         self._dtype = np.dtype(dtype)
         self._meter, self._decode_meter = meter, decode_meter
-        self._encoding, self._decoding = threading.Lock(), threading.Lock()
+        self._encoding = threading.Lock()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Replace `pixels`, `encoded` and `text` by `embedding`, null for rejected rows.
@@ -131,10 +131,9 @@ class EncodeStage:
         if len(rows) == 0:
             return rows, None, {}
         encoded = [view for view in binary_views(table[schema.ENCODED]) if view is not None]
-        with self._decoding, self._decode_meter.batch() as size:
-            batch = self._decoder.decode(encoded)
-            pixels = batch.pixels if self._takes_gpu_pixels else batch.pixels.cpu().numpy()
-            size(len(rows), pixels.nbytes)
+        batch = self._decoder.decode(encoded)
+        pixels = batch.pixels if self._takes_gpu_pixels else batch.pixels.cpu().numpy()
+        self._decode_meter.count(len(rows), pixels.nbytes, batch.card_seconds)
         rejected = {int(rows[row]): verdict for row, verdict in batch.rejected.items()}
         return rows[batch.rows], pixels, rejected
 

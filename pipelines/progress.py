@@ -96,7 +96,11 @@ class StageMeter:
 
         started = time.perf_counter()
         yield size
-        self._board.add.remote(self._stage, *sizes, time.perf_counter() - started)
+        self.count(*sizes, time.perf_counter() - started)
+
+    def count(self, num_rows: int, num_bytes: int, busy_seconds: float) -> None:
+        """Count a batch that was timed otherwise."""
+        self._board.add.remote(self._stage, num_rows, num_bytes, busy_seconds)
 
 
 @contextmanager

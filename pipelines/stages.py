@@ -32,6 +32,8 @@ from pipelines.writing import stored_files, write_batch
 # costs little, and small enough that few rows are in flight. Texts are short.
 IMAGE_BLOCK_BYTES = 16 * 2**20
 TEXT_BLOCK_BYTES = 2**20
+# Where GPUs decode: one batch is decoded, another encoded, and a third comes or goes.
+CALLS_OF_GPU_ENCODER = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,8 +160,7 @@ def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Iterator[l
         num_gpus=0 if on_cpus else resources.encoder_gpus,
         compute=ActorPoolStrategy(
             size=workers["encode"],
-            # One batch is decoded while another is encoded, and a third comes or goes.
-            max_concurrent_calls_per_actor=3 if on_gpus else 1,
+            max_concurrent_calls_per_actor=CALLS_OF_GPU_ENCODER if on_gpus else 1,
             enable_true_multi_threading=on_gpus,
         ),
     )
@@ -216,6 +217,8 @@ def ray_data_settings(
         "enable_auto_log_stats": False,
         "target_max_block_size": IMAGE_BLOCK_BYTES if "image" in modalities else TEXT_BLOCK_BYTES,
         "raise_original_map_exception": True,
+        # Ray would cut the blocks of a small catalog, so that there are this many: small ones.
+        "read_op_min_num_blocks": 1,
     }
     before = {name: getattr(context, name) for name in settings}
     limits = context.execution_options.resource_limits

@@ -20,3 +20,7 @@ class ListMeter:
 
         yield size
         self.batches.append(sizes)
+
+    def count(self, num_rows: int, num_bytes: int, busy_seconds: float) -> None:
+        assert busy_seconds >= 0
+        self.batches.append((num_rows, num_bytes))

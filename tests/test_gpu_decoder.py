@@ -90,10 +90,12 @@ def test_the_card_decodes_what_suits_it_nearly_as_pillow_does(decoder: GpuDecode
 @pytest.mark.gpu
 def test_what_the_card_cannot_decode_is_left_to_pillow_and_harms_no_neighbour(decoder: GpuDecoder):
     photo = ORDINARY["4:2:0"]
+    half = photo[: len(photo) // 2]
     odd = [
-        *(photo, image_files.png(), photo, b"nonsense" * 9, b""),
+        *(photo, image_files.png(), half, photo, b"nonsense" * 9, half + b"\xff\xd9", b""),
         *(jpeg(image_files.photo(90, 70).convert("CMYK")), photo),
     ]
+    assert by_pillow(half + b"\xff\xd9") == "truncated_image"
     decoded = decoder.decode(odd)
     alone = decoder.decode([photo]).pixels[0].cpu()
     found = dict(zip(decoded.rows.tolist(), decoded.pixels.cpu(), strict=True))
@@ -133,7 +135,7 @@ def test_calls_are_of_so_many_images_and_bytes(
 ):
     monkeypatch.setattr(gpu_decoder, "_CALL_ROWS", max_rows)
     monkeypatch.setattr(gpu_decoder, "_CALL_BYTES", max_bytes)
-    small, large = SimpleNamespace(width=10, height=10), SimpleNamespace(width=20, height=10)
+    small, large = (object(), 300), (object(), 600)
     streams = [small, None, small, large, small, small]
     assert list(gpu_decoder._calls(streams)) == expected
     assert list(gpu_decoder._calls([None])) == []
@@ -224,16 +226,19 @@ def test_rows_of_a_batch_whoever_decodes_them(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     decoder = GpuDecoder(CLIP, limits=LIMITS, num_threads=2)
     decoder._device = DEVICE
-    photos = [jpeg(image_files.photo(90 + row, 80, seed=row)) for row in range(5)]
+    photos = [jpeg(image_files.photo(17 + row, 16, seed=row), quality=60) for row in range(5)]
+    early = photos[0][:-20] + b"\xff\xd9"
     batch = [photos[0], image_files.png(), b"nonsense", *photos[1:], image_files.png()[:40], b""]
+    batch += [early, photos[1]]
     decoded = decoder.decode(batch)
-    assert codec.num_rows == [3, 3]
-    assert decoded.rows.tolist() == [0, 1, 3, 4, 5, 6]
+    assert codec.num_rows == [3, 3, 2]
+    assert decoded.rows.tolist() == [0, 1, 3, 4, 5, 6, 10]
     for row, pixels in zip(decoded.rows, decoded.pixels.numpy(), strict=True):
         assert np.array_equal(pixels, by_pillow(batch[row])), row
     reasons = {row: verdict.reason for row, verdict in decoded.rejected.items()}
-    assert reasons == {row: by_pillow(batch[row]) for row in (2, 7, 8)}
-    assert decoded.num_by_cpu == 4
+    assert reasons == {row: by_pillow(batch[row]) for row in (2, 7, 8, 9)}
+    assert reasons[9] == "truncated_image"
+    assert decoded.num_by_cpu == 5
     nothing = decoder.decode([b""])
     assert (len(nothing.rows), tuple(nothing.pixels.shape)) == (0, (0, 64, 64, 3))
     assert decoder.decode([]).pixels.shape == (0, 64, 64, 3)

@@ -20,9 +20,12 @@ ONLY_IN = {
     "modelopt": ("engine/quantization/simulation.py",),
     "onnx": ("engine/quantization/audit.py",),
     "triton": (
-        "engine/backends/kernels.py",
         "engine/backends/attention_kernel.py",
+        "engine/backends/kernels.py",
+        "engine/backends/patches.py",
+        "engine/backends/product_kernel.py",
         "engine/backends/torch_device.py",
+        "engine/decoding/early_ends.py",
         "engine/decoding/resample.py",
     ),
     "nvidia": ("engine/decoding/gpu_decoder.py",),

@@ -4,12 +4,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.backends.products import join
 from engine.errors import EngineError
-from engine.quantization.fp8 import QuantizedLinear, QuantizedPoint, quantized
-from engine.towers import QuantizationPoint
+from engine.quantization.fp8 import FP8, QuantizedLinear, QuantizedPoint, quantized
+from engine.towers import ACTIVATIONS, QuantizationPoint
+from tests.triton_device import DEVICE
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+from engine.backends.product_kernel import is_faster, multiply_and_activate  # isort: skip
+from engine.backends.products import join  # isort: skip
+
 NUM_ROWS, WIDTH = 5, 48
 HALF = torch.float16
 
@@ -75,3 +77,78 @@ def test_widths_that_fp8_products_do_not_take() -> None:
     layer = quantized_linear(24, scale=1.0, bias=None)
     with pytest.raises(EngineError, match=r"48 x 24 cannot .* multiples of 16.* --precision fp16"):
         join(layer, point=QuantizedPoint(1.0), dtype=HALF)
+
+
+@pytest.mark.parametrize(
+    ("act", "scale"), [(name, 2.0**-6) for name in ACTIVATIONS] + [("quick_gelu", None)]
+)
+def test_activated_product(act: str, scale: float | None) -> None:
+    layer = quantized_linear(32, scale=2.0**-9, bias=random(32, seed=1))
+    product = join(layer, point=QuantizedPoint(2.0**-6), dtype=HALF)
+    x = quantized(random(NUM_ROWS, WIDTH), 2.0**-6).to(DEVICE)
+    found = product.activated(x, act=act, scale=scale)
+    assert found.dtype == (HALF if scale is None else FP8)
+    expected = ACTIVATIONS[act](product(x).float()) * (1.0 if scale is None else 1 / scale)
+    torch.testing.assert_close(found.float(), expected, rtol=2.0**-4, atol=2e-3)
+
+
+@pytest.mark.parametrize("scale", [2.0**-6, None])
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((5, 48, 32), id="less than a tile"),
+        pytest.param((300, 160, 304), id="tiles that are not full"),
+    ],
+)
+def test_the_kernel_multiplies_and_activates(
+    shape: tuple[int, int, int], act: str, scale: float | None
+) -> None:
+    num_rows, num_terms, num_columns = shape
+    x = quantized(random(num_rows, num_terms), 2.0**-6).to(DEVICE)
+    weight = quantized(random(num_columns, num_terms, seed=1), 2.0**-6).to(DEVICE)
+    bias = random(num_columns, seed=2).to(DEVICE, HALF)
+    found = multiply_and_activate(
+        x, weight, bias=bias, product_scale=2.0**-16, act=act, scale=scale
+    )
+    exact = ACTIVATIONS[act]((x.double() @ weight.double().T * 2.0**-16 + bias).float())
+    if scale is None:
+        assert found.dtype == HALF
+        torch.testing.assert_close(found.float(), exact, rtol=2e-3, atol=1e-3)
+        return
+    assert found.dtype == FP8
+    rounded = quantized(exact, scale).float()
+    # On tensor cores, sums of FP8 are rounded to about 14 bits, which may tip what is nearly a tie.
+    assert (found.float() != rounded).float().mean() < 0.02
+    torch.testing.assert_close(found.float(), rounded, rtol=2.0**-3, atol=2.0**-6)
+
+
+def test_the_kernel_keeps_nan_and_stays_in_range() -> None:
+    # Triton's interpreter takes FP8's NaN for a number, so that it comes by the bias.
+    found = multiply_and_activate(
+        torch.full((2, 16), 448.0, device=DEVICE).to(FP8),
+        torch.full((16, 16), 448.0, device=DEVICE).to(FP8),
+        bias=torch.tensor([float("nan")] + 15 * [0.0], dtype=HALF, device=DEVICE),
+        product_scale=1.0,
+        act="relu",
+        scale=1.0,
+    ).float()
+    assert found[:, 0].isnan().all()
+    assert (found[:, 1:] == 448.0).all()
+
+
+@pytest.mark.gpu
+def test_activated_product_in_one_kernel_and_in_two() -> None:
+    layer = quantized_linear(4096, scale=2.0**-9, bias=random(4096, seed=1))
+    product = join(layer, point=QuantizedPoint(2.0**-6), dtype=HALF)
+    x = quantized(random(4096, WIDTH), 2.0**-6).to(DEVICE)
+    is_hopper = torch.cuda.get_device_capability()[0] == 9
+    assert is_faster(x, num_columns=4096) == is_hopper
+    assert not is_faster(x[:16], num_columns=4096)
+    found = product.activated(x, act="quick_gelu", scale=2.0**-6).float()
+    parts = [
+        product.activated(x[row : row + 16], act="quick_gelu", scale=2.0**-6) for row in (0, 99)
+    ]
+    for row, part in zip((0, 99), parts, strict=True):
+        differs = found[row : row + 16] != part.float()
+        assert differs.float().mean() < 0.02

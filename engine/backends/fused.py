@@ -2,13 +2,14 @@
 
 Knows nothing of batches, streams or engines; runs on whatever stream is current.
 
-A block is four products and four kernels. A kernel hands FP8 to a product that reads FP8, and
-nothing is read only to be converted. The residual stream has the tower's 16-bit type, as in the
-exported graph; in float32 it would add a quarter to the kernels' traffic.
+A block is four products and four kernels, three where a product can activate. A kernel hands FP8
+to a product that reads FP8, and nothing is read only to be converted. The residual stream has the
+tower's 16-bit type, as in the exported graph; in float32 it would add a quarter to the kernels'
+traffic.
 
-Two things differ from the exported graph, and both are closer to float32 than it is: values are
-rounded to FP8 straight from float32, and softmax outputs are not rounded to FP8, since they never
-leave the multiprocessor.
+Three things differ from the exported graph, and all are closer to float32 than it is: values are
+rounded to FP8 straight from float32, what an activation reads is not rounded to 16 bit where a
+product applies it, and softmax outputs, which never leave the multiprocessor, not to FP8.
 """
 
 from collections.abc import Iterable
@@ -18,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from engine.backends.attention_kernel import HeadFactors, attend
-from engine.backends.kernels import activate, post_norm, pre_norm, quantize
+from engine.backends.kernels import post_norm, pre_norm, quantize
+from engine.backends.patches import NormalizedPatches, PatchProduct
 from engine.backends.products import Product, join
 from engine.quantization.fp8 import QuantizedPoint
 from engine.quantization.units import replace
-from engine.towers import ACTIVATIONS, Attention, PostNormBlock, PreNormBlock, Tower
+from engine.towers import ACTIVATIONS, Attention, ImageTower, PostNormBlock, PreNormBlock, Tower
 
 
 class FusedBlock:
@@ -64,7 +66,7 @@ class FusedBlock:
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """What `fc1` reads [M, width] -> 16 bit [M, width]."""
-        return self.fc2(activate(self.fc1(x), act=self._act, scale=self.fc2.input_scale))
+        return self.fc2(self.fc1.activated(x, act=self._act, scale=self.fc2.input_scale))
 
 
 class PreNormStack(nn.Module):
@@ -117,11 +119,21 @@ class PostNormStack(nn.Module):
 
 @torch.no_grad()
 def fuse(tower: Tower) -> None:
-    """Replace a tower's blocks, which are on the card already, by one stack that does all they did.
+    """Replace a tower's modules, which are on the card already, by fewer that do all they did.
+
+    Its blocks become one stack, its patch embedding a product.
 
     Raises:
         EngineError: FP8 cannot have the tower's widths.
     """
+    if isinstance(tower, ImageTower):
+        embedding: Any = tower.backbone.get_submodule("patch_embedding")
+        normalize = NormalizedPatches(
+            tower.normalize, patch_size=embedding.kernel_size[0], dtype=tower.dtype
+        )
+        replace(
+            tower, {"normalize": normalize, "backbone.patch_embedding": PatchProduct(embedding)}
+        )
     blocks: list[Any] = list(tower.backbone.get_submodule("blocks").children())
     stack = PreNormStack if isinstance(blocks[0], PreNormBlock) else PostNormStack
     replace(tower, {"backbone.blocks": nn.ModuleList([stack(blocks)])})

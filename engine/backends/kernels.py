@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from engine.quantization.fp8 import FP8, FP8_MAX
 
 _LARGEST = tl.constexpr(FP8_MAX)
-NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)
+_NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)
+# GPUs round to FP8 by one instruction, which yields the largest number beyond the range.
+_IS_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 # Values that one program holds: enough loads in flight without spilling registers.
 _VALUES_PER_PROGRAM = 4096
@@ -26,7 +28,9 @@ _VALUES_PER_PROGRAM = 4096
 @triton.jit
 def to_fp8(x: tl.tensor) -> tl.tensor:
     """Nearest FP8 numbers to float32."""
-    return tl.clamp(x, -_LARGEST, _LARGEST, propagate_nan=NAN_STAYS).to(tl.float8e4nv)
+    if _IS_INTERPRETED:
+        x = tl.clamp(x, -_LARGEST, _LARGEST, propagate_nan=_NAN_STAYS)
+    return x.to(tl.float8e4nv)
 
 
 @triton.jit
@@ -79,27 +83,9 @@ def _add_norm_kernel(
     store(out_ptr + offsets, y * inverse_scale, mask)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def _activate_kernel(
-    x_ptr: tl.tensor,
-    out_ptr: tl.tensor,
-    num_rows: tl.tensor,
-    inverse_scale: tl.tensor,
-    act: tl.constexpr,
-    width: tl.constexpr,
-    block: tl.constexpr,
-) -> None:
-    """Apply an activation, named as in `engine.towers`, or none."""
-    offsets = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    # The width is a constant, so that the compiler sees that it can load 16 bytes at once.
-    mask = offsets < num_rows.to(tl.int64) * width
-    if act == "swiglu":  # rows of gates and values, side by side
-        x_ptr += offsets // width * width
-        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        values = tl.load(x_ptr + offsets + width, mask=mask, other=0.0).to(tl.float32)
-        x = x * tl.sigmoid(x) * values
-    else:
-        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+@triton.jit
+def activated(x: tl.tensor, act: tl.constexpr) -> tl.tensor:
+    """An activation of float32, named as in `engine.towers`, or none."""
     if act == "quick_gelu":
         x = x * tl.sigmoid(1.702 * x)
     elif act == "gelu":
@@ -110,9 +96,33 @@ def _activate_kernel(
     elif act == "silu":
         x = x * tl.sigmoid(x)
     elif act == "relu":
-        x = tl.maximum(x, 0.0, propagate_nan=NAN_STAYS)
+        x = tl.maximum(x, 0.0, propagate_nan=_NAN_STAYS)
     else:
-        tl.static_assert(act == "none" or act == "swiglu")
+        tl.static_assert(act == "none")
+    return x
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _activate_kernel(
+    x_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    num_rows: tl.tensor,
+    inverse_scale: tl.tensor,
+    act: tl.constexpr,
+    width: tl.constexpr,
+    block: tl.constexpr,
+) -> None:
+    """Apply `activated`, or `swiglu`."""
+    offsets = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    # The width is a constant, so that the compiler sees that it can load 16 bytes at once.
+    mask = offsets < num_rows.to(tl.int64) * width
+    if act == "swiglu":  # rows of gates and values, side by side
+        x_ptr += offsets // width * width
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        values = tl.load(x_ptr + offsets + width, mask=mask, other=0.0).to(tl.float32)
+        x = activated(x, "silu") * values
+    else:
+        x = activated(tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32), act)
     store(out_ptr + offsets, x * inverse_scale, mask)
 
 

@@ -1,6 +1,6 @@
 """Linear layers as the matrix products that a GPU runs: FP8 with static scales, or 16 bit.
 
-Knows nothing of what lies between products.
+Knows nothing of what lies between products but activations.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from engine.backends.kernels import activate
+from engine.backends.product_kernel import is_faster, multiply_and_activate
 from engine.errors import EngineError
 from engine.quantization.fp8 import QuantizedLinear, QuantizedPoint
 from engine.towers import QuantizationPoint
@@ -33,6 +35,14 @@ class Product(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Multiply [M, in], FP8 or 16 bit -> 16 bit [M, the layers' outs]."""
+        ...
+
+    def activated(self, x: Tensor, *, act: str, scale: float | None) -> Tensor:
+        """Multiply, and apply an activation named as in `engine.towers`, or `swiglu`.
+
+        Returns:
+            What the next product reads: FP8 of its `scale`, or 16 bit where that is None.
+        """
         ...
 
 
@@ -75,6 +85,7 @@ class Fp8Product:
         self._dtype = dtype
         self._input_scale = torch.tensor(input_scale, device=device)
         self._weight_scale = torch.tensor(smallest, device=device)
+        self._product_scale = input_scale * smallest
 
     def __call__(self, x: Tensor) -> Tensor:
         """Multiply FP8 [M, in] -> 16 bit [M, out]."""
@@ -89,6 +100,19 @@ class Fp8Product:
             use_fast_accum=True,
         )
         return product
+
+    def activated(self, x: Tensor, *, act: str, scale: float | None) -> Tensor:
+        """Multiply FP8 [M, in] and activate, in one kernel where that is faster."""
+        if act == "swiglu" or not is_faster(x, num_columns=len(self._bias)):
+            return activate(self(x), act=act, scale=scale)
+        return multiply_and_activate(
+            x,
+            self._weight.t(),
+            bias=self._bias,
+            product_scale=self._product_scale,
+            act=act,
+            scale=scale,
+        )
 
 
 class HalfProduct:
@@ -106,6 +130,10 @@ class HalfProduct:
     def __call__(self, x: Tensor) -> Tensor:
         """Multiply 16 bit [M, in] -> 16 bit [M, out]."""
         return functional.linear(x, self._weight, self._bias)
+
+    def activated(self, x: Tensor, *, act: str, scale: float | None) -> Tensor:
+        """Multiply 16 bit [M, in] and activate."""
+        return activate(self(x), act=act, scale=scale)
 
 
 def join(

@@ -3,11 +3,15 @@
 Knows nothing of Parquet or of what reads the pixels.
 
 nvImageCodec, not torchvision, because it answers for each image of a batch: torchvision raises for
-all of them when one is damaged. What it cannot decode, Pillow gets, which is also what judges.
+all of them when one is damaged. What it cannot decode, and what ends early, Pillow gets, which is
+also what judges.
 """
 
 import io
 import os
+import threading
+import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from engine.backends.torch_device import typed_errors
+from engine.decoding.early_ends import find_early_ends
 from engine.decoding.resample import FILTERS, Source, resample
 from engine.errors import DeviceError, DeviceMemoryError
 from engine.images import ImageLimits, ImageRejected
@@ -47,10 +52,12 @@ class Decoded:
     """Row -> why it is no usable image, of the others."""
     num_by_cpu: int
     """Rows that the card could not decode, and Pillow looked at."""
+    card_seconds: float
+    """For which the batch had the card's decoder for itself."""
 
 
 class GpuDecoder:
-    """Decodes batches on one card. One thread at a time."""
+    """Decodes batches on one card. Several threads may call: the card's decoder takes turns."""
 
     def __init__(
         self,
@@ -82,6 +89,9 @@ class GpuDecoder:
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
         with typed_errors(self._device):
             self._stream = torch.cuda.Stream(self._device)
+        # Used by two threads at once, nvImageCodec waits for itself.
+        self._turn = threading.Lock()
+        self._idle_staging: deque[Tensor] = deque()
         kinds = self._codec.BackendKind
         try:
             self._decoder = self._codec.Decoder(
@@ -105,63 +115,113 @@ class GpuDecoder:
         """Decode, turn upright, resize and crop images.
 
         Args:
-            encoded: JPEGs that `jpeg_header.suits_gpu` lets pass and that do not end early: of one
-                that does, the card leaves the rest as it was in its memory. Others cost more time.
+            encoded: JPEGs that `jpeg_header.suits_gpu` lets pass; others cost more time.
 
         Raises:
             DeviceError: A call to the card failed.
             DeviceMemoryError: The card has too little free memory.
         """
-        streams = [self._code_stream(content) for content in encoded]
-        found: list[int] = []
-        parts: list[Tensor] = []
-        with (
-            typed_errors(self._device, max_rows=len(encoded)),
-            torch.cuda.device(self._device),
-            torch.cuda.stream(self._stream),
-        ):
-            for rows in _calls(streams):
-                images = self._images([streams[row] for row in rows])
-                try:
-                    whole = [
-                        (row, _source(image))
-                        for row, image in zip(rows, images, strict=True)
-                        if image is not None
-                    ]
-                    sources = [source for _, source in whole]
-                    parts.append(
-                        resample(sources, preprocessing=self._preprocessing, device=self._device)
-                    )
-                finally:
-                    # Where they lie is free for others once they are dropped.
-                    self._stream.synchronize()
-                found += [row for row, _ in whole]
-            by_pillow, rejected = self._by_pillow(encoded, set(range(len(encoded))) - set(found))
-            found += by_pillow
-            parts += [torch.from_numpy(by_pillow[row])[None].to(self._device) for row in by_pillow]
-            numbers = np.array(found, dtype=np.int64)
-            order = numbers.argsort()
-            pixels = resample([], preprocessing=self._preprocessing, device=self._device)
-            if parts:
-                pixels = torch.cat(parts)
-            if by_pillow:
-                pixels = pixels[torch.from_numpy(order).to(self._device)]
-            self._stream.synchronize()
-        num_by_cpu = len(by_pillow) + len(rejected)
-        return Decoded(rows=numbers[order], pixels=pixels, rejected=rejected, num_by_cpu=num_by_cpu)
+        with typed_errors(self._device, max_rows=len(encoded)), torch.cuda.device(self._device):
+            side_stream = torch.cuda.Stream(self._device)
+            staging = self._staged(encoded)
+            with torch.cuda.stream(side_stream):
+                ends_early = self._ends_early(staging, encoded)
+            with self._turn, torch.cuda.stream(self._stream):
+                started = time.perf_counter()
+                rows, pixels = self._by_card(encoded)
+                card_seconds = time.perf_counter() - started
+            side_stream.synchronize()
+            self._idle_staging.append(staging)
+            is_whole = ~ends_early.cpu().numpy()[rows]
+            missing = np.setdiff1d(np.arange(len(encoded)), rows[is_whole])
+            by_pillow, rejected = self._by_pillow(encoded, missing)
+            if len(missing):
+                with torch.cuda.stream(side_stream):
+                    more = [self._on_card(image)[None] for image in by_pillow.values()]
+                    pixels = torch.cat([pixels[self._on_card(is_whole)], *more])
+                    rows = np.array([*rows[is_whole], *by_pillow], dtype=np.int64)
+                    order = rows.argsort()
+                    rows, pixels = rows[order], pixels[self._on_card(order)]
+                side_stream.synchronize()
+        return Decoded(
+            rows=rows,
+            pixels=pixels,
+            rejected=rejected,
+            num_by_cpu=len(missing),
+            card_seconds=card_seconds,
+        )
 
     def close(self) -> None:
         """End the threads."""
         self._threads.shutdown()
 
-    def _code_stream(self, content: bytes | memoryview) -> Any:
-        """What nvImageCodec reads of it; None where that is no image to its eyes."""
+    def _code_stream(self, content: bytes | memoryview) -> tuple[Any, int] | None:
+        """What nvImageCodec reads of it and bytes of its pixels; None where it sees no image."""
         try:
             stream = self._codec.CodeStream(np.frombuffer(content, dtype=np.uint8))
             # It reads the header when first asked.
-            return stream if stream.width and stream.height else None
+            return stream, 3 * stream.width * stream.height
         except RuntimeError:
             return None
+
+    def _staged(self, encoded: Sequence[bytes | memoryview]) -> Tensor:
+        """The images one behind another in pinned memory, which more may follow."""
+        num_bytes = sum(map(len, encoded))
+        try:
+            staging = self._idle_staging.popleft()
+        except IndexError:
+            staging = torch.empty(0, dtype=torch.uint8)
+        if num_bytes > len(staging):
+            size = 1 << num_bytes.bit_length()
+            on_cuda = self._device.type == "cuda"
+            staging = torch.empty(size, dtype=torch.uint8, pin_memory=on_cuda)
+        target, first = staging.numpy(), 0
+        for content in encoded:
+            last = first + len(content)
+            target[first:last] = np.frombuffer(content, dtype=np.uint8)
+            first = last
+        return staging
+
+    def _ends_early(self, staging: Tensor, encoded: Sequence[bytes | memoryview]) -> Tensor:
+        """Which end early: bool [N] on the card, once the current stream is there."""
+        bounds = np.cumsum([0, *map(len, encoded)])
+        contents = staging[: bounds[-1]].to(self._device, non_blocking=True)
+        return find_early_ends(contents, self._on_card(bounds))
+
+    def _by_card(self, encoded: Sequence[bytes | memoryview]) -> tuple[NDArray[np.int64], Tensor]:
+        """Rows that the card decodes, ascending, and their pixels, complete.
+
+        All of nvImageCodec's objects are made, used and dropped here, in one thread's turn.
+        """
+        streams: list[Any] = [self._code_stream(content) for content in encoded]
+        rows: list[int] = []
+        parts: list[Tensor] = []
+        for call in _calls(streams):
+            images = self._images([streams[row][0] for row in call])
+            try:
+                sources = {
+                    row: _source(image)
+                    for row, image in zip(call, images, strict=True)
+                    if image is not None
+                }
+                parts.append(
+                    resample(
+                        list(sources.values()),
+                        preprocessing=self._preprocessing,
+                        device=self._device,
+                    )
+                )
+            finally:
+                # Where they lie is free for others once they are dropped.
+                self._stream.synchronize()
+            rows += sources
+        parts = parts or [resample([], preprocessing=self._preprocessing, device=self._device)]
+        pixels = torch.cat(parts)
+        self._stream.synchronize()
+        return np.array(rows, dtype=np.int64), pixels
+
+    def _on_card(self, numbers: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(numbers).to(self._device)
 
     def _images(self, streams: Sequence[Any]) -> Sequence[Any]:
         """Decoded images, None where nvImageCodec fails."""
@@ -174,14 +234,13 @@ class GpuDecoder:
         return images
 
     def _by_pillow(
-        self, encoded: Sequence[bytes | memoryview], rows: set[int]
+        self, encoded: Sequence[bytes | memoryview], rows: NDArray[np.int64]
     ) -> tuple[dict[int, NDArray[np.uint8]], dict[int, ImageRejected]]:
         """Row -> pixels, and row -> verdict, of what the card could not decode."""
         pixels: dict[int, NDArray[np.uint8]] = {}
         rejected: dict[int, ImageRejected] = {}
-        missing = sorted(rows)
-        outcomes = self._threads.map(self._judged, [encoded[row] for row in missing])
-        for row, outcome in zip(missing, outcomes, strict=True):
+        outcomes = self._threads.map(self._judged, [encoded[row] for row in rows])
+        for row, outcome in zip(rows.tolist(), outcomes, strict=True):
             if isinstance(outcome, ImageRejected):
                 rejected[row] = outcome
             else:
@@ -244,19 +303,18 @@ def _nvimgcodec() -> ModuleType:
     return module
 
 
-def _calls(streams: Sequence[Any]) -> Iterator[list[int]]:
+def _calls(streams: Sequence[tuple[Any, int] | None]) -> Iterator[list[int]]:
     """Rows that nvImageCodec gets at once: so many, and so large, that they fit."""
     rows: list[int] = []
     num_bytes = 0
     for row, stream in enumerate(streams):
         if stream is None:
             continue
-        image_bytes = 3 * stream.width * stream.height
-        if rows and (len(rows) == _CALL_ROWS or num_bytes + image_bytes > _CALL_BYTES):
+        if rows and (len(rows) == _CALL_ROWS or num_bytes + stream[1] > _CALL_BYTES):
             yield rows
             rows, num_bytes = [], 0
         rows.append(row)
-        num_bytes += image_bytes
+        num_bytes += stream[1]
     if rows:
         yield rows
 

@@ -7,7 +7,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -23,11 +23,11 @@ from engine.errors import EngineError
 from engine.images import ImageLimits
 from engine.preprocess import MAX_ORDINARY_ASPECT, Preprocessing, decode_pixels
 from engine.registry import Registry
-from engine.truncation import ends_early
 from jobs.benches.catalog_rows import first_rows
 from pipelines import schema
 from pipelines.engines import EngineChoice, chosen_engine, ready_engine
 from pipelines.errors import CatalogError
+from pipelines.stages import CALLS_OF_GPU_ENCODER
 
 BATCH_SIZES = (64, 256, 512)
 MIN_CALLS, MAX_CALLS = 5, 200
@@ -141,6 +141,14 @@ def measure_decode(config: DecodeConfig) -> DecodeFigures:
         seconds = _calls(partial(decoder.decode, batch), config=config)
         name = "nvImageCodec and resize on the GPU"
         timings.append(_timing(name, seconds, batch_rows=batch_rows))
+        # As the encode stage calls it.
+        with ThreadPoolExecutor(CALLS_OF_GPU_ENCODER) as threads:
+            many = partial(_all, threads, decoder.decode, [batch] * (4 * CALLS_OF_GPU_ENCODER))
+            per_batch = [
+                second / (4 * CALLS_OF_GPU_ENCODER) for second in _calls(many, config=config)
+            ]
+        name = f"the same, {CALLS_OF_GPU_ENCODER} calls at once"
+        timings.append(_timing(name, per_batch, batch_rows=batch_rows))
     backend = choose_backend(
         config.engine.backend, precision=engine.manifest.precision, machine=machine
     )
@@ -188,10 +196,11 @@ def _by_pillow(encoded: Sequence[bytes], *, preprocessing: Preprocessing) -> NDA
 
 def _suits_gpu(encoded: Sequence[bytes]) -> list[bool]:
     limits = ImageLimits()
-    return [
-        suits_gpu(image, limits=limits, max_aspect=MAX_ORDINARY_ASPECT) and not ends_early(image)
-        for image in encoded
-    ]
+    return [suits_gpu(image, limits=limits, max_aspect=MAX_ORDINARY_ASPECT) for image in encoded]
+
+
+def _all(threads: ThreadPoolExecutor, call: Callable[[Any], Any], batches: list[Any]) -> None:
+    list(threads.map(call, batches))
 
 
 def _timing(name: str, seconds: Sequence[float], *, batch_rows: int) -> DecodeTiming:

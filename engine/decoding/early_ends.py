@@ -1,0 +1,220 @@
+"""Finds JPEGs whose coded pixels end early, on the card: one program reads the codes of one image.
+
+Knows nothing of pixels: it only counts blocks (ITU-T T.81, annexes B, C and F).
+
+The card's JPEG decoder does not tell, and leaves what is missing as it was in its memory. Reading
+the codes on CPUs costs more than all else that they do for an image.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Codes up to this long are looked up, longer ones, rare, are searched for.
+_LOOKUP_BITS = tl.constexpr(10)
+_LOOKUP_SIZE = tl.constexpr(2**10)
+# Tables of a JPEG: class (DC or AC) times 4, plus the number that the scan calls it by.
+_NUM_TABLES = tl.constexpr(8)
+# For an image: a lookup of each table, and where in the file its code lengths are.
+_SCRATCH_SIZE = tl.constexpr(8 * 2**10 + 8)
+
+
+@triton.jit
+def _byte(content_ptr: tl.tensor, position: tl.tensor, end: tl.tensor) -> tl.tensor:
+    """The byte at a position; zero behind the end."""
+    return tl.load(content_ptr + position, mask=position < end, other=0).to(tl.int32)
+
+
+@triton.jit
+def _short(content_ptr: tl.tensor, position: tl.tensor, end: tl.tensor) -> tl.tensor:
+    high = _byte(content_ptr, position, end)
+    return high << 8 | _byte(content_ptr, position + 1, end)
+
+
+@triton.jit
+def _build_lookup(
+    content_ptr: tl.tensor, position: tl.tensor, end: tl.tensor, lookup_ptr: tl.tensor
+) -> tl.tensor:
+    """Store length << 8 | symbol for each start of a code, 0 where the code is longer.
+
+    Args:
+        content_ptr: The files.
+        position: Of the table's 16 numbers of codes, by length; the symbols follow.
+        end: Of the file.
+        lookup_ptr: Where to.
+
+    Returns:
+        Symbols of the table.
+    """
+    starts = tl.arange(0, _LOOKUP_SIZE)
+    bits = starts << (16 - _LOOKUP_BITS)
+    length = tl.zeros([_LOOKUP_SIZE], tl.int32)
+    index = tl.zeros([_LOOKUP_SIZE], tl.int32)
+    code = 0
+    num_symbols = 0
+    for num_bits in range(1, 17):
+        count = _byte(content_ptr, position + num_bits - 1, end)
+        is_here = (length == 0) & (bits < (code + count) << (16 - num_bits))
+        length = tl.where(is_here, num_bits, length)
+        index = tl.where(is_here, num_symbols + (bits >> (16 - num_bits)) - code, index)
+        code = (code + count) << 1
+        num_symbols += count
+    is_short = (length > 0) & (length <= _LOOKUP_BITS)
+    symbol_ptr = content_ptr + position + 16 + index
+    symbol = tl.load(symbol_ptr, mask=is_short & (position + 16 + index < end), other=0)
+    tl.store(lookup_ptr + starts, tl.where(is_short, length << 8 | symbol.to(tl.int32), 0))
+    return num_symbols
+
+
+@triton.jit
+def _search(
+    content_ptr: tl.tensor, position: tl.tensor, end: tl.tensor, bits: tl.tensor
+) -> tl.tensor:
+    """Length << 8 | symbol of the code that 16 bits start with; 0 if it is none."""
+    found = 0
+    code = 0
+    num_symbols = 0
+    for num_bits in range(1, 17):
+        count = _byte(content_ptr, position + num_bits - 1, end)
+        start = bits >> (16 - num_bits)
+        if found == 0 and start < code + count:
+            symbol = _byte(content_ptr, position + 16 + num_symbols + start - code, end)
+            found = num_bits << 8 | symbol
+        code = (code + count) << 1
+        num_symbols += count
+    return found
+
+
+@triton.jit
+def _is_whole_kernel(
+    content_ptr: tl.tensor, bounds_ptr: tl.tensor, scratch_ptr: tl.tensor, out_ptr: tl.tensor
+) -> None:
+    """Store whether all blocks of an image are there."""
+    image = tl.program_id(0)
+    first = tl.load(bounds_ptr + image)
+    end = tl.load(bounds_ptr + image + 1)
+    scratch_ptr += image.to(tl.int64) * _SCRATCH_SIZE
+    places_ptr = scratch_ptr + _NUM_TABLES * _LOOKUP_SIZE
+
+    # The header.
+    position = first + 2
+    num_blocks = 0
+    luma_blocks = 1
+    blocks_in_mcu = 1
+    restart_interval = 0
+    tables = 0  # of the components, a byte each: DC << 4 | AC
+    in_header = position < end
+    while in_header:
+        marker = _short(content_ptr, position, end)
+        segment = position + 4
+        position += 2 + _short(content_ptr, position + 2, end)
+        if marker == 0xFFC4:
+            while segment < position and segment < end:
+                kind = _byte(content_ptr, segment, end)
+                table = (kind >> 4 & 1) * 4 + (kind & 3)
+                lookup_ptr = scratch_ptr + table * _LOOKUP_SIZE
+                tl.store(places_ptr + table, (segment + 1 - first).to(tl.int32))
+                segment += 17 + _build_lookup(content_ptr, segment + 1, end, lookup_ptr)
+        elif marker == 0xFFC0 or marker == 0xFFC1:
+            height = _short(content_ptr, segment + 1, end)
+            width = _short(content_ptr, segment + 3, end)
+            num_components = _byte(content_ptr, segment + 5, end)
+            sampling = _byte(content_ptr, segment + 7, end)
+            if num_components == 1:
+                num_blocks = ((width + 7) // 8) * ((height + 7) // 8)
+            else:
+                across = sampling >> 4
+                down = sampling & 15
+                luma_blocks = across * down
+                blocks_in_mcu = luma_blocks + num_components - 1
+                columns = (width + 8 * across - 1) // (8 * across)
+                rows = (height + 8 * down - 1) // (8 * down)
+                num_blocks = columns * rows * blocks_in_mcu
+        elif marker == 0xFFDD:
+            restart_interval = _short(content_ptr, segment, end)
+        elif marker == 0xFFDA:
+            num_components = _byte(content_ptr, segment, end)
+            for component in range(3):
+                if component < num_components:
+                    chosen = _byte(content_ptr, segment + 2 + 2 * component, end)
+                    tables |= chosen << (8 * component)
+            in_header = False
+        in_header = in_header and position < end
+    tl.debug_barrier()  # what some threads stored, others load
+
+    # The codes. Bits not yet read are left-aligned; their number falls below 0 where they lack.
+    bits = tl.zeros([], tl.uint64)
+    num_bits = 0
+    block = 0
+    block_of_mcu = 0
+    mcus_to_restart = restart_interval
+    coefficient = 0
+    is_sound = num_blocks > 0
+    while is_sound and block < num_blocks:
+        at_marker = False
+        while num_bits <= 48 and not at_marker:
+            value = _byte(content_ptr, position, end)
+            follower = _byte(content_ptr, position + 1, end)
+            at_marker = (value == 0xFF and follower != 0) or position >= end
+            if not at_marker:
+                bits |= value.to(tl.uint64) << tl.cast(56 - num_bits, tl.uint64)
+                num_bits += 8
+                position += 1 + (value == 0xFF).to(tl.int32)
+        component = tl.maximum(block_of_mcu - luma_blocks + 1, 0)
+        chosen = tables >> (8 * component)
+        is_ac = coefficient > 0
+        table = tl.where(is_ac, 4 + (chosen & 3), chosen >> 4 & 3)
+        start = (bits >> (64 - _LOOKUP_BITS)).to(tl.int32)
+        code = tl.load(scratch_ptr + table * _LOOKUP_SIZE + start)
+        if code == 0:
+            place = first + tl.load(places_ptr + table)
+            code = _search(content_ptr, place, end, (bits >> 48).to(tl.int32))
+        symbol = code & 0xFF
+        size = symbol & 15
+        # Without a size: 16 zeros, or nothing but zeros to the end of the block.
+        run = tl.where(size == 0 and symbol != 0xF0, 64, symbol >> 4)
+        coefficient += tl.where(is_ac, run + 1, 1)
+        num_read = (code >> 8) + size
+        is_sound = code > 0 and num_read <= num_bits
+        bits = bits << num_read.to(tl.uint64)
+        num_bits -= num_read
+        if coefficient >= 64:
+            coefficient = 0
+            block += 1
+            block_of_mcu += 1
+            if block_of_mcu == blocks_in_mcu:
+                block_of_mcu = 0
+                mcus_to_restart -= 1
+                if mcus_to_restart == 0 and block < num_blocks:
+                    # Fewer than 8 bits fill up the byte, then comes the marker.
+                    marker = _short(content_ptr, position, end)
+                    is_sound = is_sound and num_bits < 8 and marker >= 0xFFD0 and marker <= 0xFFD7
+                    position += 2
+                    mcus_to_restart = restart_interval
+                    bits = bits & 0
+                    num_bits = 0
+    tl.store(out_ptr + image, is_sound)
+
+
+def find_early_ends(content: Tensor, bounds: Tensor) -> Tensor:
+    """Which images lack some of their blocks, or have codes that are in none of their tables.
+
+    What CPUs call whole is rejected here where its last bits are missing, as libjpeg reads ones
+    behind an end; so this is no verdict.
+
+    Args:
+        content: uint8 on the card: JPEGs that `jpeg_header.suits_gpu` lets pass, one behind
+            another.
+        bounds: int64 [n + 1] on the card: where each starts, and where the last ends.
+
+    Returns:
+        bool [n] on the card.
+    """
+    num_images = len(bounds) - 1
+    is_whole = torch.empty(num_images, dtype=torch.bool, device=content.device)
+    shape = (num_images, _SCRATCH_SIZE.value)
+    scratch = torch.empty(shape, dtype=torch.int32, device=content.device)
+    if num_images:
+        _is_whole_kernel[(num_images,)](content, bounds, scratch, is_whole, num_warps=1)
+    return ~is_whole

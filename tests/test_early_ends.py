@@ -1,0 +1,98 @@
+"""Early ends of JPEGs, found on the card or in Triton's interpreter, where they were cut."""
+
+import io
+import random
+
+import pytest
+import torch
+from PIL.JpegImagePlugin import jpeg_factory
+
+from tests import image_files
+from tests.triton_device import DEVICE
+
+from engine.decoding.early_ends import find_early_ends  # isort: skip
+
+END = b"\xff\xd9"
+
+
+def early_ends(*images: bytes) -> list[bool]:
+    content = torch.frombuffer(bytearray(b"".join(images)), dtype=torch.uint8).to(DEVICE)
+    bounds = torch.tensor([0, *map(len, images)]).cumsum(0).to(DEVICE)
+    return find_early_ends(content, bounds).tolist()
+
+
+def jpeg(width: int, height: int, *, mode: str = "RGB", **options) -> bytes:
+    photo = image_files.photo(width, height).convert(mode)
+    return image_files.encode(photo, "JPEG", **options)
+
+
+def scan_start(encoded: bytes) -> int:
+    stream = io.BytesIO(encoded)
+    jpeg_factory(stream)
+    return stream.tell()
+
+
+def restarts(encoded: bytes) -> list[int]:
+    start = scan_start(encoded)
+    found = [at for at in range(start, len(encoded) - 1) if encoded[at] == 0xFF]
+    return [at for at in found if 0xD0 <= encoded[at + 1] <= 0xD7]
+
+
+KINDS = {
+    "4:2:0": {"subsampling": 2},
+    "4:2:2": {"subsampling": 1},
+    "4:4:4": {"subsampling": 0},
+    "grey": {"mode": "L"},
+    "tables of its own": {"optimize": True, "quality": 95},
+    "coarse": {"quality": 1},
+    "restarts": {"restart_marker_blocks": 2},
+    "finest": {"quality": 98, "subsampling": 0},
+}
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_an_image_is_whole_until_it_is_cut(kind: str) -> None:
+    options = {"quality": 75} | KINDS[kind]
+    images = [jpeg(width, height, **options) for width, height in ((19, 13), (8, 8))]
+    assert early_ends(*images) == [False] * 2
+    whole = images[0]
+    start = scan_start(whole)
+    rng = random.Random(0)
+    cuts = [*rng.sample(range(start, len(whole) - 3), 2), len(whole) - 3]
+    # What an end may stand behind: no half of a stuffed 0xff, and no restart marker.
+    cuts = [cut for cut in cuts if whole[cut - 1] != 0xFF]
+    assert early_ends(*(whole[:cut] + END for cut in cuts)) == [True] * len(cuts)
+
+
+def test_neighbours_do_not_matter() -> None:
+    whole = jpeg(19, 13)
+    half = whole[: scan_start(whole) + 20] + END
+    assert early_ends(half, whole, half, whole) == [True, False, True, False]
+
+
+def test_a_restart_that_is_missing_or_early() -> None:
+    whole = jpeg(33, 16, restart_marker_blocks=1)
+    first, second = restarts(whole)[:2]
+    without = whole[:first] + whole[first + 2 :]
+    twice = whole[:second] + whole[first:]
+    empty = whole[:first] + whole[first : first + 2] + whole[first:]
+    assert early_ends(whole, without, twice, empty) == [False, True, False, True]
+
+
+def test_codes_that_no_table_has() -> None:
+    whole = jpeg(16, 16)
+    start = scan_start(whole)
+    ones = whole[:start] + b"\xff\x00" * 40 + END
+    assert early_ends(ones) == [True]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_large_images(kind: str) -> None:
+    options = {"quality": 85} | KINDS[kind]
+    images = [jpeg(width, height, **options) for width, height in ((500, 375), (1024, 683))]
+    rng = random.Random(0)
+    cut = [
+        image[: rng.randrange(scan_start(image), len(image) - 40)] + END for image in images * 20
+    ]
+    assert early_ends(*images * 20, *cut) == [False] * 40 + [True] * 40
