@@ -150,7 +150,10 @@ def load_encoder(
     if backend == "torch":
         from engine.backends.torch_fp8 import TorchEncoder
 
-        return TorchEncoder(engine.directory, max_rows=profile.max_rows)
+        # In bulk it takes what suits the tower; a plan's sizes are built in.
+        return TorchEncoder(
+            engine.directory, max_rows=None if profile == BULK else profile.max_rows
+        )
     from engine.backends.trt import TrtEncoder
 
     plan_dir = obtain_plan(engine, registry=registry, profile=profile)
