@@ -123,6 +123,23 @@ def _pipeline(argv: Sequence[str]) -> int:
     return 0
 
 
+def _plan(argv: Sequence[str]) -> int:
+    from jobs.benches.plan import PlanConfig, measure_plan, plan_line
+
+    parser = CommandParser(
+        "bench plan", description="Time and memory to find what changed in a catalog of many keys."
+    )
+    parser.add_argument("--keys", type=int, nargs="+", default=[1_000_000])
+    parser.add_argument("--changed", type=float, default=0.01, metavar="SHARE")
+    options = parser.parse_options(argv)
+    figures = [
+        measure_plan(PlanConfig(num_keys=keys, changed_share=options.changed))
+        for keys in options.keys
+    ]
+    print_result(figures, as_json=options.json, text="\n".join(map(plan_line, figures)))
+    return 0
+
+
 def _query(argv: Sequence[str]) -> int:
     from pipelines.retrieval import pair_recall, recall_line
 
@@ -180,6 +197,7 @@ BENCHES: Actions = {
     "encode": (_encode, "an engine over batch sizes, beside transformers"),
     "decode": (_decode, "images to pixels, by CPU cores and by a GPU"),
     "pipeline": (_pipeline, "speed and memory of embed over catalog sizes"),
+    "plan": (_plan, "time and memory to find what changed in a catalog"),
     "query": (_query, "recall of the pairs of a store"),
     "agreement": (_agreement, "cosine of an engine's embeddings to transformers' own"),
 }

@@ -31,13 +31,7 @@ from pipelines.engines import (
 from pipelines.errors import IncompleteRunError, TooManyRejectsError
 from pipelines.ledger import Counts, Ledger
 from pipelines.parent import check_parent, same_state
-from pipelines.planning import (
-    add_catalog,
-    add_stored,
-    catalog_record,
-    plan_id_of,
-    staged_files,
-)
+from pipelines.planning import add_stored, catalog_record, fill, plan_id_of, staged_files
 from pipelines.progress import GPU_STAGES, STAGES, Progress, ProgressBoard, polled
 from pipelines.schema import EmbeddingDtype, Modality
 from pipelines.snapshots import EngineRecord, Snapshot, StoredFile, commit, current_snapshot
@@ -156,10 +150,15 @@ def embed(
         Ledger(key_type=catalog.key_type, modalities=catalog.modalities) as ledger,
     ):
         staged = staged_files(store, plan_id=plan_id, committed=before)
-        add_stored(ledger, before, store=store, staged=False, retried=config.retry)
-        add_stored(ledger, staged, store=store, staged=True, retried=config.retry)
-        add_catalog(ledger, catalog, parent=parent, store=store, num_cpus=config.resources.io_cpus)
-        ledger.settle()
+        fill(
+            ledger,
+            catalog,
+            parent=parent,
+            staged=staged,
+            store=store,
+            num_cpus=config.resources.io_cpus,
+            retried=config.retry,
+        )
         counts = ledger.counts()
         manifest = _ready_manifest(config, engine=engine, registry=registry, catalog=catalog)
         if counts.num_due_rows:

@@ -85,6 +85,34 @@ def staged_files(
     return files
 
 
+def fill(
+    ledger: Ledger,
+    catalog: Catalog,
+    *,
+    parent: Snapshot | None,
+    staged: Iterable[StoredFile],
+    store: Store,
+    num_cpus: float,
+    retried: Collection[str] = (),
+) -> None:
+    """Read both sides into an empty ledger, and settle it.
+
+    Args:
+        ledger: To be filled.
+        catalog: What is wanted.
+        parent: The snapshot that a run goes on from; None in an empty store.
+        staged: Files that an earlier run of this very plan left.
+        store: Where all that is stored lies.
+        num_cpus: For a task of the cluster that reads contents, where keys cannot tell.
+        retried: Rejects of these reasons are left out, so that their rows are due again.
+    """
+    committed = () if parent is None else parent.files
+    add_stored(ledger, committed, store=store, staged=False, retried=retried)
+    add_stored(ledger, staged, store=store, staged=True, retried=retried)
+    _add_catalog(ledger, catalog, parent=parent, store=store, num_cpus=num_cpus)
+    ledger.settle()
+
+
 def add_stored(
     ledger: Ledger,
     files: Iterable[StoredFile],
@@ -119,7 +147,7 @@ def add_stored(
             ledger.add_stored_rows(rows, file=file, positions=positions, staged=staged)
 
 
-def add_catalog(
+def _add_catalog(
     ledger: Ledger, catalog: Catalog, *, parent: Snapshot | None, store: Store, num_cpus: float
 ) -> None:
     """Read the keys of a catalog into the ledger, with fingerprints where they are needed.

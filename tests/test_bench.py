@@ -51,6 +51,21 @@ def test_decoding_is_measured_on_all_cores(tmp_path: Path, engines_dir: Path, ca
     assert (figures["device"] is None) == (figures["cosine_p1"] is None) == (len(names) == 2)
 
 
+@pytest.mark.parametrize(("changed", "num_due"), [("0.1", 110), ("0", 0)])
+def test_a_plan_finds_what_was_changed(changed: str, num_due: int, capsys):
+    assert main(["plan", "--keys", "1000", "--changed", changed, "--json"]) == 0
+    (figures,) = json.loads(capsys.readouterr().out)
+    assert (figures["num_keys"], figures["num_due"], figures["num_dead"]) == (
+        1000,
+        num_due,
+        num_due,
+    )
+    assert figures["seconds"] > 0
+    assert figures["peak_memory_bytes"] > 2**25
+    assert main(["plan", "--keys", "1000", "--changed", changed]) == 0
+    assert capsys.readouterr().out.startswith(f"1,000 keys, {num_due} due, {num_due} dead: ")
+
+
 def test_the_pipeline_is_measured_in_a_process_of_its_own(checkpoint_dir: Path, engines_dir: Path):
     engine = EngineChoice(checkpoint=str(checkpoint_dir), engines_uri=str(engines_dir))
     figures = measure_pipeline(PipelineConfig(num_rows=48, engine=engine))
