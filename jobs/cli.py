@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": ("jobs.demo.run", "offline, from nothing to a report with pictures"),
     "engine": ("jobs.engine", "build engines, judge them, promote them or go back"),
     "embed": ("jobs.embed", "embed what is new or changed in a catalog"),
+    "snapshots": ("jobs.snapshots", "the states of a store, and what changed between them"),
     "index": ("jobs.index", "build the index of the current snapshot"),
     "query": ("jobs.query", "find the nearest rows to a text or an image"),
     "bench": ("jobs.bench", "measure encoders, the pipeline, the answers of a store"),
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    lines = [f"  {name:<8} {what}" for name, (_, what) in COMMANDS.items()]
+    lines = [f"  {name:<9} {what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(["usage: clipmill COMMAND [options]   (clipmill COMMAND --help)", "", *lines])
 
 

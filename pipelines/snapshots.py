@@ -125,6 +125,30 @@ def current_snapshot(store: Store) -> Snapshot | None:
     return _read(store, manifests[-1]) if manifests else None
 
 
+def snapshot_numbers(store: Store) -> list[int]:
+    """All snapshots, ascending; the last is the current one."""
+    paths = store.list(SNAPSHOTS_DIR, suffix=".json")
+    return [int(path.rsplit("/", 1)[-1].removesuffix(".json")) for path in paths]
+
+
+def read_snapshot(store: Store, number: int | None) -> Snapshot:
+    """One snapshot by its number, or the current one.
+
+    Raises:
+        StoreError: There is none, or its manifest cannot be read, is damaged, or is of a newer
+            format.
+    """
+    numbers = snapshot_numbers(store)
+    if not numbers:
+        raise StoreError(f"store {store.uri} has no snapshot; run `clipmill embed` first")
+    if number is not None and number not in numbers:
+        raise StoreError(
+            f"store {store.uri} has no snapshot {number}, but {numbers[0]} to {numbers[-1]}"
+        )
+    wanted = numbers[-1] if number is None else number
+    return _read(store, f"{SNAPSHOTS_DIR}/{wanted:08d}.json")
+
+
 def commit(store: Store, snapshot: Snapshot) -> None:
     """Make a snapshot the current one; CommitConflictError if another run took its number."""
     record = {"format_version": FORMAT_VERSION, **dataclasses.asdict(snapshot)}

@@ -9,6 +9,7 @@ import pytest
 from jobs.bench import BENCHES
 from jobs.cli import COMMANDS, main
 from jobs.engine import ACTIONS
+from jobs.snapshots import ACTIONS as SNAPSHOT_ACTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,9 +29,10 @@ def test_an_unknown_command_is_a_usage_error(capsys):
 @pytest.mark.parametrize(
     "name",
     [
-        *sorted(COMMANDS.keys() - {"bench", "engine"}),
+        *sorted(COMMANDS.keys() - {"bench", "engine", "snapshots"}),
         *(f"bench {action}" for action in BENCHES),
         *(f"engine {action}" for action in ACTIONS),
+        *(f"snapshots {action}" for action in SNAPSHOT_ACTIONS),
     ],
 )
 def test_every_command_explains_its_options(name: str, capsys):

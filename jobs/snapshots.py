@@ -1,0 +1,114 @@
+"""`clipmill snapshots list|show|diff`: the states of a store, and what changed between them.
+
+Knows nothing of how they are made.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from jobs.command import Actions, CommandParser, dispatch, print_result, run
+from pipelines.changes import find_changes
+from pipelines.snapshots import Snapshot, read_snapshot, snapshot_numbers
+from pipelines.store import Store
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the action that the first word names; returns its exit code."""
+    return dispatch("snapshots", ACTIONS, argv)
+
+
+def _list(argv: Sequence[str]) -> int:
+    parser = _parser("list", "All snapshots of a store, the current one last.")
+    options = parser.parse_options(argv)
+    store = Store(options.store)
+    snapshots = [read_snapshot(store, number) for number in snapshot_numbers(store)]
+    records = [_record(snapshot) for snapshot in snapshots]
+    text = "\n".join(map(_line, snapshots)) or f"store {store.uri} has no snapshot"
+    print_result(records, as_json=options.json, text=text)
+    return 0
+
+
+def _show(argv: Sequence[str]) -> int:
+    parser = _parser("show", "One snapshot, with its files as JSON.")
+    parser.add_argument("number", type=int, nargs="?", help="the current one if left out")
+    options = parser.parse_options(argv)
+    store = Store(options.store)
+    snapshot = read_snapshot(store, options.number)
+    columns = [f"{role} {name}" for role, name in snapshot.catalog.columns.items() if name]
+    lines = [
+        _line(snapshot),
+        f"  run      {snapshot.run_id}, after snapshot {snapshot.parent or 'none'}",
+        f"  engine   {snapshot.engine.engine_id} of {snapshot.engine.checkpoint}, by "
+        f"{snapshot.backend}, images decoded by {snapshot.decoder}",
+        f"  catalog  {snapshot.catalog.uri}: {snapshot.catalog.num_rows:,} rows, "
+        f"{snapshot.catalog.num_keys:,} keys in {len(snapshot.catalog.files):,} files; "
+        f"{', '.join(columns)}",
+        f"  rows     {snapshot.embedding_dim} x {snapshot.embedding_dtype}, keys "
+        f"{snapshot.key_type}, in {len(snapshot.files):,} files of "
+        f"{sum(file.num_bytes for file in snapshot.files) / 2**20:,.1f} MiB",
+    ]
+    print_result(snapshot, as_json=options.json, text="\n".join(lines))
+    return 0
+
+
+def _diff(argv: Sequence[str]) -> int:
+    parser = _parser("diff", "What changed from one snapshot to another, in keys.")
+    parser.add_argument("before", type=int, help="a snapshot's number")
+    parser.add_argument("after", type=int, nargs="?", help="the current one if left out")
+    options = parser.parse_options(argv)
+    store = Store(options.store)
+    before, after = read_snapshot(store, options.before), read_snapshot(store, options.after)
+    changes = find_changes(store, before, after)
+    lines = [f"snapshot {before.number} -> {after.number}"]
+    if before.engine.engine_id != after.engine.engine_id:
+        lines.append(f"  engine {before.engine.engine_id} -> {after.engine.engine_id}")
+    lines += [
+        f"  {modality:<6} {found.added:,} added, {found.removed:,} removed, {found.changed:,} "
+        f"changed, {found.rejected:,} rejected now, {found.healed:,} rejected no more"
+        for modality, found in changes.items()
+    ]
+    print_result(changes, as_json=options.json, text="\n".join(lines))
+    return 0
+
+
+def _parser(action: str, description: str) -> CommandParser:
+    parser = CommandParser(f"snapshots {action}", description=description)
+    parser.add_argument("--store", required=True, metavar="URI", help="an output folder of embed")
+    return parser
+
+
+def _record(snapshot: Snapshot) -> dict[str, object]:
+    return {
+        "number": snapshot.number,
+        "created_at": snapshot.created_at,
+        "engine_id": snapshot.engine.engine_id,
+        "num_keys": snapshot.catalog.num_keys,
+        "num_embeddings": {
+            modality: snapshot.num_rows("embeddings", modality=modality)
+            for modality in snapshot.modalities
+        },
+        "num_rejects": snapshot.num_rows("rejects"),
+        "num_files": len(snapshot.files),
+    }
+
+
+def _line(snapshot: Snapshot) -> str:
+    stored = ", ".join(
+        f"{snapshot.num_rows('embeddings', modality=modality):,} {modality}"
+        for modality in snapshot.modalities
+    )
+    return (
+        f"{snapshot.number:>6}  {snapshot.created_at}  {snapshot.engine.engine_id}  "
+        f"{snapshot.catalog.num_keys:,} keys: {stored}, {snapshot.num_rows('rejects'):,} rejects"
+    )
+
+
+ACTIONS: Actions = {
+    "list": (_list, "all snapshots, the current one last"),
+    "show": (_show, "one of them"),
+    "diff": (_diff, "what changed from one to another"),
+}
+
+
+if __name__ == "__main__":
+    run(main, sys.argv[1:])
