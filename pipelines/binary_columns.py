@@ -27,7 +27,11 @@ def binary_views(column: Any) -> list[memoryview | None]:
 
 
 def only(column: Any, is_kept: NDArray[np.bool_]) -> Any:
-    """The column with null in all other rows. Contents are not copied, nor left out."""
+    """The column with null in all other rows.
+
+    Contents are not copied, so that those of the other rows stay in memory: not for few rows, nor
+    for `pixel_array`.
+    """
     array = _one_array(column)
     _, offsets, content = array.buffers()
     flags = np.concatenate([np.zeros(array.offset, dtype=np.bool_), is_kept])
@@ -40,7 +44,7 @@ def only(column: Any, is_kept: NDArray[np.bool_]) -> Any:
 def pixel_array(column: Any, *, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
     """The valid pixels of a column as uint8 [N, H, W, 3]; one chunk is not copied."""
     offsets, content = _parts(_one_array(column))
-    # Nulls take no bytes, so what lies between first and last offset is all valid pixels.
+    # Nulls take no bytes here, so what lies between first and last offset is all valid pixels.
     return content[offsets[0] : offsets[-1]].reshape(-1, *shape)
 
 

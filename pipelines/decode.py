@@ -25,6 +25,12 @@ from pipelines.fingerprints import row_fingerprints
 from pipelines.progress import StageMeter, metered
 from pipelines.schema import Decoder, Modality, Reason, Stage
 
+# Of a batch's images: with fewer for the GPU, theirs are copied, without the bytes between.
+MIN_SHARED_SHARE = 0.5
+# What takes the card's search for early ends too long: an image is searched by one of its programs,
+# and 34 kB took an H100 up to 14 ms.
+MAX_GPU_IMAGE_BYTES = 2 * 2**20
+
 # (reason, detail), or None for a row that is fine.
 Verdict = tuple[str, str | None] | None
 
@@ -127,18 +133,22 @@ def _images(
             pixel, verdict = _image(content, preprocessing=preprocessing, limits=limits.image)
         pixels.append(pixel)
         verdicts.append(verdict)
-    encoded = pa.nulls(len(contents), pa.large_binary())
-    if is_passed_on[missing].any():
+    num_passed_on = is_passed_on.sum()
+    if num_passed_on == 0:
+        encoded = pa.nulls(len(contents), pa.large_binary())
+    elif is_passed_on[missing].any() or num_passed_on < MIN_SHARED_SHARE * len(contents):
         passed_on = zip(contents, is_passed_on, strict=True)
         encoded = pa.array([c if flag else None for c, flag in passed_on], pa.large_binary())
-    elif is_passed_on.any():
+    else:
         encoded = only(table[schema.IMAGE], is_passed_on)
     return pa.array(pixels, pa.large_binary()), encoded, verdicts
 
 
 def _suits_gpu(content: Any, *, limits: ImageLimits) -> bool:
-    return isinstance(content, bytes | memoryview) and suits_gpu(
-        content, limits=limits, max_aspect=MAX_ORDINARY_ASPECT
+    return (
+        isinstance(content, bytes | memoryview)
+        and len(content) <= MAX_GPU_IMAGE_BYTES
+        and suits_gpu(content, limits=limits, max_aspect=MAX_ORDINARY_ASPECT)
     )
 
 

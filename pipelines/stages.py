@@ -32,6 +32,8 @@ from pipelines.writing import stored_files, write_batch
 # costs little, and small enough that few rows are in flight. Texts are short.
 IMAGE_BLOCK_BYTES = 16 * 2**20
 TEXT_BLOCK_BYTES = 2**20
+# Ray's own bound, from which on it thinks that a number of blocks was chosen by mistake.
+MANY_READ_TASKS = 5_000
 # Where GPUs decode: one batch is decoded, another encoded, and a third comes or goes.
 CALLS_OF_GPU_ENCODER = 3
 
@@ -119,15 +121,20 @@ def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Iterator[l
     batch_rows = resources.batch_rows or _batch_rows(execution)
     workers = num_workers(resources, execution=execution)
     check_room(resources, execution=execution)
+    pieces = list(_pieces(catalog, due))
     source = CatalogDatasource(
         catalog,
-        pieces=_pieces(catalog, due),
+        pieces=pieces,
         content=catalog.modalities,
         meter=StageMeter(board, stage="read"),
     )
     # Where GPUs decode, Ray Data reads and prepares in one task, for which both must ask alike.
     read_cpus = resources.decode_cpus if on_gpus else resources.io_cpus
-    decoded = ray.data.read_datasource(source, num_cpus=read_cpus).map_batches(
+    # Ray would cut the blocks of a small catalog, to have some for every CPU, and then could not
+    # read and prepare in one task.
+    num_blocks = len(pieces) if len(pieces) < MANY_READ_TASKS else None
+    read = ray.data.read_datasource(source, num_cpus=read_cpus, override_num_blocks=num_blocks)
+    decoded = read.map_batches(
         partial(
             decode_batch,
             modalities=catalog.modalities,
@@ -217,8 +224,6 @@ def ray_data_settings(
         "enable_auto_log_stats": False,
         "target_max_block_size": IMAGE_BLOCK_BYTES if "image" in modalities else TEXT_BLOCK_BYTES,
         "raise_original_map_exception": True,
-        # Ray would cut the blocks of a small catalog, so that there are this many: small ones.
-        "read_op_min_num_blocks": 1,
     }
     before = {name: getattr(context, name) for name in settings}
     limits = context.execution_options.resource_limits

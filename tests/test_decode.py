@@ -6,6 +6,7 @@ import pytest
 
 from engine.images import ImageLimits
 from engine.preprocess import Preprocessing, decode_pixels
+from pipelines import decode
 from pipelines.decode import RowLimits, decode_batch
 from pipelines.fingerprints import row_fingerprints
 from pipelines.schema import REASONS, Reason
@@ -168,6 +169,28 @@ def test_where_gpus_decode_only_what_they_take_is_left_to_them():
     assert {row["encoded"] for row in decoded(table).to_pylist()} == {None}
     fingerprints = [row["fingerprint"] for row in found]
     assert fingerprints == [row["fingerprint"] for row in decoded(table).to_pylist()]
+
+
+@pytest.mark.parametrize(("num_jpegs", "is_shared"), [(3, True), (1, False)])
+def test_encoded_images_are_shared_where_most_are_passed_on(num_jpegs: int, is_shared: bool):
+    jpeg, png = image_files.jpeg(), image_files.png()
+    contents = [jpeg] * num_jpegs + [png] * (4 - num_jpegs)
+    table = image_rows(*((content, None) for content in contents))
+    found = decoded(table, decoder="gpu")["encoded"].chunk(0)
+    assert found.to_pylist() == [jpeg] * num_jpegs + [None] * (4 - num_jpegs)
+    images = table["image"].chunk(0)
+    assert (found.buffers()[2].address == images.buffers()[2].address) == is_shared
+
+
+def test_a_jpeg_that_takes_a_gpu_too_long_is_decoded_here(monkeypatch: pytest.MonkeyPatch):
+    jpeg = image_files.jpeg()
+    table = image_rows((jpeg, None))
+    monkeypatch.setattr(decode, "MAX_GPU_IMAGE_BYTES", len(jpeg))
+    (row,) = decoded(table, decoder="gpu").to_pylist()
+    assert (row["encoded"], row["pixels"]) == (jpeg, None)
+    monkeypatch.setattr(decode, "MAX_GPU_IMAGE_BYTES", len(jpeg) - 1)
+    (row,) = decoded(table, decoder="gpu").to_pylist()
+    assert (row["encoded"], row["pixels"]) == (None, decoded(table).to_pylist()[0]["pixels"])
 
 
 def test_a_fetched_jpeg_is_left_to_the_gpu_too(tmp_path):

@@ -76,7 +76,8 @@ def test_a_restart_that_is_missing_or_early() -> None:
     without = whole[:first] + whole[first + 2 :]
     twice = whole[:second] + whole[first:]
     empty = whole[:first] + whole[first : first + 2] + whole[first:]
-    assert early_ends(whole, without, twice, empty) == [False, True, False, True]
+    wrong = whole[: second + 1] + b"\xd0" + whole[second + 2 :]
+    assert early_ends(whole, without, twice, empty, wrong) == [False, True, True, True, True]
 
 
 def test_codes_that_no_table_has() -> None:
@@ -84,6 +85,27 @@ def test_codes_that_no_table_has() -> None:
     start = scan_start(whole)
     ones = whole[:start] + b"\xff\x00" * 40 + END
     assert early_ends(ones) == [True]
+
+
+def changed(encoded: bytes, marker: bytes, offset: int, value: int) -> bytes:
+    """With another byte so far behind a marker."""
+    at = encoded.index(marker) + offset
+    return encoded[:at] + bytes((value,)) + encoded[at + 1 :]
+
+
+def test_tables_that_libjpeg_does_not_take() -> None:
+    whole = jpeg(8, 8, mode="L")
+    table, scan = b"\xff\xc4", b"\xff\xda"
+    spoiled = {
+        "a class that there is not": changed(whole, table, 4, 0x20),
+        "a number that there is not": changed(whole, table, 4, 0x04),
+        "more codes than bits": changed(whole, table, 6, 4),
+        "more symbols than bytes": changed(whole, table, 20, 200),
+        "a DC size above 15": changed(whole, table, 21, 16),
+        "a DC table that is not defined": changed(whole, scan, 6, 0x10),
+        "an AC table that is not defined": changed(whole, scan, 6, 0x01),
+    }
+    assert early_ends(whole, *spoiled.values()) == [False] + [True] * len(spoiled)
 
 
 @pytest.mark.gpu

@@ -2,6 +2,9 @@
 
 import importlib.util
 import io
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -158,6 +161,23 @@ def test_batches_of_all_sizes_give_the_same_bits(decoder: GpuDecoder):
 
 
 @pytest.mark.gpu
+def test_batches_of_several_threads_come_as_they_do_alone(decoder: GpuDecoder):
+    photos = [jpeg(image_files.photo(100 + 9 * seed, 90, seed=seed)) for seed in range(12)]
+    cut = [photo[: len(photo) // 2] + b"\xff\xd9" for photo in photos]
+    batches = [
+        [cut[row] if (row + number) % 5 == 0 else photos[row] for row in range(number % 12 + 1)]
+        for number in range(60)
+    ]
+    alone = [decoder.decode(batch) for batch in batches]
+    with ThreadPoolExecutor(3) as threads:
+        together = list(threads.map(decoder.decode, batches))
+    for number, (found, expected) in enumerate(zip(together, alone, strict=True)):
+        assert found.rows.tolist() == expected.rows.tolist(), number
+        assert set(found.rejected) == set(expected.rejected), number
+        assert bool((found.pixels == expected.pixels).all()), number
+
+
+@pytest.mark.gpu
 def test_the_card_at_hand_decodes():
     assert decoding_fault(CLIP) is None
 
@@ -178,6 +198,8 @@ class Codec:
 
     def __init__(self) -> None:
         self.num_rows: list[int] = []
+        self.collided = False
+        self._busy = threading.Lock()
 
     def Backend(self, kind: int) -> int:  # noqa: N802 - its name there
         return kind
@@ -196,10 +218,16 @@ class Codec:
 
     def decode(self, streams, **options: object):
         self.num_rows.append(len(streams))
-        return [
+        if not self._busy.acquire(blocking=False):
+            self.collided = True
+            return [None] * len(streams)
+        time.sleep(0.01)
+        images = [
             Picture(np.array(stream.convert("RGB"))) if stream.format == "JPEG" else None
             for stream in streams
         ]
+        self._busy.release()
+        return images
 
 
 class Stream:
@@ -214,8 +242,11 @@ class Stream:
         pass
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, it decodes for real above")
-def test_rows_of_a_batch_whoever_decodes_them(monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def without_card(monkeypatch: pytest.MonkeyPatch):
+    """A decoder whose card is this machine's CPU, and its codec."""
+    if torch.cuda.is_available():
+        pytest.skip("with a GPU, it decodes for real above")
     codec = Codec()
     monkeypatch.setattr(gpu_decoder, "find_spec", lambda name: object())
     monkeypatch.setattr(gpu_decoder, "_nvimgcodec", lambda: codec)
@@ -226,6 +257,12 @@ def test_rows_of_a_batch_whoever_decodes_them(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     decoder = GpuDecoder(CLIP, limits=LIMITS, num_threads=2)
     decoder._device = DEVICE
+    yield decoder, codec
+    decoder.close()
+
+
+def test_rows_of_a_batch_whoever_decodes_them(without_card):
+    decoder, codec = without_card
     photos = [jpeg(image_files.photo(17 + row, 16, seed=row), quality=60) for row in range(5)]
     early = photos[0][:-20] + b"\xff\xd9"
     batch = [photos[0], image_files.png(), b"nonsense", *photos[1:], image_files.png()[:40], b""]
@@ -242,7 +279,29 @@ def test_rows_of_a_batch_whoever_decodes_them(monkeypatch: pytest.MonkeyPatch):
     nothing = decoder.decode([b""])
     assert (len(nothing.rows), tuple(nothing.pixels.shape)) == (0, (0, 64, 64, 3))
     assert decoder.decode([]).pixels.shape == (0, 64, 64, 3)
-    decoder.close()
+
+
+def test_batches_of_several_threads_take_turns(without_card, monkeypatch: pytest.MonkeyPatch):
+    decoder, codec = without_card
+    # Triton's interpreter is for one thread.
+    monkeypatch.setattr(
+        gpu_decoder, "resample", lambda sources, **_: torch.zeros((len(sources), 64, 64, 3))
+    )
+    monkeypatch.setattr(
+        gpu_decoder, "find_early_ends", lambda _, bounds: torch.zeros(len(bounds) - 1).bool()
+    )
+    photos = [jpeg(image_files.photo(20, 10 + row)) for row in range(4)]
+    batches = [photos[: 1 + number % 4] + [b"nonsense"] * (number % 2) for number in range(12)]
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(decoder.decode, batches))
+    assert not codec.collided
+    assert [decoded.rows.tolist() for decoded in found] == [
+        [*range(1 + number % 4)] for number in range(12)
+    ]
+    assert [set(decoded.rejected) for decoded in found] == [
+        {1 + number % 4} if number % 2 else set() for number in range(12)
+    ]
+    assert 1 <= len(decoder._idle_sides) <= 3
 
 
 def test_why_a_card_may_not_decode(monkeypatch: pytest.MonkeyPatch):

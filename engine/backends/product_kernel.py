@@ -18,7 +18,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from engine.backends.kernels import activated, inverse, product_input, to_fp8
 
-# Rows, columns and terms of a tile; one in a warp group's registers, three on their way.
+# Rows, columns and terms of a tile: sums in the registers of two warp groups, three tiles of terms
+# on their way.
 _TILE_ROWS, _TILE_COLUMNS, _TILE_TERMS = 128, 256, 128
 _NUM_STAGES, _NUM_WARPS = 3, 8
 # Rows of tiles that run at a time, so that they find the same weights in the L2 cache.

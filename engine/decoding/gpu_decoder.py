@@ -91,7 +91,8 @@ class GpuDecoder:
             self._stream = torch.cuda.Stream(self._device)
         # Used by two threads at once, nvImageCodec waits for itself.
         self._turn = threading.Lock()
-        self._idle_staging: deque[Tensor] = deque()
+        # As many as threads that call: the memory of a stream stays with it.
+        self._idle_sides: deque[_Side] = deque()
         kinds = self._codec.BackendKind
         try:
             self._decoder = self._codec.Decoder(
@@ -122,27 +123,33 @@ class GpuDecoder:
             DeviceMemoryError: The card has too little free memory.
         """
         with typed_errors(self._device, max_rows=len(encoded)), torch.cuda.device(self._device):
-            side_stream = torch.cuda.Stream(self._device)
-            staging = self._staged(encoded)
-            with torch.cuda.stream(side_stream):
-                ends_early = self._ends_early(staging, encoded)
+            try:
+                side = self._idle_sides.popleft()
+            except IndexError:
+                side = _Side(self._device)
+            side.take(encoded)
+            with torch.cuda.stream(side.stream):
+                ends_early = self._ends_early(side, encoded)
             with self._turn, torch.cuda.stream(self._stream):
                 started = time.perf_counter()
                 rows, pixels = self._by_card(encoded)
                 card_seconds = time.perf_counter() - started
-            side_stream.synchronize()
-            self._idle_staging.append(staging)
+            side.stream.synchronize()
             is_whole = ~ends_early.cpu().numpy()[rows]
             missing = np.setdiff1d(np.arange(len(encoded)), rows[is_whole])
             by_pillow, rejected = self._by_pillow(encoded, missing)
             if len(missing):
-                with torch.cuda.stream(side_stream):
+                rows = np.array([*rows[is_whole], *by_pillow], dtype=np.int64)
+                order = rows.argsort()
+                rows = rows[order]
+                with torch.cuda.stream(side.stream):
                     more = [self._on_card(image)[None] for image in by_pillow.values()]
-                    pixels = torch.cat([pixels[self._on_card(is_whole)], *more])
-                    rows = np.array([*rows[is_whole], *by_pillow], dtype=np.int64)
-                    order = rows.argsort()
-                    rows, pixels = rows[order], pixels[self._on_card(order)]
-                side_stream.synchronize()
+                    whole = torch.cat([pixels[self._on_card(is_whole)], *more])
+                    whole = whole[self._on_card(order)]
+                # Until then `pixels` are read, whose memory is another stream's.
+                side.stream.synchronize()
+                pixels = whole
+            self._idle_sides.append(side)
         return Decoded(
             rows=rows,
             pixels=pixels,
@@ -164,28 +171,10 @@ class GpuDecoder:
         except RuntimeError:
             return None
 
-    def _staged(self, encoded: Sequence[bytes | memoryview]) -> Tensor:
-        """The images one behind another in pinned memory, which more may follow."""
-        num_bytes = sum(map(len, encoded))
-        try:
-            staging = self._idle_staging.popleft()
-        except IndexError:
-            staging = torch.empty(0, dtype=torch.uint8)
-        if num_bytes > len(staging):
-            size = 1 << num_bytes.bit_length()
-            on_cuda = self._device.type == "cuda"
-            staging = torch.empty(size, dtype=torch.uint8, pin_memory=on_cuda)
-        target, first = staging.numpy(), 0
-        for content in encoded:
-            last = first + len(content)
-            target[first:last] = np.frombuffer(content, dtype=np.uint8)
-            first = last
-        return staging
-
-    def _ends_early(self, staging: Tensor, encoded: Sequence[bytes | memoryview]) -> Tensor:
+    def _ends_early(self, side: "_Side", encoded: Sequence[bytes | memoryview]) -> Tensor:
         """Which end early: bool [N] on the card, once the current stream is there."""
         bounds = np.cumsum([0, *map(len, encoded)])
-        contents = staging[: bounds[-1]].to(self._device, non_blocking=True)
+        contents = side.staging[: bounds[-1]].to(self._device, non_blocking=True)
         return find_early_ends(contents, self._on_card(bounds))
 
     def _by_card(self, encoded: Sequence[bytes | memoryview]) -> tuple[NDArray[np.int64], Tensor]:
@@ -252,6 +241,27 @@ class GpuDecoder:
             return self._by_cpu(encoded)
         except ImageRejected as verdict:
             return verdict
+
+
+class _Side:
+    """What a batch has beside the card's decoder: a stream, and pinned memory on the way to it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self.staging = torch.empty(0, dtype=torch.uint8)
+        self._pins = device.type == "cuda"
+
+    def take(self, encoded: Sequence[bytes | memoryview]) -> None:
+        """Copy images to `staging`, one behind another; the stream must be done with the last."""
+        num_bytes = sum(map(len, encoded))
+        if num_bytes > len(self.staging):
+            size = 1 << num_bytes.bit_length()
+            self.staging = torch.empty(size, dtype=torch.uint8, pin_memory=self._pins)
+        target, first = self.staging.numpy(), 0
+        for content in encoded:
+            last = first + len(content)
+            target[first:last] = np.frombuffer(content, dtype=np.uint8)
+            first = last
 
 
 def decoding_fault(preprocessing: Preprocessing) -> str | None:

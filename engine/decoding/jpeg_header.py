@@ -124,7 +124,7 @@ def _is_usual_scan(scan: bytes, frame: bytes) -> bool:
 
 
 def _has_tables(segments: dict[int, list[bytes]], frame: bytes) -> bool:
-    """Whether the quantization tables are whole, of 8 bits, and all there; the others are there.
+    """Whether the quantization tables are whole, of 8 bits, and all there; and some Huffman tables.
 
     Without Huffman tables, as in frames of video, libjpeg takes the standard's.
     """
