@@ -6,16 +6,14 @@ Knows nothing of embeddings. Files that both snapshots list are not read.
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import schema
+from pipelines.database import open_database, sql_type
 from pipelines.errors import StoreError
-from pipelines.ledger import MEMORY_LIMIT_BYTES
 from pipelines.schema import FINGERPRINT, KEY, Modality
 from pipelines.snapshots import Snapshot, StoredFile
 from pipelines.store import Store
@@ -69,32 +67,30 @@ def find_changes(store: Store, before: Snapshot, after: Snapshot) -> dict[Modali
 def _compared(
     store: Store, before: Iterable[StoredFile], after: Iterable[StoredFile], *, key_type: str
 ) -> Changes:
-    key = "BIGINT" if key_type == str(pa.int64()) else "VARCHAR"
-    with tempfile.TemporaryDirectory(prefix="clipmill-changes-") as spill_dir:
-        limit = f"{MEMORY_LIMIT_BYTES // 2**20}MiB"
-        config: dict[str, Any] = {"memory_limit": limit, "temp_directory": spill_dir}
-        with duckdb.connect(config=config) as db:
-            for name, files in (("before", before), ("after", after)):
-                db.execute(
-                    f"CREATE TABLE {name} ({KEY} {key}, {FINGERPRINT} BLOB, is_reject BOOLEAN)"
-                )
-                for file in files:
-                    db.register("incoming", _rows(store, file))
-                    db.execute(f"INSERT INTO {name} SELECT * FROM incoming")
-                    db.unregister("incoming")
-            in_both = f"b.{KEY} IS NOT NULL AND a.{KEY} IS NOT NULL"
-            counts = db.sql(
-                f"""SELECT
-                  count(*) FILTER (b.{KEY} IS NULL) AS added,
-                  count(*) FILTER (a.{KEY} IS NULL) AS removed,
-                  count(*) FILTER ({in_both} AND a.is_reject = b.is_reject
-                    AND a.{FINGERPRINT} IS DISTINCT FROM b.{FINGERPRINT}) AS changed,
-                  count(*) FILTER ({in_both} AND a.is_reject AND NOT b.is_reject) AS rejected,
-                  count(*) FILTER ({in_both} AND b.is_reject AND NOT a.is_reject) AS healed
-                FROM before b FULL OUTER JOIN after a ON a.{KEY} = b.{KEY}"""
-            )
-            names = counts.columns
-            (values,) = counts.fetchall()
+    key = sql_type(key_type)
+    with (
+        tempfile.TemporaryDirectory(prefix="clipmill-changes-") as spill_dir,
+        open_database(spill_dir) as db,
+    ):
+        for name, files in (("before", before), ("after", after)):
+            db.execute(f"CREATE TABLE {name} ({KEY} {key}, {FINGERPRINT} BLOB, is_reject BOOLEAN)")
+            for file in files:
+                db.register("incoming", _rows(store, file))
+                db.execute(f"INSERT INTO {name} SELECT * FROM incoming")
+                db.unregister("incoming")
+        in_both = f"b.{KEY} IS NOT NULL AND a.{KEY} IS NOT NULL"
+        counts = db.sql(
+            f"""SELECT
+              count(*) FILTER (b.{KEY} IS NULL) AS added,
+              count(*) FILTER (a.{KEY} IS NULL) AS removed,
+              count(*) FILTER ({in_both} AND a.is_reject = b.is_reject
+                AND a.{FINGERPRINT} IS DISTINCT FROM b.{FINGERPRINT}) AS changed,
+              count(*) FILTER ({in_both} AND a.is_reject AND NOT b.is_reject) AS rejected,
+              count(*) FILTER ({in_both} AND b.is_reject AND NOT a.is_reject) AS healed
+            FROM before b FULL OUTER JOIN after a ON a.{KEY} = b.{KEY}"""
+        )
+        names = counts.columns
+        (values,) = counts.fetchall()
     return Changes(**dict(zip(names, values, strict=True)))
 
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from pipelines import schema
 from pipelines.errors import IndexMissingError, PipelineError, StoreError
 from pipelines.schema import Modality
-from pipelines.snapshots import Snapshot, StoredFile, current_snapshot
+from pipelines.snapshots import Snapshot, StoredFile, read_snapshot
 from pipelines.store import Store
 
 FORMAT_VERSION = 1
@@ -73,9 +73,7 @@ def build_index(config: IndexConfig) -> list[IndexManifest]:
         PipelineError: The vectors do not fit in the memory allowed.
     """
     store = Store(config.store_uri)
-    snapshot = current_snapshot(store)
-    if snapshot is None:
-        raise StoreError(f"store {store.uri}: no snapshot yet; run `clipmill embed` first")
+    snapshot = read_snapshot(store, None)
     max_bytes = config.max_memory_bytes or _memory_bytes() // 2
     return [
         find_index(store, snapshot, modality=modality)

@@ -13,16 +13,15 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines import schema
+from pipelines.database import open_database, sql_type
 from pipelines.schema import FINGERPRINT, KEY, SOURCE_FILE, SOURCE_ROW, Modality, Reason, Stage
 from pipelines.snapshots import StoredFile
 
-MEMORY_LIMIT_BYTES = 2 * 2**30
 TRUSTED = "trusted"
 
 
@@ -61,14 +60,8 @@ class Ledger:
         """Begin with no rows on either side."""
         self._modalities = tuple(modalities)
         self._spill_dir = tempfile.TemporaryDirectory(prefix="clipmill-ledger-")
-        self._db = duckdb.connect(
-            config={
-                "memory_limit": f"{MEMORY_LIMIT_BYTES // 2**20}MiB",
-                "temp_directory": self._spill_dir.name,
-                "preserve_insertion_order": False,
-            }
-        )
-        key = "BIGINT" if key_type == pa.int64() else "VARCHAR"
+        self._db = open_database(self._spill_dir.name)
+        key = sql_type(key_type)
         fingerprints = ", ".join(f"{modality} BLOB" for modality in self._modalities)
         self._db.execute(
             f"CREATE TABLE catalog ({SOURCE_FILE} VARCHAR, {SOURCE_ROW} BIGINT, {KEY} {key}, "

@@ -18,7 +18,7 @@ from pipelines.engines import ready_engine
 from pipelines.errors import StoreError
 from pipelines.indexing import load_index
 from pipelines.schema import Modality
-from pipelines.snapshots import current_snapshot
+from pipelines.snapshots import read_snapshot
 from pipelines.store import Store
 
 
@@ -49,9 +49,7 @@ class Searcher:
             CheckpointError, EngineError: The engine cannot be had.
         """
         store = Store(store_uri)
-        snapshot = current_snapshot(store)
-        if snapshot is None:
-            raise StoreError(f"store {store_uri}: no snapshot; run `clipmill embed` first")
+        snapshot = read_snapshot(store, None)
         if modality is not None and modality not in snapshot.modalities:
             raise StoreError(
                 f"store {store_uri} has no {modality} embeddings "

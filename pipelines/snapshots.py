@@ -121,14 +121,14 @@ def current_snapshot(store: Store) -> Snapshot | None:
     Raises:
         StoreError: Its manifest cannot be read, is damaged, or is of a newer format.
     """
-    manifests = store.list(SNAPSHOTS_DIR, suffix=".json")
-    return _read(store, manifests[-1]) if manifests else None
+    return read_snapshot(store, None) if snapshot_numbers(store) else None
 
 
 def snapshot_numbers(store: Store) -> list[int]:
     """All snapshots, ascending; the last is the current one."""
     paths = store.list(SNAPSHOTS_DIR, suffix=".json")
-    return [int(path.rsplit("/", 1)[-1].removesuffix(".json")) for path in paths]
+    names = [path.rsplit("/", 1)[-1].removesuffix(".json") for path in paths]
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def read_snapshot(store: Store, number: int | None) -> Snapshot:

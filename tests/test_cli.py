@@ -51,7 +51,7 @@ def test_every_command_explains_its_options(name: str, capsys):
         (
             ["index", "--store", "/proc/nowhere"],
             1,
-            "no snapshot yet; run `clipmill embed` first",
+            "has no snapshot; run `clipmill embed` first",
         ),
     ],
 )

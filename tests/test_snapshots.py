@@ -6,7 +6,13 @@ import json
 import pytest
 
 from pipelines.errors import CommitConflictError, StoreError
-from pipelines.snapshots import FORMAT_VERSION, StoredFile, commit, current_snapshot
+from pipelines.snapshots import (
+    FORMAT_VERSION,
+    StoredFile,
+    commit,
+    current_snapshot,
+    snapshot_numbers,
+)
 from pipelines.store import Store
 from tests.stored import make_snapshot
 
@@ -50,6 +56,13 @@ def test_the_highest_number_is_current_whatever_the_order_and_the_digits(store):
     current = current_snapshot(store)
     assert current is not None
     assert (current.number, current.parent) == (10, 9)
+
+
+def test_what_is_no_manifest_is_no_snapshot(store):
+    commit(store, SNAPSHOT)
+    store.publish("snapshots/notes.json", b"{}")
+    assert snapshot_numbers(store) == [1]
+    assert current_snapshot(store) == SNAPSHOT
 
 
 def test_a_number_is_committed_once(store):
