@@ -48,6 +48,17 @@ def pixel_array(column: Any, *, shape: tuple[int, int, int]) -> NDArray[np.uint8
     return content[offsets[0] : offsets[-1]].reshape(-1, *shape)
 
 
+def contents(column: Any) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """The bytes [B] of a column, and where in them valid rows start and end [N, 2].
+
+    One chunk is not copied; between them there may be bytes of other rows.
+    """
+    array = _one_array(column)
+    offsets, content = _parts(array)
+    bounds = np.stack([offsets[:-1], offsets[1:]], axis=1)
+    return content, bounds[array.is_valid().to_numpy(zero_copy_only=False)]
+
+
 def _one_array(column: Any) -> Any:
     if not isinstance(column, pa.ChunkedArray):
         return column

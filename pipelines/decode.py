@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from engine.decoding.jpeg_header import suits_gpu
+from engine.decoding.jpeg_header import Geometry, gpu_geometry
 from engine.images import ImageLimits, ImageRejected
 from engine.preprocess import MAX_ORDINARY_ASPECT, Preprocessing, decode_pixels
 from pipelines import schema
@@ -30,6 +30,8 @@ MIN_SHARED_SHARE = 0.5
 # What takes the card's search for early ends too long: an image is searched by one of its programs,
 # and 34 kB took an H100 up to 14 ms.
 MAX_GPU_IMAGE_BYTES = 2 * 2**20
+
+GEOMETRY_TYPE = pa.list_(pa.int32(), len(Geometry._fields))
 
 # (reason, detail), or None for a row that is fine.
 Verdict = tuple[str, str | None] | None
@@ -70,8 +72,9 @@ def decode_batch(
     Returns:
         One row for each wanted modality of each row: `key`, `modality`, `pixels` large_binary
         (uint8 [H, W, 3], RGB, HWC) or null, `encoded` large_binary (a JPEG that a GPU is to decode)
-        or null, `text` or null, `fingerprint`, `stage`, `reason` and `detail` (null where the row
-        is fine so far), `source_file`, `source_row`, carried columns.
+        or null, its `geometry` (`jpeg_header.Geometry`) or null, `text` or null, `fingerprint`,
+        `stage`, `reason` and `detail` (null where the row is fine so far), `source_file`,
+        `source_row`, carried columns.
     """
     with metered(meter) as size:
         parts = []
@@ -80,13 +83,14 @@ def decode_batch(
             if not pc.all(table[schema.WANTED[modality]]).as_py():
                 wanted = table.filter(table[schema.WANTED[modality]])
             if modality == "image":
-                pixels, encoded, verdicts = _images(
+                pixels, encoded, geometries, verdicts = _images(
                     wanted, preprocessing=preprocessing, limits=limits, decoder=decoder
                 )
                 texts: Any = pa.nulls(wanted.num_rows, pa.string())
             else:
                 texts, verdicts = _texts(wanted, limits=limits)
                 pixels = encoded = pa.nulls(wanted.num_rows, pa.large_binary())
+                geometries = pa.nulls(wanted.num_rows, GEOMETRY_TYPE)
             rejected = [verdict is not None for verdict in verdicts]
             stages = [Stage.DECODE.value if flag else None for flag in rejected]
             parts.append(
@@ -96,6 +100,7 @@ def decode_batch(
                         schema.MODALITY: pa.repeat(modality, wanted.num_rows),
                         schema.PIXELS: pixels,
                         schema.ENCODED: encoded,
+                        schema.GEOMETRY: geometries,
                         schema.TEXT: texts,
                         schema.FINGERPRINT: row_fingerprints(wanted, modality=modality),
                         schema.STAGE: pa.array(stages, pa.string()),
@@ -114,7 +119,7 @@ def decode_batch(
 
 def _images(
     table: pa.Table, *, preprocessing: Preprocessing, limits: RowLimits, decoder: Decoder
-) -> tuple[pa.Array, pa.Array, list[Verdict]]:
+) -> tuple[pa.Array, pa.Array, pa.Array, list[Verdict]]:
     contents: list[Any] = binary_views(table[schema.IMAGE])
     uris = table[schema.IMAGE_URI].to_pylist()
     # Bytes that are there win; a path beside them only says where they once came from.
@@ -124,15 +129,16 @@ def _images(
         contents[row] = content
     pixels: list[bytes | None] = []
     verdicts: list[Verdict] = []
-    is_passed_on = np.zeros(len(contents), dtype=np.bool_)
-    for row, content in enumerate(contents):
+    geometries: list[Geometry | None] = []
+    for content in contents:
+        geometry = _gpu_geometry(content, limits=limits.image) if decoder == "gpu" else None
         pixel, verdict = None, None
-        if decoder == "gpu" and _suits_gpu(content, limits=limits.image):
-            is_passed_on[row] = True
-        else:
+        if geometry is None:
             pixel, verdict = _image(content, preprocessing=preprocessing, limits=limits.image)
+        geometries.append(geometry)
         pixels.append(pixel)
         verdicts.append(verdict)
+    is_passed_on = np.array([geometry is not None for geometry in geometries], dtype=np.bool_)
     num_passed_on = is_passed_on.sum()
     if num_passed_on == 0:
         encoded = pa.nulls(len(contents), pa.large_binary())
@@ -141,15 +147,14 @@ def _images(
         encoded = pa.array([c if flag else None for c, flag in passed_on], pa.large_binary())
     else:
         encoded = only(table[schema.IMAGE], is_passed_on)
-    return pa.array(pixels, pa.large_binary()), encoded, verdicts
+    geometry = pa.array(geometries, GEOMETRY_TYPE)
+    return pa.array(pixels, pa.large_binary()), encoded, geometry, verdicts
 
 
-def _suits_gpu(content: Any, *, limits: ImageLimits) -> bool:
-    return (
-        isinstance(content, bytes | memoryview)
-        and len(content) <= MAX_GPU_IMAGE_BYTES
-        and suits_gpu(content, limits=limits, max_aspect=MAX_ORDINARY_ASPECT)
-    )
+def _gpu_geometry(content: Any, *, limits: ImageLimits) -> Geometry | None:
+    if not isinstance(content, bytes | memoryview) or len(content) > MAX_GPU_IMAGE_BYTES:
+        return None
+    return gpu_geometry(content, limits=limits, max_aspect=MAX_ORDINARY_ASPECT)
 
 
 def _image(

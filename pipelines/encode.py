@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from engine.backends.choice import Backend, load_encoder
 from engine.backends.encoder import Encoder
+from engine.decoding.jpegs import Jpegs
 from engine.errors import ClipmillError
 from engine.images import ImageLimits, ImageRejected
 from engine.registry import Registry
 from pipelines import schema
-from pipelines.binary_columns import binary_views, pixel_array
+from pipelines.binary_columns import contents, pixel_array
 from pipelines.engines import ready_engine
 from pipelines.progress import StageMeter
 from pipelines.snapshots import EngineRecord
@@ -105,7 +106,7 @@ class EncodeStage:
             manifest.embedding_dim,
             mask=pa.array(~(is_encoded & is_sound)),
         )
-        table = table.drop_columns([schema.PIXELS, schema.ENCODED, schema.TEXT])
+        table = table.drop_columns([schema.PIXELS, schema.ENCODED, schema.GEOMETRY, schema.TEXT])
         if rejected:
             table = _rejected_images(table, rejected)
         if not is_sound.all():
@@ -130,8 +131,10 @@ class EncodeStage:
         rows = np.flatnonzero(table[schema.ENCODED].is_valid().to_numpy())
         if len(rows) == 0:
             return rows, None, {}
-        encoded = [view for view in binary_views(table[schema.ENCODED]) if view is not None]
-        batch = self._decoder.decode(encoded)
+        content, bounds = contents(table[schema.ENCODED])
+        geometries = table[schema.GEOMETRY].combine_chunks().flatten().to_numpy()
+        jpegs = Jpegs(content=content, bounds=bounds, geometries=geometries.reshape(len(rows), -1))
+        batch = self._decoder.decode(jpegs)
         pixels = batch.pixels if self._takes_gpu_pixels else batch.pixels.cpu().numpy()
         self._decode_meter.count(len(rows), pixels.nbytes, batch.card_seconds)
         rejected = {int(rows[row]): verdict for row, verdict in batch.rejected.items()}

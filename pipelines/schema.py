@@ -33,6 +33,7 @@ TEXT = "text"
 VERSION = "version"
 PIXELS = "pixels"
 ENCODED = "encoded"
+GEOMETRY = "geometry"
 WANTED = {"image": "image_wanted", "text": "text_wanted"}
 
 # Of embeddings.
@@ -53,7 +54,7 @@ NUM_BYTES = "num_bytes"
 FINGERPRINT_TYPE = pa.binary(16)
 RESERVED = frozenset(
     {KEY, MODALITY, FINGERPRINT, EMBEDDING, ENGINE_ID, SOURCE_FILE, SOURCE_ROW, IMAGE, IMAGE_URI}
-    | {TEXT, VERSION, PIXELS, ENCODED, STAGE, REASON, DETAIL, *WANTED.values()}
+    | {TEXT, VERSION, PIXELS, ENCODED, GEOMETRY, STAGE, REASON, DETAIL, *WANTED.values()}
 )
 
 

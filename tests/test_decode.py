@@ -1,8 +1,11 @@
 """Tests of pipelines/decode.py."""
 
+import io
+
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from engine.images import ImageLimits
 from engine.preprocess import Preprocessing, decode_pixels
@@ -162,6 +165,8 @@ def test_where_gpus_decode_only_what_they_take_is_left_to_them():
     table = image_rows(*((content, None) for content in contents))
     found = decoded(table, decoder="gpu").to_pylist()
     assert [row["encoded"] for row in found] == [jpeg, None, None, None, None]
+    size = Image.open(io.BytesIO(jpeg)).size
+    assert [row["geometry"] for row in found] == [[*size, 1], None, None, None, None]
     (by_cpu,) = decoded(image_rows((png, None))).to_pylist()
     assert [row["pixels"] for row in found] == [None, by_cpu["pixels"], None, None, None]
     reasons = [None, None, "truncated_image", "truncated_image", "null_image"]
@@ -253,6 +258,7 @@ def test_the_columns_are_those_that_the_next_stages_read():
             "modality": pa.string(),
             "pixels": pa.large_binary(),
             "encoded": pa.large_binary(),
+            "geometry": decode.GEOMETRY_TYPE,
             "text": pa.string(),
             "fingerprint": pa.binary(16),
             "stage": pa.string(),

@@ -17,7 +17,8 @@ END = b"\xff\xd9"
 
 def early_ends(*images: bytes) -> list[bool]:
     content = torch.frombuffer(bytearray(b"".join(images)), dtype=torch.uint8).to(DEVICE)
-    bounds = torch.tensor([0, *map(len, images)]).cumsum(0).to(DEVICE)
+    ends = torch.tensor([0, *map(len, images)]).cumsum(0)
+    bounds = torch.stack([ends[:-1], ends[1:]], dim=1).to(DEVICE)
     return find_early_ends(content, bounds).tolist()
 
 

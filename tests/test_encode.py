@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from engine.checkpoint import find_checkpoint
 from engine.images import ImageLimits, ImageRejected
 from engine.preprocess import decode_pixels
 from engine.registry import Registry
+from pipelines.decode import GEOMETRY_TYPE
 from pipelines.encode import EncodeStage
 from pipelines.engines import ready_engine
 from pipelines.schema import EmbeddingDtype
@@ -52,6 +54,15 @@ def make_stage(
     )
 
 
+def encoded_columns(images: Sequence[bytes | None]) -> dict[str, pa.Array]:
+    """As the decode stage passes images on; their sizes differ."""
+    geometries = [image and (70 + row, 60, 1) for row, image in enumerate(images)]
+    return {
+        "encoded": pa.array(images, pa.large_binary()),
+        "geometry": pa.array(geometries, GEOMETRY_TYPE),
+    }
+
+
 def test_rows_that_are_fine_get_unit_embeddings_and_rejects_get_none(
     record: EngineRecord, engines_dir: Path
 ):
@@ -63,7 +74,7 @@ def test_rows_that_are_fine_get_unit_embeddings_and_rejects_get_none(
         {
             "key": ["picture", "caption", "reject", "twin"],
             "pixels": pa.array([picture, None, None, picture], pa.large_binary()),
-            "encoded": pa.nulls(4, pa.large_binary()),
+            **encoded_columns([None] * 4),
             "text": [None, "a small red circle", None, None],
             "reason": [None, None, "not_an_image", None],
         }
@@ -101,7 +112,7 @@ def test_a_row_without_an_embedding_is_a_reject_and_the_others_are_not(
         {
             "key": [1, 2, 3],
             "pixels": pa.nulls(3, pa.large_binary()),
-            "encoded": pa.nulls(3, pa.large_binary()),
+            **encoded_columns([None] * 3),
             "text": ["a", "b", None],
             "stage": [None, None, "decode"],
             "reason": [None, None, "null_text"],
@@ -124,9 +135,11 @@ class ByPillow:
     def __init__(self, preprocessing) -> None:
         self.preprocessing = preprocessing
 
-    def decode(self, encoded):
+    def decode(self, jpegs):
         pixels, rejected = {}, {}
-        for row, content in enumerate(encoded):
+        assert jpegs.geometries.shape == (len(jpegs), 3)
+        self.geometries = jpegs.geometries.tolist()
+        for row, content in enumerate(map(jpegs.image, range(len(jpegs)))):
             try:
                 pixels[row] = decode_pixels(
                     content, preprocessing=self.preprocessing, limits=ImageLimits()
@@ -162,11 +175,12 @@ def test_what_comes_encoded_is_decoded_here_and_what_cannot_be_is_a_reject_of_de
             **head,
             **verdicts,
             "pixels": pa.array([None, pixels[1], None, None, None], pa.large_binary()),
-            "encoded": pa.array([photos[0], None, damaged, None, photos[2]], pa.large_binary()),
+            **encoded_columns([photos[0], None, damaged, None, photos[2]]),
         }
     )
     encoded = stage(table)
     assert encoded.column_names == ["key", "stage", "reason", "detail", "embedding"]
+    assert stage._decoder.geometries == [[70, 60, 1], [72, 60, 1], [74, 60, 1]]
     assert encoded["reason"].to_pylist() == [None, None, "truncated_image", None, None]
     assert encoded["stage"].to_pylist() == [None, None, "decode", None, None]
     assert encoded["embedding"].is_valid().to_pylist() == [True, True, False, True, True]
@@ -176,7 +190,7 @@ def test_what_comes_encoded_is_decoded_here_and_what_cannot_be_is_a_reject_of_de
                 **head,
                 **verdicts,
                 "pixels": pa.array([*pixels[:2], None, None, pixels[2]], pa.large_binary()),
-                "encoded": pa.nulls(5, pa.large_binary()),
+                **encoded_columns([None] * 5),
             }
         )
     )
@@ -200,7 +214,7 @@ def encoded_rows(images: list[bytes], *, keys: list[int]) -> pa.Table:
             **{name: pa.nulls(len(keys), pa.string()) for name in ("text", "stage", "reason")},
             "detail": pa.nulls(len(keys), pa.string()),
             "pixels": pa.nulls(len(keys), pa.large_binary()),
-            "encoded": pa.array(images, pa.large_binary()),
+            **encoded_columns(images),
         }
     )
 

@@ -16,7 +16,7 @@ PACKAGES = ("engine", "pipelines", "jobs")
 ONLY_IN = {
     "tensorrt": ("engine/plans/runtimes.py",),
     "tensorrt_rtx": ("engine/plans/runtimes.py",),
-    "cuda": ("engine/device.py",),
+    "cuda": ("engine/device.py", "engine/decoding/nvjpeg.py"),
     "modelopt": ("engine/quantization/simulation.py",),
     "onnx": ("engine/quantization/audit.py",),
     "triton": (

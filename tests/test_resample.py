@@ -1,5 +1,6 @@
 """Resizing on a GPU against Pillow, bit by bit; without a GPU in Triton's interpreter."""
 
+import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +15,7 @@ from tests import image_files
 
 from tests.triton_device import DEVICE  # isort: skip
 
-from engine.decoding.resample import FILTERS, Source, resample  # isort: skip
+from engine.decoding.resample import FILTERS, Sources, resample, upright  # isort: skip
 
 BILINEAR, BICUBIC = 2, 3
 # (width, height): both sides up and down, up and down at once, tall ones, the smallest.
@@ -46,14 +47,11 @@ def resampled(
         ).to(DEVICE)
         for picture in pictures
     ]
-    sources = [
-        Source(
-            address=pixels.data_ptr(),
-            size=(picture.shape[1], picture.shape[0]),
-            row_bytes=pixels.shape[1],
-        )
-        for picture, pixels in zip(pictures, padded, strict=True)
-    ]
+    sources = Sources(
+        addresses=np.array([pixels.data_ptr() for pixels in padded], dtype=np.int64),
+        size=np.array([picture.shape[1::-1] for picture in pictures]).reshape(-1, 2),
+        step_bytes=np.array([(3, pixels.shape[1]) for pixels in padded]).reshape(-1, 2),
+    )
     return resample(sources, preprocessing=chosen, device=DEVICE).cpu().numpy()
 
 
@@ -94,6 +92,25 @@ def test_rows_may_be_longer_than_their_pixels():
     pictures = [noise((30, 41)), noise((50, 26), seed=1)]
     found = resampled(pictures, preprocessing(), padding=7)
     assert np.array_equal(found, resampled(pictures, preprocessing()))
+
+
+def test_pictures_that_lie_turned_come_out_upright():
+    pictures = [noise((30, 41), seed=seed) for seed in range(8)]
+    stored = [torch.from_numpy(picture).to(DEVICE) for picture in pictures]
+    sources = upright(
+        np.array([pixels.data_ptr() for pixels in stored]),
+        size=np.array([(30, 41)] * 8),
+        orientations=np.arange(1, 9),
+    )
+    found = resample(sources, preprocessing=preprocessing(), device=DEVICE).cpu().numpy()
+    for orientation, (picture, pixels) in enumerate(zip(pictures, found, strict=True), start=1):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "PNG", exif=exif)
+        limits = ImageLimits()
+        expected = decode_pixels(buffer.getvalue(), preprocessing=preprocessing(), limits=limits)
+        assert np.array_equal(pixels, expected), orientation
 
 
 def test_no_pictures():

@@ -107,8 +107,8 @@ def _is_whole_kernel(
 ) -> None:
     """Store whether all blocks of an image are there."""
     image = tl.program_id(0)
-    first = tl.load(bounds_ptr + image)
-    end = tl.load(bounds_ptr + image + 1)
+    first = tl.load(bounds_ptr + 2 * image)
+    end = tl.load(bounds_ptr + 2 * image + 1)
     scratch_ptr += image.to(tl.int64) * _SCRATCH_SIZE
     places_ptr = scratch_ptr + _NUM_TABLES * _LOOKUP_SIZE
 
@@ -231,14 +231,13 @@ def find_early_ends(content: Tensor, bounds: Tensor) -> Tensor:
     behind an end; so this is no verdict.
 
     Args:
-        content: uint8 on the card: JPEGs that `jpeg_header.suits_gpu` lets pass, one behind
-            another.
-        bounds: int64 [n + 1] on the card: where each starts, and where the last ends.
+        content: uint8 on the card: JPEGs of which `jpeg_header.gpu_geometry` knows, and more.
+        bounds: int64 [n, 2] on the card: where in it each one starts, and where it ends.
 
     Returns:
         bool [n] on the card.
     """
-    num_images = len(bounds) - 1
+    num_images = len(bounds)
     is_whole = torch.empty(num_images, dtype=torch.bool, device=content.device)
     shape = (num_images, _SCRATCH_SIZE.value)
     scratch = torch.empty(shape, dtype=torch.int32, device=content.device)

@@ -1,4 +1,4 @@
-"""Looks at the markers of a JPEG, to tell whether the card decodes it as Pillow would.
+"""Looks at the markers of a JPEG: does the card decode it as Pillow would, and to what size?
 
 Knows nothing of damage inside Huffman tables and coded pixels, or of how the card decodes. What is
 odd is not for the card, even where the standard allows it: Pillow judges it.
@@ -6,6 +6,7 @@ odd is not for the card, even where the standard allows it: Pillow judges it.
 
 import re
 import struct
+from typing import NamedTuple
 
 from engine.images import ImageLimits
 
@@ -29,6 +30,8 @@ _FRAME = struct.Struct(">BHHB")
 _MAX_SEGMENTS = 200
 # JPEG_MAX_DIMENSION of libjpeg's jmorecfg.h.
 _MAX_SIDE_PIXELS = 65_500
+# The colours of narrower ones the card interpolates in its own way.
+_MIN_SIDE_PIXELS = 16
 # Sampling factors, horizontal << 4 | vertical: any of grey; of colour 4:4:4, 4:4:0, 4:2:2, 4:2:0.
 _SAMPLINGS = frozenset(
     {bytes((h << 4 | v,)) for h in range(1, 5) for v in range(1, 5)}
@@ -42,45 +45,59 @@ _XMP_ORIENTATION = b"tiff:Orientation"
 _BYTE_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}
 # TIFF 6.0, section 2, and Adobe's type 13: bytes of one value, by type.
 _VALUE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
-_SHORT, _RATIONAL = 3, 5
+_SHORT = 3
 _ORIENTATION = 0x0112
-# nvImageCodec, src/parsers/exif.cpp, reads these unasked; one outside the segment, and it takes
-# the image as upright. Resolutions, white point, primaries, YCbCr coefficients, black and white.
-_NUM_RATIONALS = {0x011A: 1, 0x011B: 1, 0x013E: 2, 0x013F: 6, 0x0211: 3, 0x0214: 6}
 
 
-def suits_gpu(encoded: bytes | memoryview, *, limits: ImageLimits, max_aspect: int) -> bool:
-    """Whether an image is a JPEG that the card decodes as Pillow would, within the limits.
+class Geometry(NamedTuple):
+    """How an image is stored."""
+
+    width: int
+    """Pixels, before it is turned upright."""
+    height: int
+    """Pixels, before it is turned upright."""
+    orientation: int
+    """EXIF's, 1 to 8: where the first row and column are; 1 is upright."""
+
+
+def gpu_geometry(
+    encoded: bytes | memoryview, *, limits: ImageLimits, max_aspect: int
+) -> Geometry | None:
+    """Geometry of a JPEG that the card decodes as Pillow would, within the limits; else None.
 
     Copies the header's segments only, and searches the coded pixels for the end marker.
 
     Args:
         encoded: Any bytes, contiguous; nothing is raised, whatever they are.
-        limits: Above these the answer is no.
+        limits: Above these the answer is None.
         max_aspect: How many times longer than wide an image may be, or wider than long.
     """
     view = memoryview(encoded).cast("B")
     if len(view) > limits.max_image_bytes:
-        return False
+        return None
     if bytes(view[:2]) != _START_OF_IMAGE or bytes(view[-2:]) != _END_OF_IMAGE:
-        return False
+        return None
     header = _read_header(view)
     if header is None:
-        return False
+        return None
     segments, scan_start = header
     frames = [frame for marker in _FRAMES for frame in segments.get(marker, [])]
     if len(frames) != 1:
-        return False
+        return None
     frame = frames[0]
-    return (
+    is_usual = (
         _is_usual_frame(frame, limits=limits, max_aspect=max_aspect)
         and _is_usual_scan(segments[_START_OF_SCAN][0], frame)
         and _has_tables(segments, frame)
         and _is_usual_color(segments, frame)
         and _opens_in_pillow(segments)
-        and _has_one_orientation(segments.get(_APP1, []))
         and _ends_once(view, scan_start)
     )
+    orientation = _find_orientation(segments.get(_APP1, [])) if is_usual else None
+    if orientation is None:
+        return None
+    _, height, width, _ = _FRAME.unpack_from(frame)
+    return Geometry(width, height, orientation)
 
 
 def _read_header(view: memoryview) -> tuple[dict[int, list[bytes]], int] | None:
@@ -109,7 +126,7 @@ def _is_usual_frame(frame: bytes, *, limits: ImageLimits, max_aspect: int) -> bo
         return False
     short, long = min(width, height), max(width, height)
     return (
-        short > 0
+        short >= _MIN_SIDE_PIXELS
         and long <= min(_MAX_SIDE_PIXELS, max_aspect * short)
         and width * height <= limits.max_image_pixels
         and frame[7::3] in _SAMPLINGS
@@ -167,19 +184,19 @@ def _opens_in_pillow(segments: dict[int, list[bytes]]) -> bool:
     return all(segment[-6:-2] != b"8BIM" for segment in segments.get(_APP13, []))
 
 
-def _has_one_orientation(segments: list[bytes]) -> bool:
-    """Whether Pillow and the card turn the image alike, or both leave it as it is."""
+def _find_orientation(segments: list[bytes]) -> int | None:
+    """Return 1 to 8; None where only Pillow knows."""
     exif = [segment for segment in segments if segment.startswith(_EXIF)]
-    # Pillow joins several to one, nvImageCodec reads each.
+    # Pillow joins several to one.
     if len(exif) > 1:
-        return False
+        return None
     orientation = _read_orientation(exif[0][len(_EXIF) :]) if exif else 0
-    if orientation is None:
-        return False
-    # Where EXIF does not tell, Pillow looks into XMP; nvImageCodec does not.
-    return orientation > 0 or not any(
+    # Where EXIF does not tell, Pillow looks into XMP.
+    if orientation == 0 and any(
         segment.startswith(_XMP) and _XMP_ORIENTATION in segment for segment in segments
-    )
+    ):
+        return None
+    return 1 if orientation == 0 else orientation
 
 
 def _read_orientation(tiff: bytes) -> int | None:
@@ -198,8 +215,6 @@ def _read_orientation(tiff: bytes) -> int | None:
     for tag, value_type, count, value in struct.iter_unpack(byte_order + "HHII", entries):
         num_bytes = count * _VALUE_BYTES.get(value_type, len(tiff) + 1)
         if num_bytes > 4 and value + num_bytes > len(tiff):
-            return None
-        if tag in _NUM_RATIONALS and (value_type, count) != (_RATIONAL, _NUM_RATIONALS[tag]):
             return None
         if tag == _ORIENTATION:
             # A short stands in the first two bytes of the four.

@@ -7,7 +7,6 @@ one kernel here, each for all images of a batch. Weights are computed as in Pill
 in float64, normalized, then rounded to fixed point.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +16,6 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.images import Size
 from engine.preprocess import Preprocessing, resized_size
 
 # Pillow's codes of the filters that are here, and how far each reaches in source pixels.
@@ -34,15 +32,44 @@ _BLOCK_OUT, _BLOCK_LINES = 16, 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
-    """One decoded image in the GPU's memory: uint8 [height, width, 3], RGB, HWC."""
+class Sources:
+    """Decoded images in the GPU's memory: uint8 [height, width, 3] each, RGB, HWC."""
 
-    address: int
-    """Of the first byte."""
-    size: Size
-    """(width, height) in pixels."""
-    row_bytes: int
-    """From one row to the next."""
+    addresses: NDArray[np.int64]
+    """[N], of the upper left pixel."""
+    size: NDArray[np.int64]
+    """[N, 2], width and height in pixels."""
+    step_bytes: NDArray[np.int64]
+    """[N, 2], from a pixel to the next along the width, and along the height; negative where they
+    lie in memory the other way round."""
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.addresses)
+
+
+def upright(
+    addresses: NDArray[np.int64], *, size: NDArray[np.int64], orientations: NDArray[np.int64]
+) -> Sources:
+    """Images as they are seen, of images as they are stored; nothing is moved.
+
+    Args:
+        addresses: [N], of uint8 [height, width, 3], RGB, HWC, C-contiguous.
+        size: [N, 2], width and height in pixels, as stored.
+        orientations: [N], EXIF's, 1 to 8 (CIPA DC-008, section 4.6.5.1.6).
+    """
+    step_bytes = np.stack([np.full(len(size), 3), 3 * size[:, 0]], axis=1)
+    is_from_right = np.isin(orientations, (2, 3, 7, 8))
+    is_from_below = np.isin(orientations, (3, 4, 6, 7))
+    is_reversed = np.stack([is_from_right, is_from_below], axis=1)
+    addresses = addresses + (is_reversed * (size - 1) * step_bytes).sum(axis=1)
+    step_bytes = np.where(is_reversed, -step_bytes, step_bytes)
+    is_turned = (orientations >= 5)[:, None]
+    return Sources(
+        addresses=addresses,
+        size=np.where(is_turned, size[:, ::-1], size),
+        step_bytes=np.where(is_turned, step_bytes[:, ::-1], step_bytes),
+    )
 
 
 @triton.jit
@@ -130,13 +157,11 @@ def _resample_kernel(
     )
 
 
-def resample(
-    sources: Sequence[Source], *, preprocessing: Preprocessing, device: torch.device
-) -> Tensor:
+def resample(sources: Sources, *, preprocessing: Preprocessing, device: torch.device) -> Tensor:
     """Resize and crop images, on the current stream.
 
     Args:
-        sources: Decoded; they must stay until the stream has come so far.
+        sources: They must stay until the stream has come so far.
         preprocessing: The output's size, and how to reach it; its filter is one of FILTERS.
         device: Where the images are.
 
@@ -146,29 +171,22 @@ def resample(
     output = np.array([preprocessing.width, preprocessing.height])
     shape = (len(sources), preprocessing.height, preprocessing.width, 3)
     pixels = torch.empty(shape, dtype=torch.uint8, device=device)
-    if not sources:
+    if not len(sources):
         return pixels
-    axes = _Axes(
-        in_size=np.array([source.size for source in sources]),
-        full_size=np.array([resized_size(source.size, preprocessing) for source in sources]),
-        output=output,
-    )
+    sizes, which = np.unique(sources.size, axis=0, return_inverse=True)
+    full_sizes = [resized_size((width, height), preprocessing) for width, height in sizes.tolist()]
+    axes = _Axes(in_size=sources.size, full_size=np.array(full_sizes)[which], output=output)
     first_axis = axes.first()
     between_size = np.where(np.arange(2) == first_axis[:, None], output, axes.in_size)
     between_bytes = 3 * between_size.prod(axis=1)
     between = torch.empty(int(between_bytes.sum()), dtype=torch.uint8, device=device)
+    image_bytes = int(3 * output.prod())
     buffers = [
-        _Buffers(
-            addresses=np.array([source.address for source in sources]),
-            row_bytes=np.array([source.row_bytes for source in sources]),
-        ),
-        _Buffers(
-            addresses=between.data_ptr() + between_bytes.cumsum() - between_bytes,
-            row_bytes=3 * between_size[:, 0],
-        ),
-        _Buffers(
-            addresses=pixels.data_ptr() + np.arange(len(sources)) * 3 * output.prod(),
-            row_bytes=np.full(len(sources), 3 * output[0]),
+        sources,
+        _contiguous(between.data_ptr() + between_bytes.cumsum() - between_bytes, between_size),
+        _contiguous(
+            pixels.data_ptr() + np.arange(len(sources)) * image_bytes,
+            np.broadcast_to(output, between_size.shape),
         ),
     ]
     passes = [
@@ -193,14 +211,9 @@ def resample(
     return pixels
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Buffers:
-    """Where the images of a batch lie, each HWC."""
-
-    addresses: NDArray[np.int64]
-    """[N]."""
-    row_bytes: NDArray[np.int64]
-    """[N]."""
+def _contiguous(addresses: NDArray[np.int64], size: NDArray[np.int64]) -> Sources:
+    ones = np.ones(len(size), dtype=np.int64)
+    return upright(addresses, size=size, orientations=ones)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,8 +237,8 @@ class _Axes:
         self,
         axis: NDArray[np.int64],
         *,
-        source: _Buffers,
-        target: _Buffers,
+        source: Sources,
+        target: Sources,
         num_lines: NDArray[np.int64],
     ) -> NDArray[np.int64]:
         """One pass, along `axis` [N]: int64 [N, fields], in the order in which the kernel reads."""
@@ -233,10 +246,9 @@ class _Axes:
         num_out = self.output[axis]
         offset = (full_size - num_out) // 2
         fields = [num_lines, num_out, in_size, full_size, offset]
-        for buffers in (source, target):
-            along = np.where(axis == 0, 3, buffers.row_bytes)
-            across = np.where(axis == 0, buffers.row_bytes, 3)
-            fields += [buffers.addresses, across, along]
+        for images in (source, target):
+            along, across = (_chosen(images.step_bytes, one) for one in (axis, 1 - axis))
+            fields += [images.addresses, across, along]
         return np.stack(fields, axis=1).astype(np.int64)
 
 

@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from engine.backends.choice import choose_backend, load_encoder, this_machine
-from engine.decoding.jpeg_header import suits_gpu
+from engine.decoding.jpeg_header import Geometry, gpu_geometry
+from engine.decoding.jpegs import jpegs_of
 from engine.errors import EngineError
 from engine.images import ImageLimits
 from engine.preprocess import MAX_ORDINARY_ASPECT, Preprocessing, decode_pixels
@@ -115,8 +116,8 @@ def measure_decode(config: DecodeConfig) -> DecodeFigures:
         pixels = np.concatenate(list(processes.map(decode, chunks)))
         seconds = _calls(lambda: list(processes.map(decode, chunks)), config=config)
         timings = [_timing(f"Pillow on {num_cores} cores", seconds, batch_rows=len(images))]
-        suits = [suited for chunk in processes.map(_suits_gpu, chunks) for suited in chunk]
-        seconds = _calls(lambda: list(processes.map(_suits_gpu, chunks)), config=config)
+        found = [geometry for chunk in processes.map(_geometries, chunks) for geometry in chunk]
+        seconds = _calls(lambda: list(processes.map(_geometries, chunks)), config=config)
         name = f"is it for a GPU? on {num_cores} cores"
         timings.append(_timing(name, seconds, batch_rows=len(images)))
     mean_bytes = sum(map(len, images)) / len(images)
@@ -128,18 +129,23 @@ def measure_decode(config: DecodeConfig) -> DecodeFigures:
     from engine.decoding.gpu_decoder import GpuDecoder  # it needs a GPU's libraries
 
     decoder = GpuDecoder(preprocessing, limits=ImageLimits(), num_threads=num_cores)
-    pixels = pixels[suits]
-    suited = [image for image, flag in zip(images, suits, strict=True) if flag]
+    suited = [row for row, geometry in enumerate(found) if geometry is not None]
     if not suited:
         raise CatalogError(f"catalog {config.catalog_uri}: no image is one that a GPU decodes")
-    decoded = decoder.decode(suited)
+
+    def first_jpegs(num_rows: int) -> Any:
+        rows = [suited[row % len(suited)] for row in range(num_rows)]
+        geometries = [geometry for geometry in (found[row] for row in rows) if geometry]
+        return jpegs_of([images[row] for row in rows], geometries=geometries)
+
+    decoded = decoder.decode(first_jpegs(len(suited)))
     if decoded.rejected:
         raise EngineError(f"the GPU's decoder rejects images that Pillow decodes: {decoded}")
     for batch_rows in config.batch_sizes:
-        batch = [suited[row % len(suited)] for row in range(batch_rows)]
+        batch = first_jpegs(batch_rows)
         decoder.decode(batch)
         seconds = _calls(partial(decoder.decode, batch), config=config)
-        name = "nvImageCodec and resize on the GPU"
+        name = "nvJPEG and resize on the GPU"
         timings.append(_timing(name, seconds, batch_rows=batch_rows))
         # As the encode stage calls it.
         with ThreadPoolExecutor(CALLS_OF_GPU_ENCODER) as threads:
@@ -154,7 +160,9 @@ def measure_decode(config: DecodeConfig) -> DecodeFigures:
     )
     encoder = load_encoder(engine, backend=backend, registry=registry, num_threads=num_cores)
     on_gpu = encoder.encode_images(decoded.pixels.cpu().numpy())
-    cosines = np.einsum("nd,nd->n", on_gpu.astype(np.float64), encoder.encode_images(pixels))
+    cosines = np.einsum(
+        "nd,nd->n", on_gpu.astype(np.float64), encoder.encode_images(pixels[suited])
+    )
     return DecodeFigures(
         device=f"{torch.cuda.get_device_name()} ({machine.architecture})",
         num_images=len(images),
@@ -194,9 +202,9 @@ def _by_pillow(encoded: Sequence[bytes], *, preprocessing: Preprocessing) -> NDA
     )
 
 
-def _suits_gpu(encoded: Sequence[bytes]) -> list[bool]:
+def _geometries(encoded: Sequence[bytes]) -> list[Geometry | None]:
     limits = ImageLimits()
-    return [suits_gpu(image, limits=limits, max_aspect=MAX_ORDINARY_ASPECT) for image in encoded]
+    return [gpu_geometry(image, limits=limits, max_aspect=MAX_ORDINARY_ASPECT) for image in encoded]
 
 
 def _all(threads: ThreadPoolExecutor, call: Callable[[Any], Any], batches: list[Any]) -> None:

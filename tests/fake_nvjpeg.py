@@ -1,0 +1,117 @@
+"""nvJPEG without a GPU: the functions that `engine.decoding.nvjpeg` calls, over plain memory."""
+
+import ctypes
+import io
+import threading
+import time
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from tests.fake_gpu import view
+
+SUCCESS, BAD_JPEG, NOT_SUPPORTED = 0, 3, 4
+HARDWARE = 3
+RGBI = 5
+MAX_COMPONENT = 4
+
+
+class NvjpegImage(ctypes.Structure):
+    """nvjpegImage_t of nvjpeg.h."""
+
+    _fields_ = [
+        ("channel", ctypes.c_void_p * MAX_COMPONENT),
+        ("pitch", ctypes.c_size_t * MAX_COMPONENT),
+    ]
+
+
+class FakeNvjpeg:
+    """JPEGs by Pillow, as they are stored; progressive and CMYK ones it does not support."""
+
+    def __init__(self, *, statuses: dict[str, int] | None = None) -> None:
+        self.statuses = statuses or {}
+        """Function, or function and backend -> what it returns instead."""
+        self.created: list[tuple[int, int]] = []
+        """Backend and flags."""
+        self.live: set[int] = set()
+        """Handles that were made and not destroyed."""
+        self.num_rows: list[int] = []
+        """Of each batch that was asked for."""
+        self.collided = False
+        """Whether two threads called at once."""
+        self._batch_rows = 0
+        self._busy = threading.Lock()
+
+    def nvjpegCreateEx(  # noqa: N802
+        self, backend: int, device: Any, pinned: Any, flags: int, handle: Any
+    ) -> int:
+        assert device is None
+        assert pinned is None
+        self.created.append((backend, flags))
+        status = self.statuses.get(f"nvjpegCreateEx {backend}", SUCCESS)
+        return status or self._make(handle)
+
+    def nvjpegJpegStateCreate(self, handle: Any, state: Any) -> int:  # noqa: N802
+        assert handle.value in self.live
+        return self._make(state)
+
+    def nvjpegJpegStateDestroy(self, state: Any) -> int:  # noqa: N802
+        self.live.remove(state.value)
+        return SUCCESS
+
+    def nvjpegDestroy(self, handle: Any) -> int:  # noqa: N802
+        self.live.remove(handle.value)
+        return SUCCESS
+
+    def nvjpegDecodeBatchedInitialize(  # noqa: N802
+        self, handle: Any, state: Any, batch_rows: int, max_threads: int, output: int
+    ) -> int:
+        assert {handle.value, state.value} <= self.live
+        assert (max_threads, output) == (1, RGBI)
+        self._batch_rows = batch_rows
+        return SUCCESS
+
+    def nvjpegDecodeBatched(  # noqa: N802
+        self, handle: Any, state: Any, sources: Any, num_bytes: Any, targets: Any, stream: Any
+    ) -> int:
+        assert {handle.value, state.value} <= self.live
+        assert isinstance(stream, ctypes.c_void_p)
+        if not self._busy.acquire(blocking=False):
+            self.collided = True
+            return BAD_JPEG
+        time.sleep(0.002)
+        count = self._batch_rows
+        self.num_rows.append(count)
+        addresses = (ctypes.c_size_t * count).from_address(sources.value)
+        lengths = (ctypes.c_size_t * count).from_address(num_bytes.value)
+        wanted = (NvjpegImage * count).from_address(targets.value)
+        images = [
+            view(address, length).tobytes()
+            for address, length in zip(addresses, lengths, strict=True)
+        ]
+        status = self.statuses.get("nvjpegDecodeBatched", SUCCESS)
+        status = status or max(map(_status, images), default=SUCCESS)
+        if status == SUCCESS:
+            for image, target in zip(images, wanted, strict=True):
+                pixels = np.array(Image.open(io.BytesIO(image)).convert("RGB"))
+                for row, line in enumerate(pixels):
+                    place = target.channel[0] + row * target.pitch[0]
+                    view(place, line.nbytes)[:] = line.reshape(-1)
+        self._busy.release()
+        return status
+
+    def _make(self, reference: Any) -> int:
+        handle = 1 + max(self.live, default=0)
+        self.live.add(handle)
+        reference._obj.value = handle
+        return SUCCESS
+
+
+def _status(encoded: bytes) -> int:
+    try:
+        image = Image.open(io.BytesIO(encoded))
+    except UnidentifiedImageError:
+        return BAD_JPEG
+    is_usual = image.format == "JPEG" and image.mode != "CMYK" and not image.info.get("progressive")
+    return SUCCESS if is_usual else NOT_SUPPORTED
