@@ -1,4 +1,4 @@
-"""`clipmill snapshots list|show|diff`: the states of a store, and what changed between them.
+"""`clipmill snapshots list|show|diff|rollback`: the states of a store, and what to do with them.
 
 Knows nothing of how they are made.
 """
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from jobs.command import Actions, CommandParser, dispatch, print_result, run
 from pipelines.changes import find_changes
-from pipelines.snapshots import Snapshot, read_snapshot, snapshot_numbers
+from pipelines.snapshots import Snapshot, read_snapshot, rollback, snapshot_numbers
 from pipelines.store import Store
 
 
@@ -71,6 +71,15 @@ def _diff(argv: Sequence[str]) -> int:
     return 0
 
 
+def _rollback(argv: Sequence[str]) -> int:
+    parser = _parser("rollback", "Make an earlier snapshot current again, as a new one.")
+    parser.add_argument("number", type=int, help="the earlier snapshot's")
+    options = parser.parse_options(argv)
+    snapshot = rollback(Store(options.store), options.number)
+    print_result(_record(snapshot), as_json=options.json, text=_line(snapshot))
+    return 0
+
+
 def _parser(action: str, description: str) -> CommandParser:
     parser = CommandParser(f"snapshots {action}", description=description)
     parser.add_argument("--store", required=True, metavar="URI", help="an output folder of embed")
@@ -81,6 +90,7 @@ def _record(snapshot: Snapshot) -> dict[str, object]:
     return {
         "number": snapshot.number,
         "created_at": snapshot.created_at,
+        "restores": snapshot.restores,
         "engine_id": snapshot.engine.engine_id,
         "num_keys": snapshot.catalog.num_keys,
         "num_embeddings": {
@@ -97,9 +107,11 @@ def _line(snapshot: Snapshot) -> str:
         f"{snapshot.num_rows('embeddings', modality=modality):,} {modality}"
         for modality in snapshot.modalities
     )
+    restores = "" if snapshot.restores is None else f", restores {snapshot.restores}"
     return (
         f"{snapshot.number:>6}  {snapshot.created_at}  {snapshot.engine.engine_id}  "
         f"{snapshot.catalog.num_keys:,} keys: {stored}, {snapshot.num_rows('rejects'):,} rejects"
+        f"{restores}"
     )
 
 
@@ -107,6 +119,7 @@ ACTIONS: Actions = {
     "list": (_list, "all snapshots, the current one last"),
     "show": (_show, "one of them"),
     "diff": (_diff, "what changed from one to another"),
+    "rollback": (_rollback, "make an earlier one current again"),
 }
 
 

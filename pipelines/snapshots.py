@@ -5,8 +5,9 @@ Knows nothing of how rows are embedded or which of them changed.
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from engine.backends.choice import Backend
@@ -77,7 +78,7 @@ class Snapshot:
     created_at: str
     """UTC, ISO 8601; for people: order is by number."""
     run_id: str
-    """The run that committed it."""
+    """The run that committed it; of a rollback, the one that committed what it restores."""
     engine: EngineRecord
     """Of every row."""
     catalog: CatalogRecord
@@ -96,6 +97,8 @@ class Snapshot:
     """What executed the engine in the run that committed it."""
     decoder: Decoder = "cpu"
     """Where that run decoded JPEGs."""
+    restores: int | None = None
+    """The earlier snapshot that this one, a rollback, is the same as."""
 
     @property
     def path(self) -> str:
@@ -153,6 +156,54 @@ def commit(store: Store, snapshot: Snapshot) -> None:
     """Make a snapshot the current one; CommitConflictError if another run took its number."""
     record = {"format_version": FORMAT_VERSION, **dataclasses.asdict(snapshot)}
     store.create(snapshot.path, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def rollback(store: Store, number: int) -> Snapshot:
+    """Commit a snapshot that lists the files of an earlier one; none of them is read or copied.
+
+    The log only grows: what was current before stays in it, and can be returned to.
+
+    Args:
+        store: Whose snapshots they are.
+        number: The earlier one, which may be a rollback itself.
+
+    Returns:
+        The new snapshot.
+
+    Raises:
+        CommitConflictError: Another run committed a snapshot meanwhile.
+        StoreError: There is no such snapshot, it is what is current already, or files of it are
+            gone; or the store cannot be read or written.
+    """
+    current, earlier = read_snapshot(store, None), read_snapshot(store, number)
+    if set(earlier.files) == set(current.files):
+        what = "is" if number == current.number else "has the very files of"
+        raise StoreError(
+            f"store {store.uri}: snapshot {number} {what} the current one, {current.number}; "
+            "there is nothing to roll back"
+        )
+    missing = missing_files(store, earlier.files)
+    if missing:
+        raise StoreError(
+            f"store {store.uri}: {len(missing):,} files of snapshot {number} are gone, "
+            f"{missing[0]} is one; put back a copy of them, or roll back to another"
+        )
+    restored = dataclasses.replace(
+        earlier,
+        number=current.number + 1,
+        parent=current.number,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        restores=number,
+    )
+    commit(store, restored)
+    return restored
+
+
+def missing_files(store: Store, files: Iterable[StoredFile]) -> list[str]:
+    """Paths of files that are not in the store, sorted; each folder is listed once."""
+    paths = {file.path for file in files}
+    folders = {path.rpartition("/")[0] for path in paths}
+    return sorted(paths.difference(*(store.list(folder, suffix="") for folder in folders)))
 
 
 def _read(store: Store, path: str) -> Snapshot:

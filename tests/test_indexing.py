@@ -21,7 +21,7 @@ from pipelines.indexing import (
     load_index,
     read_embeddings,
 )
-from pipelines.snapshots import Snapshot, commit, current_snapshot
+from pipelines.snapshots import Snapshot, commit, current_snapshot, rollback
 from pipelines.store import Store
 from tests.stored import ENGINE_ID, commit_vectors, embeddings_file, make_snapshot
 
@@ -133,6 +133,23 @@ def test_snapshots_of_the_same_embeddings_share_an_index(store, tmp_path):
     before = path.stat().st_ino
     assert index_snapshot(store, again) == [manifest]
     assert path.stat().st_ino == before
+
+
+def test_a_rollback_moves_the_index_with_it(store):
+    first = small_index(store)
+    queries = unit_vectors(5, seed=9)
+
+    def answers(snapshot: Snapshot) -> tuple:
+        index, keys = load_index(store, snapshot, modality="image")
+        scores, ids = index.search(queries, 3)
+        return scores.tolist(), [[keys[id_].as_py() for id_ in row] for row in ids.tolist()]
+
+    before = answers(first)
+    second = commit_vectors(store, number=2, image=[keyed(unit_vectors(50, seed=1))])
+    index_snapshot(store, second)
+    assert answers(second) != before
+    assert answers(rollback(store, 1)) == before
+    assert answers(rollback(store, 2)) == answers(second)
 
 
 def test_what_is_not_the_same_has_an_index_of_its_own(store):
