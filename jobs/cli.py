@@ -15,7 +15,7 @@ COMMANDS = {
     "embed": ("jobs.embed", "embed what is new or changed in a catalog"),
     "snapshots": (
         "jobs.snapshots",
-        "the states of a store: what changed between them, and going back",
+        "the states of a store: what changed, going back, removing old ones",
     ),
     "index": ("jobs.index", "build the index of the current snapshot"),
     "query": ("jobs.query", "find the nearest rows to a text or an image"),

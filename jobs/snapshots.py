@@ -1,4 +1,4 @@
-"""`clipmill snapshots list|show|diff|rollback`: the states of a store, and what to do with them.
+"""`clipmill snapshots list|show|diff|rollback|vacuum`: the states of a store.
 
 Knows nothing of how they are made.
 """
@@ -8,8 +8,15 @@ from collections.abc import Sequence
 
 from jobs.command import Actions, CommandParser, dispatch, print_result, run
 from pipelines.changes import find_changes
-from pipelines.snapshots import Snapshot, read_snapshot, rollback, snapshot_numbers
+from pipelines.snapshots import (
+    Snapshot,
+    numbers_in_words,
+    read_snapshot,
+    rollback,
+    snapshot_numbers,
+)
 from pipelines.store import Store
+from pipelines.vacuum import Retention, find_garbage, vacuum
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,6 +87,30 @@ def _rollback(argv: Sequence[str]) -> int:
     return 0
 
 
+def _vacuum(argv: Sequence[str]) -> int:
+    parser = _parser("vacuum", "Remove old snapshots, and what no other one needs.")
+    parser.add_argument("--keep", type=int, required=True, metavar="N", help="so many last ones")
+    parser.add_argument(
+        "--min-age-hours",
+        type=float,
+        default=Retention(num_snapshots=1).min_age_hours,
+        help="what was current or written since stays: longer than any reader or pause of a run",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    options = parser.parse_options(argv)
+    retention = Retention(num_snapshots=options.keep, min_age_hours=options.min_age_hours)
+    act = find_garbage if options.dry_run else vacuum
+    found = act(Store(options.store), retention)
+    numbers = numbers_in_words(found.snapshots) or "none"
+    lines = [f"snapshots {'to be removed' if options.dry_run else 'removed'}: {numbers}"]
+    lines += [
+        f"  {place:<12}{num_files:>9,} files {found.num_bytes[place] / 2**20:>12,.1f} MiB"
+        for place, num_files in found.num_files.items()
+    ]
+    print_result(found, as_json=options.json, text="\n".join(lines))
+    return 0
+
+
 def _parser(action: str, description: str) -> CommandParser:
     parser = CommandParser(f"snapshots {action}", description=description)
     parser.add_argument("--store", required=True, metavar="URI", help="an output folder of embed")
@@ -120,6 +151,7 @@ ACTIONS: Actions = {
     "show": (_show, "one of them"),
     "diff": (_diff, "what changed from one to another"),
     "rollback": (_rollback, "make an earlier one current again"),
+    "vacuum": (_vacuum, "remove old ones, and what no other needs"),
 }
 
 

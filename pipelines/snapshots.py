@@ -5,7 +5,7 @@ Knows nothing of how rows are embedded or which of them changed.
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -103,7 +103,7 @@ class Snapshot:
     @property
     def path(self) -> str:
         """Of the manifest, relative to the store's root."""
-        return f"{SNAPSHOTS_DIR}/{self.number:08d}.json"
+        return manifest_path(self.number)
 
     def files_of(self, kind: Kind, *, modality: Modality | None = None) -> list[StoredFile]:
         """The files of one kind, and of one modality if it is given."""
@@ -118,6 +118,11 @@ class Snapshot:
         return sum(file.num_rows for file in self.files_of(kind, modality=modality))
 
 
+def manifest_path(number: int) -> str:
+    """Of a snapshot's manifest, relative to the store's root."""
+    return f"{SNAPSHOTS_DIR}/{number:08d}.json"
+
+
 def current_snapshot(store: Store) -> Snapshot | None:
     """The snapshot with the highest number, None in an empty store.
 
@@ -128,7 +133,7 @@ def current_snapshot(store: Store) -> Snapshot | None:
 
 
 def snapshot_numbers(store: Store) -> list[int]:
-    """All snapshots, ascending; the last is the current one."""
+    """All snapshots, ascending; the last is the current one. Those vacuumed are no more."""
     paths = store.list(SNAPSHOTS_DIR, suffix=".json")
     names = [path.rsplit("/", 1)[-1].removesuffix(".json") for path in paths]
     return sorted(int(name) for name in names if name.isdecimal())
@@ -145,11 +150,24 @@ def read_snapshot(store: Store, number: int | None) -> Snapshot:
     if not numbers:
         raise StoreError(f"store {store.uri} has no snapshot; run `clipmill embed` first")
     if number is not None and number not in numbers:
+        was_there = 0 < number < numbers[-1]
+        why = ": it was vacuumed, or its manifest moved away. There are " if was_there else ", but "
         raise StoreError(
-            f"store {store.uri} has no snapshot {number}, but {numbers[0]} to {numbers[-1]}"
+            f"store {store.uri} has no snapshot {number}{why}{numbers_in_words(numbers)}"
         )
     wanted = numbers[-1] if number is None else number
-    return _read(store, f"{SNAPSHOTS_DIR}/{wanted:08d}.json")
+    return _read(store, manifest_path(wanted))
+
+
+def numbers_in_words(numbers: Sequence[int]) -> str:
+    """Ascending numbers in short: `1, 4 to 9`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ", ".join(" to ".join(map(str, run)) for run in runs)
 
 
 def commit(store: Store, snapshot: Snapshot) -> None:
@@ -172,8 +190,8 @@ def rollback(store: Store, number: int) -> Snapshot:
 
     Raises:
         CommitConflictError: Another run committed a snapshot meanwhile.
-        StoreError: There is no such snapshot, it is what is current already, or files of it are
-            gone; or the store cannot be read or written.
+        StoreError: There is no such snapshot (any more), it is what is current already, or files
+            of it are gone; or the store cannot be read or written.
     """
     current, earlier = read_snapshot(store, None), read_snapshot(store, number)
     if set(earlier.files) == set(current.files):
@@ -196,6 +214,13 @@ def rollback(store: Store, number: int) -> Snapshot:
         restores=number,
     )
     commit(store, restored)
+    if number not in snapshot_numbers(store):
+        # A vacuum that removed it may have done so before it could see what was just committed.
+        store.remove(restored.path)
+        raise StoreError(
+            f"store {store.uri}: snapshot {number} was vacuumed at this very moment; roll back to "
+            "another"
+        )
     return restored
 
 
