@@ -13,7 +13,10 @@ COMMANDS = {
     "demo": ("jobs.demo.run", "offline, from nothing to a report with pictures"),
     "engine": ("jobs.engine", "build engines, judge them, promote them or go back"),
     "embed": ("jobs.embed", "embed what is new or changed in a catalog"),
-    "snapshots": ("jobs.snapshots", "the states of a store, and what changed between them"),
+    "snapshots": (
+        "jobs.snapshots",
+        "the states of a store: what changed, going back, removing old ones",
+    ),
     "index": ("jobs.index", "build the index of the current snapshot"),
     "query": ("jobs.query", "find the nearest rows to a text or an image"),
     "bench": ("jobs.bench", "measure encoders, the pipeline, the answers of a store"),

@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     text = "\n".join(
         f"{manifest.modality}: {manifest.num_rows:,} x {manifest.embedding_dim}, "
-        f"{manifest.factory}, snapshot {manifest.snapshot}"
+        f"{manifest.factory}, index {manifest.index_id}"
         for manifest in manifests
     )
     print_result(manifests, as_json=options.json, text=text)

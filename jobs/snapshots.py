@@ -1,4 +1,4 @@
-"""`clipmill snapshots list|show|diff`: the states of a store, and what changed between them.
+"""`clipmill snapshots list|show|diff|rollback|vacuum`: the states of a store.
 
 Knows nothing of how they are made.
 """
@@ -8,8 +8,15 @@ from collections.abc import Sequence
 
 from jobs.command import Actions, CommandParser, dispatch, print_result, run
 from pipelines.changes import find_changes
-from pipelines.snapshots import Snapshot, read_snapshot, snapshot_numbers
+from pipelines.snapshots import (
+    Snapshot,
+    numbers_in_words,
+    read_snapshot,
+    rollback,
+    snapshot_numbers,
+)
 from pipelines.store import Store
+from pipelines.vacuum import Retention, find_garbage, vacuum
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,6 +78,39 @@ def _diff(argv: Sequence[str]) -> int:
     return 0
 
 
+def _rollback(argv: Sequence[str]) -> int:
+    parser = _parser("rollback", "Make an earlier snapshot current again, as a new one.")
+    parser.add_argument("number", type=int, help="the earlier snapshot's")
+    options = parser.parse_options(argv)
+    snapshot = rollback(Store(options.store), options.number)
+    print_result(_record(snapshot), as_json=options.json, text=_line(snapshot))
+    return 0
+
+
+def _vacuum(argv: Sequence[str]) -> int:
+    parser = _parser("vacuum", "Remove old snapshots, and what no other one needs.")
+    parser.add_argument("--keep", type=int, required=True, metavar="N", help="so many last ones")
+    parser.add_argument(
+        "--min-age-hours",
+        type=float,
+        default=Retention(num_snapshots=1).min_age_hours,
+        help="what was current or written since stays: longer than any reader or pause of a run",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    options = parser.parse_options(argv)
+    retention = Retention(num_snapshots=options.keep, min_age_hours=options.min_age_hours)
+    act = find_garbage if options.dry_run else vacuum
+    found = act(Store(options.store), retention)
+    numbers = numbers_in_words(found.snapshots) or "none"
+    lines = [f"snapshots {'to be removed' if options.dry_run else 'removed'}: {numbers}"]
+    lines += [
+        f"  {place:<12}{num_files:>9,} files {found.num_bytes[place] / 2**20:>12,.1f} MiB"
+        for place, num_files in found.num_files.items()
+    ]
+    print_result(found, as_json=options.json, text="\n".join(lines))
+    return 0
+
+
 def _parser(action: str, description: str) -> CommandParser:
     parser = CommandParser(f"snapshots {action}", description=description)
     parser.add_argument("--store", required=True, metavar="URI", help="an output folder of embed")
@@ -81,6 +121,7 @@ def _record(snapshot: Snapshot) -> dict[str, object]:
     return {
         "number": snapshot.number,
         "created_at": snapshot.created_at,
+        "restores": snapshot.restores,
         "engine_id": snapshot.engine.engine_id,
         "num_keys": snapshot.catalog.num_keys,
         "num_embeddings": {
@@ -97,9 +138,11 @@ def _line(snapshot: Snapshot) -> str:
         f"{snapshot.num_rows('embeddings', modality=modality):,} {modality}"
         for modality in snapshot.modalities
     )
+    restores = "" if snapshot.restores is None else f", restores {snapshot.restores}"
     return (
         f"{snapshot.number:>6}  {snapshot.created_at}  {snapshot.engine.engine_id}  "
         f"{snapshot.catalog.num_keys:,} keys: {stored}, {snapshot.num_rows('rejects'):,} rejects"
+        f"{restores}"
     )
 
 
@@ -107,6 +150,8 @@ ACTIONS: Actions = {
     "list": (_list, "all snapshots, the current one last"),
     "show": (_show, "one of them"),
     "diff": (_diff, "what changed from one to another"),
+    "rollback": (_rollback, "make an earlier one current again"),
+    "vacuum": (_vacuum, "remove old ones, and what no other needs"),
 }
 
 

@@ -34,7 +34,14 @@ from pipelines.parent import check_parent, same_state
 from pipelines.planning import add_stored, catalog_record, fill, plan_id_of, staged_files
 from pipelines.progress import GPU_STAGES, STAGES, Progress, ProgressBoard, polled
 from pipelines.schema import EmbeddingDtype, Modality
-from pipelines.snapshots import EngineRecord, Snapshot, StoredFile, commit, current_snapshot
+from pipelines.snapshots import (
+    EngineRecord,
+    Snapshot,
+    StoredFile,
+    commit,
+    current_snapshot,
+    missing_files,
+)
 from pipelines.stages import Pass, Resources, num_workers, ray_data_settings, run_stages
 from pipelines.store import Store
 
@@ -191,6 +198,13 @@ def embed(
             key_type=catalog.key_type,
             plan_id=plan_id,
             store=store,
+        )
+    missing = missing_files(store, set(files).difference(before))
+    if missing:
+        # Those of a run killed long ago look unused until this one writes beside them.
+        raise IncompleteRunError(
+            f"{len(missing)} files of this run or an unfinished one are gone, {missing[0]} is one: "
+            "the store was vacuumed meanwhile. Nothing was committed; run the same command again"
         )
     now = datetime.now(UTC)
     run_id = f"{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"

@@ -41,6 +41,11 @@ def plan_id(parts: Sequence[str]) -> str:
     return xxhash.xxh3_64_hexdigest("\n".join(parts).encode())
 
 
+def index_id(parts: Sequence[str]) -> str:
+    """A name (32 hex digits) for the index that these strings describe."""
+    return xxhash.xxh3_128_hexdigest("\n".join(parts).encode())
+
+
 def _uri_content(uri: str | None) -> bytes | None:
     return None if uri is None else f"uri\0{uri}".encode()
 

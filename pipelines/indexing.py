@@ -1,8 +1,9 @@
 """Builds a FAISS index of a snapshot: exact, one for each modality, keys beside it.
 
-Knows nothing of how the embeddings were made or who will query them.
+Knows nothing of how the embeddings were made or who will query them. An index is named for what
+it holds, so that snapshots of the same embeddings share one.
 
-    indexes/00000001/image/
+    indexes/00112233445566778899aabbccddeeff/
       index.faiss      inner products of unit vectors: cosine similarity
       keys.parquet     row i is the key of id i
       manifest.json    written last
@@ -24,11 +25,13 @@ from numpy.typing import NDArray
 
 from pipelines import schema
 from pipelines.errors import IndexMissingError, PipelineError, StoreError
+from pipelines.fingerprints import index_id
 from pipelines.schema import Modality
 from pipelines.snapshots import Snapshot, StoredFile, read_snapshot
 from pipelines.store import Store
 
 FORMAT_VERSION = 1
+INDEXES_DIR = "indexes"
 INDEX_FILE, KEYS_FILE, MANIFEST_FILE = "index.faiss", "keys.parquet", "manifest.json"
 
 
@@ -51,8 +54,8 @@ class IndexConfig:
 class IndexManifest:
     """One index, complete."""
 
-    snapshot: int
-    """The snapshot whose embeddings it holds."""
+    index_id: str
+    """Names its folder: a hash of modality, engine and the files of embeddings in it."""
     engine_id: str
     """Queries must be encoded by the same engine."""
     modality: Modality
@@ -74,7 +77,24 @@ def build_index(config: IndexConfig) -> list[IndexManifest]:
     """
     store = Store(config.store_uri)
     snapshot = read_snapshot(store, None)
-    max_bytes = config.max_memory_bytes or _memory_bytes() // 2
+    return index_snapshot(store, snapshot, max_memory_bytes=config.max_memory_bytes)
+
+
+def index_snapshot(
+    store: Store, snapshot: Snapshot, *, max_memory_bytes: int | None = None
+) -> list[IndexManifest]:
+    """Index a snapshot, also one that is not committed yet; an index that is there is kept.
+
+    Args:
+        store: Where its files lie.
+        snapshot: Each of its modalities is indexed by itself.
+        max_memory_bytes: `IndexConfig.max_memory_bytes`.
+
+    Raises:
+        StoreError: The store cannot be read or written.
+        PipelineError: The vectors do not fit in the memory allowed.
+    """
+    max_bytes = max_memory_bytes or _memory_bytes() // 2
     return [
         find_index(store, snapshot, modality=modality)
         or _build(store, snapshot, modality=modality, max_bytes=max_bytes)
@@ -84,7 +104,19 @@ def build_index(config: IndexConfig) -> list[IndexManifest]:
 
 def index_dir(snapshot: Snapshot, *, modality: Modality) -> str:
     """Where an index lies, relative to the store's root."""
-    return f"indexes/{snapshot.number:08d}/{modality}"
+    return f"{INDEXES_DIR}/{_index_id(snapshot, modality=modality)}"
+
+
+def _index_id(snapshot: Snapshot, *, modality: Modality) -> str:
+    # Paths stand for contents: each file is written once, under a name drawn for it.
+    paths = [file.path for file in _indexed_files(snapshot, modality=modality)]
+    return index_id([modality, snapshot.engine.engine_id, *paths])
+
+
+def _indexed_files(snapshot: Snapshot, *, modality: Modality) -> list[StoredFile]:
+    """In one order whatever the snapshot's, so that all who build an index write the same bytes."""
+    files = snapshot.files_of("embeddings", modality=modality)
+    return sorted(files, key=lambda file: file.path)
 
 
 def find_index(store: Store, snapshot: Snapshot, *, modality: Modality) -> IndexManifest | None:
@@ -170,15 +202,13 @@ def _build(
         )
     index = faiss.IndexFlatIP(snapshot.embedding_dim)
     keys = []
-    for file_keys, vectors in read_embeddings(
-        store, snapshot.files_of("embeddings", modality=modality)
-    ):
+    for file_keys, vectors in read_embeddings(store, _indexed_files(snapshot, modality=modality)):
         index.add(vectors)
         keys.append(file_keys)
     key_type = pa.int64() if snapshot.key_type == "int64" else pa.string()
     key_table = pa.table({schema.KEY: pa.chunked_array(keys, key_type)})
     manifest = IndexManifest(
-        snapshot=snapshot.number,
+        index_id=_index_id(snapshot, modality=modality),
         engine_id=snapshot.engine.engine_id,
         modality=modality,
         num_rows=num_rows,

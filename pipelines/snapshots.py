@@ -5,8 +5,9 @@ Knows nothing of how rows are embedded or which of them changed.
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from engine.backends.choice import Backend
@@ -77,7 +78,7 @@ class Snapshot:
     created_at: str
     """UTC, ISO 8601; for people: order is by number."""
     run_id: str
-    """The run that committed it."""
+    """The run that committed it; of a rollback, the one that committed what it restores."""
     engine: EngineRecord
     """Of every row."""
     catalog: CatalogRecord
@@ -96,11 +97,13 @@ class Snapshot:
     """What executed the engine in the run that committed it."""
     decoder: Decoder = "cpu"
     """Where that run decoded JPEGs."""
+    restores: int | None = None
+    """The earlier snapshot that this one, a rollback, is the same as."""
 
     @property
     def path(self) -> str:
         """Of the manifest, relative to the store's root."""
-        return f"{SNAPSHOTS_DIR}/{self.number:08d}.json"
+        return manifest_path(self.number)
 
     def files_of(self, kind: Kind, *, modality: Modality | None = None) -> list[StoredFile]:
         """The files of one kind, and of one modality if it is given."""
@@ -115,6 +118,11 @@ class Snapshot:
         return sum(file.num_rows for file in self.files_of(kind, modality=modality))
 
 
+def manifest_path(number: int) -> str:
+    """Of a snapshot's manifest, relative to the store's root."""
+    return f"{SNAPSHOTS_DIR}/{number:08d}.json"
+
+
 def current_snapshot(store: Store) -> Snapshot | None:
     """The snapshot with the highest number, None in an empty store.
 
@@ -125,7 +133,7 @@ def current_snapshot(store: Store) -> Snapshot | None:
 
 
 def snapshot_numbers(store: Store) -> list[int]:
-    """All snapshots, ascending; the last is the current one."""
+    """All snapshots, ascending; the last is the current one. Those vacuumed are no more."""
     paths = store.list(SNAPSHOTS_DIR, suffix=".json")
     names = [path.rsplit("/", 1)[-1].removesuffix(".json") for path in paths]
     return sorted(int(name) for name in names if name.isdecimal())
@@ -142,17 +150,85 @@ def read_snapshot(store: Store, number: int | None) -> Snapshot:
     if not numbers:
         raise StoreError(f"store {store.uri} has no snapshot; run `clipmill embed` first")
     if number is not None and number not in numbers:
+        was_there = 0 < number < numbers[-1]
+        why = ": it was vacuumed, or its manifest moved away. There are " if was_there else ", but "
         raise StoreError(
-            f"store {store.uri} has no snapshot {number}, but {numbers[0]} to {numbers[-1]}"
+            f"store {store.uri} has no snapshot {number}{why}{numbers_in_words(numbers)}"
         )
     wanted = numbers[-1] if number is None else number
-    return _read(store, f"{SNAPSHOTS_DIR}/{wanted:08d}.json")
+    return _read(store, manifest_path(wanted))
+
+
+def numbers_in_words(numbers: Sequence[int]) -> str:
+    """Ascending numbers in short: `1, 4 to 9`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ", ".join(" to ".join(map(str, run)) for run in runs)
 
 
 def commit(store: Store, snapshot: Snapshot) -> None:
     """Make a snapshot the current one; CommitConflictError if another run took its number."""
     record = {"format_version": FORMAT_VERSION, **dataclasses.asdict(snapshot)}
     store.create(snapshot.path, (json.dumps(record, indent=1) + "\n").encode())
+
+
+def rollback(store: Store, number: int) -> Snapshot:
+    """Commit a snapshot that lists the files of an earlier one; none of them is read or copied.
+
+    The log only grows: what was current before stays in it, and can be returned to.
+
+    Args:
+        store: Whose snapshots they are.
+        number: The earlier one, which may be a rollback itself.
+
+    Returns:
+        The new snapshot.
+
+    Raises:
+        CommitConflictError: Another run committed a snapshot meanwhile.
+        StoreError: There is no such snapshot (any more), it is what is current already, or files
+            of it are gone; or the store cannot be read or written.
+    """
+    current, earlier = read_snapshot(store, None), read_snapshot(store, number)
+    if set(earlier.files) == set(current.files):
+        what = "is" if number == current.number else "has the very files of"
+        raise StoreError(
+            f"store {store.uri}: snapshot {number} {what} the current one, {current.number}; "
+            "there is nothing to roll back"
+        )
+    missing = missing_files(store, earlier.files)
+    if missing:
+        raise StoreError(
+            f"store {store.uri}: {len(missing):,} files of snapshot {number} are gone, "
+            f"{missing[0]} is one; put back a copy of them, or roll back to another"
+        )
+    restored = dataclasses.replace(
+        earlier,
+        number=current.number + 1,
+        parent=current.number,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        restores=number,
+    )
+    commit(store, restored)
+    if number not in snapshot_numbers(store):
+        # A vacuum that removed it may have done so before it could see what was just committed.
+        store.remove(restored.path)
+        raise StoreError(
+            f"store {store.uri}: snapshot {number} was vacuumed at this very moment; roll back to "
+            "another"
+        )
+    return restored
+
+
+def missing_files(store: Store, files: Iterable[StoredFile]) -> list[str]:
+    """Paths of files that are not in the store, sorted; each folder is listed once."""
+    paths = {file.path for file in files}
+    folders = {path.rpartition("/")[0] for path in paths}
+    return sorted(paths.difference(*(store.list(folder, suffix="") for folder in folders)))
 
 
 def _read(store: Store, path: str) -> Snapshot:

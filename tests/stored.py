@@ -28,6 +28,7 @@ def embeddings_file(
     *,
     modality: Modality = "image",
     dtype: EmbeddingDtype = "float32",
+    plan_id: str = PLAN_ID,
 ) -> StoredFile:
     """Write one file of embeddings, in the order given."""
     table_schema = schema.embeddings_schema(
@@ -48,7 +49,7 @@ def embeddings_file(
         },
         schema=table_schema,
     )
-    return write_table(table, kind="embeddings", modality=modality, plan_id=PLAN_ID, store=store)
+    return write_table(table, kind="embeddings", modality=modality, plan_id=plan_id, store=store)
 
 
 def make_snapshot(

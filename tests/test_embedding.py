@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,13 +23,15 @@ import pytest
 from engine.errors import GateError
 from engine.promotion import promote, rollback
 from engine.registry import Registry
+from pipelines.assembly import next_files
 from pipelines.catalog import CatalogConfig
 from pipelines.decode import RowLimits
 from pipelines.embedding import EmbedConfig, EmbedResult, embed
 from pipelines.engines import EngineChoice
-from pipelines.errors import CatalogError, StoreError, TooManyRejectsError
+from pipelines.errors import CatalogError, IncompleteRunError, StoreError, TooManyRejectsError
 from pipelines.report import make_report
 from pipelines.schema import REASONS
+from pipelines.snapshots import StoredFile
 from pipelines.stages import Resources
 from tests import image_files
 from tests.calibrated_engines import CalibratedEngines, put_sabotaged_engine
@@ -274,6 +277,32 @@ def test_too_many_rejects_stop_the_run_and_keep_its_work(run, tmp_path: Path):
     assert accepted.num_embedded == {"image": 0, "text": 0}
     assert accepted.snapshot.num_rows("embeddings") == 80
     assert accepted.rejects_by_reason == {"not_an_image": 40}
+
+
+def test_a_run_whose_leftovers_are_vacuumed_meanwhile_commits_nothing(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    rows = scene_rows(60)
+    for row in rows[:40]:
+        row["image"] = b"not an image"
+    catalog_dir, store_dir = write_rows(tmp_path / "catalog", rows), tmp_path / "store"
+    with pytest.raises(TooManyRejectsError):
+        run(catalog_dir, store_dir)
+
+    def vacuumed(files: list[StoredFile], **options: Any) -> list[StoredFile]:
+        found = next_files(files, **options)
+        (store_dir / found[0].path).unlink()
+        return found
+
+    accepting = RowLimits(max_reject_share=0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.embedding.next_files", vacuumed)
+        with pytest.raises(IncompleteRunError, match=r"1 files .* gone, .*the store was vac"):
+            run(catalog_dir, store_dir, limits=accepting)
+    assert not (store_dir / "snapshots").exists()
+    again = run(catalog_dir, store_dir, limits=accepting)
+    assert sum(again.num_embedded.values()) > 0
+    assert (again.snapshot.num_rows("embeddings"), again.snapshot.num_rows("rejects")) == (80, 40)
 
 
 def test_a_store_keeps_to_one_model(run, tmp_path: Path, checkpoint_dir: Path):

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 import xxhash
 
-from pipelines.fingerprints import plan_id, row_fingerprints
+from pipelines.fingerprints import index_id, plan_id, row_fingerprints
 from pipelines.schema import Modality
 
 
@@ -90,3 +90,10 @@ def test_a_plan_is_named_by_its_parts_in_their_order():
     assert len({plan_id(parts) for parts in (["a", "b"], ["b", "a"], ["ab"], ["a"], [])}) == 5
     assert len(plan_id(["a"])) == 16
     assert int(plan_id(["a"]), 16) >= 0
+
+
+def test_an_index_is_named_for_its_parts_in_order():
+    assert index_id(["a", "b"]) == index_id(("a", "b"))
+    assert len({index_id(parts) for parts in (["a", "b"], ["b", "a"], ["ab"], ["a"], [])}) == 5
+    assert len(index_id(["a"])) == 32
+    assert int(index_id(["a"]), 16) >= 0

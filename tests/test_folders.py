@@ -132,6 +132,67 @@ def test_files_know_when_they_were_written_and_folders_the_newest_of_them(folder
     assert folder.modified_at("folder/deep") == first
 
 
+def test_files_are_listed_with_sizes_and_times(folder: Folder):
+    for name in ("a/b/c", "a/.d", "ab/e"):
+        folder.publish(name, b"12345")
+    assert {file.path: file.num_bytes for file in folder.files("a")} == {"a/b/c": 5, "a/.d": 5}
+    (itself,) = folder.files("ab/e")
+    assert (itself.path, itself.num_bytes) == ("ab/e", 5)
+    assert abs(itself.modified_at - folder.modified_at("ab/e")) < timedelta(seconds=1)
+    assert folder.files("gone") == folder.files("a/b/c/d") == []
+
+
+@pytest.mark.parametrize("folder", ["local"], indirect=True)
+def test_links_are_no_files_but_lead_to_them(folder: Folder, tmp_path: Path):
+    folder.publish("elsewhere/file", b"x")
+    (tmp_path / "shelf/linked").symlink_to(tmp_path / "shelf/elsewhere")
+    (tmp_path / "shelf/elsewhere/link").symlink_to(tmp_path / "shelf/elsewhere/file")
+    assert [file.path for file in folder.files("elsewhere")] == ["elsewhere/file"]
+    assert [file.path for file in folder.files("linked")] == ["linked/file"]
+
+
+def test_the_clock_is_that_of_the_file_system(folder: Folder):
+    folder.publish("before", b"x")
+    now = folder.current_time()
+    assert folder.files("before")[0].modified_at <= now
+    assert abs(now - datetime.now(UTC)) < timedelta(minutes=1)
+    assert [file.path for file in folder.files("")] == ["before"]
+
+
+@pytest.mark.parametrize("folder", ["memory"], indirect=True)
+def test_a_file_system_without_times_tells_no_ages(folder: Folder, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(folders, "TIME_FIELDS", ("mtime",))
+    folder.publish("file", b"x")
+    for ask in (lambda: folder.files(""), folder.current_time):
+        with pytest.raises(
+            ShelfError, match="does not say when files were written, so that nobody"
+        ):
+            ask()
+    monkeypatch.undo()
+    assert [file.path for file in folder.files("")] == ["file"]
+
+
+def test_files_are_removed_and_folders_that_this_empties(folder: Folder, tmp_path: Path):
+    names = [f"a/{number}" for number in range(40)]
+    for name in (*names, "a/b/[0]", "a/b/0", "c/d"):
+        folder.publish(name, b"x")
+    folder.remove_files([*names, "a/b/[0]", "gone/file"])
+    assert {file.path for file in folder.files("")} == {"a/b/0", "c/d"}
+    folder.remove_files([])
+    folder.remove_files(["a/b/0", "c/d"])
+    assert folder.files("") == []
+    if folder.is_local:
+        assert [path.name for path in (tmp_path / "shelf").iterdir()] == ["a"]  # b was in it
+
+
+@pytest.mark.parametrize("folder", ["local"], indirect=True)
+def test_what_cannot_be_removed_is_an_error(folder: Folder):
+    folder.publish("a/b", b"x")
+    with pytest.raises(ShelfError, match=r"files cannot be removed: .*librarian"):
+        folder.remove_files(["a"])
+    assert folder.read("a/b") == b"x"
+
+
 def test_an_unknown_kind_of_folder_is_an_error_of_the_chosen_kind():
     with pytest.raises(ShelfError, match=r"shelf nope://bucket: .*nope"):
         Folder("nope://bucket", called="shelf", error=ShelfError)

@@ -1,5 +1,6 @@
 """Tests of pipelines/indexing.py, with a real FAISS and answers from numpy."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,15 +16,16 @@ from pipelines.indexing import (
     IndexConfig,
     build_index,
     find_index,
+    index_dir,
+    index_snapshot,
     load_index,
     read_embeddings,
 )
-from pipelines.snapshots import Snapshot, commit, current_snapshot
+from pipelines.snapshots import Snapshot, commit, current_snapshot, rollback
 from pipelines.store import Store
-from tests.stored import ENGINE_ID, commit_vectors, make_snapshot
+from tests.stored import ENGINE_ID, commit_vectors, embeddings_file, make_snapshot
 
 DIM = 16
-FOLDER = "indexes/00000001/image"
 
 
 @pytest.fixture
@@ -34,6 +36,10 @@ def store(tmp_path) -> Store:
 def unit_vectors(num_rows: int, *, seed: int = 0) -> np.ndarray:
     vectors = np.random.default_rng(seed).normal(size=(num_rows, DIM)).astype(np.float32)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def folder_of(snapshot: Snapshot) -> str:
+    return index_dir(snapshot, modality="image")
 
 
 def keyed(vectors: np.ndarray, *, first: int = 0) -> dict[str, np.ndarray]:
@@ -54,7 +60,8 @@ def test_finds_what_an_exact_search_in_numpy_finds(store, dtype):
     snapshot = commit_vectors(store, image=parts, dtype=dtype)
     (manifest,) = build_index(IndexConfig(store_uri=store.uri))
     assert (manifest.num_rows, manifest.embedding_dim, manifest.modality) == (300, DIM, "image")
-    assert (manifest.snapshot, manifest.engine_id, manifest.factory) == (1, ENGINE_ID, "Flat")
+    assert (manifest.engine_id, manifest.factory) == (ENGINE_ID, "Flat")
+    assert f"indexes/{manifest.index_id}" == folder_of(snapshot)
 
     index, keys = load_index(store, snapshot, modality="image")
     queries = unit_vectors(20, seed=1)
@@ -96,13 +103,13 @@ def test_a_modality_of_which_all_rows_were_rejected_has_an_empty_index(store):
 
 
 def test_an_index_that_is_there_is_kept(store, tmp_path):
-    small_index(store)
-    path = tmp_path / "store" / FOLDER / "index.faiss"
+    folder = tmp_path / "store" / folder_of(small_index(store))
+    path = folder / "index.faiss"
     before = path.stat().st_ino
     assert build_index(IndexConfig(store_uri=store.uri))[0].num_rows == 3
     assert path.stat().st_ino == before
 
-    (tmp_path / "store" / FOLDER / "manifest.json").unlink()
+    (folder / "manifest.json").unlink()
     build_index(IndexConfig(store_uri=store.uri))
     assert path.stat().st_ino != before
 
@@ -115,6 +122,85 @@ def test_a_new_snapshot_has_a_new_index_and_the_old_one_stays(store):
     build_index(IndexConfig(store_uri=store.uri))
     assert load_index(store, second, modality="image")[0].ntotal == 5
     assert load_index(store, first, modality="image")[0].ntotal == 3
+
+
+def test_snapshots_of_the_same_embeddings_share_an_index(store, tmp_path):
+    first = commit_vectors(store, image=[keyed(unit_vectors(3)), keyed(unit_vectors(2), first=3)])
+    (manifest,) = index_snapshot(store, first)
+    rejects = dataclasses.replace(first.files[0], path="rejects/p/1.parquet", kind="rejects")
+    again = dataclasses.replace(first, number=7, files=(*reversed(first.files), rejects))
+    path = tmp_path / "store" / folder_of(first) / "index.faiss"
+    before = path.stat().st_ino
+    assert index_snapshot(store, again) == [manifest]
+    assert path.stat().st_ino == before
+
+
+def test_a_rollback_moves_the_index_with_it(store):
+    first = small_index(store)
+    queries = unit_vectors(5, seed=9)
+
+    def answers(snapshot: Snapshot) -> tuple:
+        index, keys = load_index(store, snapshot, modality="image")
+        scores, ids = index.search(queries, 3)
+        return scores.tolist(), [[keys[id_].as_py() for id_ in row] for row in ids.tolist()]
+
+    before = answers(first)
+    second = commit_vectors(store, number=2, image=[keyed(unit_vectors(50, seed=1))])
+    index_snapshot(store, second)
+    assert answers(second) != before
+    assert answers(rollback(store, 1)) == before
+    assert answers(rollback(store, 2)) == answers(second)
+
+
+def test_what_is_not_the_same_has_an_index_of_its_own(store):
+    snapshot = commit_vectors(store, image=[keyed(unit_vectors(3)), keyed(unit_vectors(2))])
+    image, text = (
+        [dataclasses.replace(file, modality=modality) for file in snapshot.files]
+        for modality in ("image", "text")
+    )
+    engine = dataclasses.replace(snapshot.engine, engine_id="another")
+    others = [
+        snapshot,
+        dataclasses.replace(snapshot, files=(*image, *text)),  # of images the same
+        dataclasses.replace(snapshot, files=tuple(image[:1])),
+        dataclasses.replace(snapshot, engine=engine),
+    ]
+    same, same_images, *different = map(folder_of, others)
+    assert same_images == same
+    assert len({same, *different}) == 3
+    assert index_dir(others[1], modality="text") != same
+
+
+def test_a_snapshot_is_indexed_before_it_is_committed(store):
+    commit_vectors(store, image=[keyed(unit_vectors(3))])
+    files = [embeddings_file(store, keyed(unit_vectors(5, seed=1)))]
+    following = make_snapshot(files, number=2, embedding_dim=DIM)
+    assert [manifest.num_rows for manifest in index_snapshot(store, following)] == [5]
+    commit(store, following)
+    assert load_index(store, following, modality="image")[0].ntotal == 5
+
+
+def test_whoever_builds_an_index_writes_the_same_bytes(store):
+    snapshot = commit_vectors(store, image=[keyed(unit_vectors(3)), keyed(unit_vectors(2))])
+    contents = []
+    for files in (snapshot.files, snapshot.files[::-1]):
+        index_snapshot(store, dataclasses.replace(snapshot, files=files))
+        names = store.list(folder_of(snapshot), suffix="")
+        contents.append({name: store.read(name) for name in names})
+        store.remove(folder_of(snapshot))
+    assert len(contents[0]) == 3
+    assert contents[0] == contents[1]
+
+
+def test_an_old_index_by_number_is_passed_over(store):
+    snapshot = small_index(store)
+    for name in ("index.faiss", "keys.parquet", "manifest.json"):
+        content = store.read(f"{folder_of(snapshot)}/{name}")
+        store.publish(f"indexes/00000001/image/{name}", content)
+    store.remove(folder_of(snapshot))
+    assert find_index(store, snapshot, modality="image") is None
+    build_index(IndexConfig(store_uri=store.uri))
+    assert load_index(store, snapshot, modality="image")[0].ntotal == 3
 
 
 class FillsUp(Store):
@@ -145,7 +231,7 @@ def test_a_half_written_index_is_not_found_and_is_built_again(store, monkeypatch
 @pytest.mark.parametrize("share", [0, 0.5, 0.99])
 def test_a_truncated_file_is_an_error_with_the_way_out(store, tmp_path, name, share):
     snapshot = small_index(store)
-    path: Path = tmp_path / "store" / FOLDER / name
+    path: Path = tmp_path / "store" / folder_of(snapshot) / name
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content.rstrip()))])
     with pytest.raises(StoreError, match=r"(?s)is damaged.*remove the folder.*`clipmill index`"):
@@ -155,14 +241,14 @@ def test_a_truncated_file_is_an_error_with_the_way_out(store, tmp_path, name, sh
 @pytest.mark.parametrize("name", ["index.faiss", "keys.parquet", "manifest.json"])
 def test_a_file_of_something_else_is_an_error_with_the_way_out(store, name):
     snapshot = small_index(store)
-    store.publish(f"{FOLDER}/{name}", b"this is something else entirely" * 10)
+    store.publish(f"{folder_of(snapshot)}/{name}", b"this is something else entirely" * 10)
     with pytest.raises(StoreError, match=r"(?s)is damaged.*remove the folder.*`clipmill index`"):
         load_index(store, snapshot, modality="image")
 
 
 def test_a_file_that_is_missing_is_an_error(store, tmp_path):
     snapshot = small_index(store)
-    (tmp_path / "store" / FOLDER / "keys.parquet").unlink()
+    (tmp_path / "store" / folder_of(snapshot) / "keys.parquet").unlink()
     with pytest.raises(StoreError, match=r"keys\.parquet cannot be read"):
         load_index(store, snapshot, modality="image")
 
@@ -170,16 +256,16 @@ def test_a_file_that_is_missing_is_an_error(store, tmp_path):
 @pytest.mark.parametrize("columns", [{"key": ["k0", "k1"]}, {"id": ["k0", "k1", "k2"]}])
 def test_keys_that_are_not_those_of_the_vectors_are_an_error(store, tmp_path, columns):
     snapshot = small_index(store)
-    pq.write_table(pa.table(columns), tmp_path / "store" / FOLDER / "keys.parquet")
+    pq.write_table(pa.table(columns), tmp_path / "store" / folder_of(snapshot) / "keys.parquet")
     with pytest.raises(StoreError, match="remove the folder and run `clipmill index` again"):
         load_index(store, snapshot, modality="image")
 
 
 def test_an_index_of_a_newer_format_is_refused(store):
     snapshot = small_index(store)
-    record = json.loads(store.read(f"{FOLDER}/manifest.json"))
+    record = json.loads(store.read(f"{folder_of(snapshot)}/manifest.json"))
     record |= {"format_version": FORMAT_VERSION + 1, "unknown": "field"}
-    store.publish(f"{FOLDER}/manifest.json", json.dumps(record).encode())
+    store.publish(f"{folder_of(snapshot)}/manifest.json", json.dumps(record).encode())
     with pytest.raises(StoreError, match="is of format 2, this Clipmill reads 1; upgrade"):
         find_index(store, snapshot, modality="image")
 

@@ -1,5 +1,6 @@
 """Answers of a real store: by text, image and vector, and what cannot be asked."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -7,8 +8,12 @@ import numpy as np
 import pytest
 
 from pipelines.errors import IndexMissingError, StoreError
+from pipelines.indexing import IndexConfig, build_index
 from pipelines.search import Searcher
-from tests.catalogs import scene_rows, stored_embeddings
+from pipelines.snapshots import commit, rollback
+from pipelines.store import Store
+from tests.catalogs import scene_rows, stored_embeddings, stored_snapshot
+from tests.stored import embeddings_file
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +98,28 @@ def test_the_engine_answers_when_its_checkpoint_is_gone(
     manifest.write_text(gone)
     found = Searcher(str(moved), engines_uri=str(engines_dir), modality="image")
     assert found.by_text(["a ring"], num_hits=1)[0]
+
+
+def test_after_a_rollback_answers_are_those_of_before(
+    scene_store: Path, engines_dir: Path, tmp_path: Path
+):
+    copy = tmp_path / "store"
+    shutil.copytree(scene_store, copy)
+    store, first = Store(str(copy)), stored_snapshot(copy)
+    texts = [row["text"] for row in scene_rows(60)[::7]]
+
+    def answers() -> list:
+        searcher = Searcher(store.uri, engines_uri=str(engines_dir), modality="image")
+        return searcher.by_text(texts, num_hits=10)
+
+    before = answers()
+    vectors = stored_embeddings(copy, modality="image")
+    fewer = embeddings_file(store, {key: vectors[key] for key in sorted(vectors)[:20]})
+    texts_stay = first.files_of("embeddings", modality="text")
+    commit(store, dataclasses.replace(first, number=2, parent=1, files=(fewer, *texts_stay)))
+    with pytest.raises(IndexMissingError, match="snapshot 2; run `clipmill index"):
+        answers()
+    build_index(IndexConfig(store_uri=store.uri))
+    assert answers() != before
+    rollback(store, 1)
+    assert answers() == before

@@ -5,15 +5,20 @@ import json
 
 import pytest
 
+from jobs.snapshots import main
 from pipelines.errors import CommitConflictError, StoreError
 from pipelines.snapshots import (
     FORMAT_VERSION,
     StoredFile,
     commit,
     current_snapshot,
+    missing_files,
+    read_snapshot,
+    rollback,
     snapshot_numbers,
 )
 from pipelines.store import Store
+from tests.commands import command
 from tests.stored import make_snapshot
 
 
@@ -131,3 +136,141 @@ def test_files_and_rows_by_kind_and_modality():
     assert SNAPSHOT.num_rows("embeddings", modality="image") == 12
     assert SNAPSHOT.num_rows("rejects") == 5
     assert SNAPSHOT.num_rows("rejects", modality="text") == 0
+
+
+def three_nights(store: Store) -> list:
+    """Three snapshots of files that are there."""
+    snapshots = [
+        make_snapshot(FILES[:2]),
+        dataclasses.replace(make_snapshot(FILES, number=2), modalities=("image", "text")),
+        make_snapshot([FILES[0], FILES[3]], number=3),
+    ]
+    for file in FILES:
+        store.publish(file.path, b"rows")
+    for snapshot in snapshots:
+        commit(store, snapshot)
+    return snapshots
+
+
+def test_a_rollback_is_a_new_snapshot_that_is_the_same_as_the_old(store):
+    snapshots = three_nights(store)
+    restored = rollback(store, 2)
+    assert (restored.number, restored.parent, restored.restores) == (4, 3, 2)
+    assert restored.created_at > snapshots[1].created_at
+    assert current_snapshot(store) == restored
+    assert [read_snapshot(store, number) for number in (1, 2, 3)] == snapshots
+    changed = ("number", "parent", "created_at", "restores")
+    same = {name: getattr(snapshots[1], name) for name in changed}
+    assert dataclasses.replace(restored, **same) == snapshots[1]
+
+
+def test_a_rollback_can_be_rolled_back_and_restored(store):
+    snapshots = three_nights(store)
+    rollback(store, 1)
+    back = rollback(store, 3)
+    assert (back.number, back.parent, back.restores) == (5, 4, 3)
+    assert back.files == snapshots[2].files
+    again = rollback(store, 4)
+    assert (again.number, again.restores, again.files) == (6, 4, snapshots[0].files)
+
+
+def test_a_rollback_reads_no_file(store):
+    """They could not even be read as Parquet."""
+    three_nights(store)
+    before = {file.path: store.modified_at(file.path) for file in FILES}
+    rollback(store, 1)
+    assert {file.path: store.modified_at(file.path) for file in FILES} == before
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (4, "snapshot 4 is the current one, 4; there is nothing to roll back"),
+        (1, "snapshot 1 has the very files of the current one, 4"),
+        (9, "has no snapshot 9, but 1 to 4"),
+    ],
+)
+def test_what_cannot_be_rolled_back_to(store, number, message):
+    three_nights(store)
+    rollback(store, 1)
+    with pytest.raises(StoreError, match=message):
+        rollback(store, number)
+    assert snapshot_numbers(store) == [1, 2, 3, 4]
+
+
+def test_an_empty_store_has_nothing_to_roll_back_to(store):
+    with pytest.raises(StoreError, match="has no snapshot; run `clipmill embed` first"):
+        rollback(store, 1)
+
+
+def test_a_snapshot_whose_files_are_gone_is_not_restored(store):
+    three_nights(store)
+    store.remove(FILES[1].path)
+    store.remove("rejects/p")
+    with pytest.raises(StoreError, match=r"3 files of snapshot 2 are gone, embeddings/p/image-2"):
+        rollback(store, 2)
+    assert snapshot_numbers(store) == [1, 2, 3]
+    assert missing_files(store, FILES) == [FILES[1].path, FILES[3].path, FILES[4].path]
+    assert missing_files(store, []) == []
+
+
+def test_each_folder_is_listed_once(store, monkeypatch):
+    files = [stored(f"embeddings/{n % 2}/{n}.parquet", "embeddings", "image", 1) for n in range(50)]
+    for file in files:
+        store.publish(file.path, b"rows")
+    listed = []
+    names = Store.names
+
+    def noted(self, folder: str) -> list[str]:
+        listed.append(folder)
+        return names(self, folder)
+
+    monkeypatch.setattr(Store, "names", noted)
+    assert missing_files(store, files) == []
+    assert sorted(listed) == ["embeddings/0", "embeddings/1"]
+
+
+def test_of_a_rollback_and_a_run_at_once_one_commits(store, monkeypatch):
+    snapshots = three_nights(store)
+    run = dataclasses.replace(snapshots[2], number=4, run_id="another")
+
+    def late(store: Store, files) -> list[str]:
+        commit(store, run)
+        return []
+
+    monkeypatch.setattr("pipelines.snapshots.missing_files", late)
+    with pytest.raises(CommitConflictError, match="another run committed it first"):
+        rollback(store, 1)
+    assert current_snapshot(store) == run
+
+
+def test_a_manifest_of_before_rollbacks_restores_nothing(store):
+    commit(store, SNAPSHOT)
+    record = json.loads(store.read("snapshots/00000001.json"))
+    del record["restores"]
+    store.publish("snapshots/00000001.json", json.dumps(record).encode())
+    assert current_snapshot(store) == SNAPSHOT
+    assert SNAPSHOT.restores is None
+
+
+def test_the_command_rolls_back_and_says_so(tmp_path):
+    store = Store(str(tmp_path))
+    three_nights(store)
+    where = ["--store", store.uri]
+    done = command(main, ["rollback", "1", *where])
+    assert done.code == 0
+    assert done.out.split()[0] == "4"
+    assert done.out.rstrip().endswith("8 keys: 12 image, 0 rejects, restores 1")
+    again = command(main, ["rollback", "2", *where, "--json"])
+    assert (again.json["number"], again.json["restores"]) == (5, 2)
+    lines = command(main, ["list", *where]).out.splitlines()
+    assert ["restores" in line for line in lines] == [False, False, False, True, True]
+    assert [entry["restores"] for entry in command(main, ["list", *where, "--json"]).json] == [
+        *(None, None, None, 1, 2)
+    ]
+    assert "restores 2\n" in command(main, ["show", *where]).out
+    assert command(main, ["show", *where, "--json"]).json["restores"] == 2
+    refused = command(main, ["rollback", "5", *where])
+    assert (refused.code, refused.out) == (1, "")
+    assert "nothing to roll back" in refused.err
+    assert command(main, ["rollback", *where]).code == 2

@@ -7,11 +7,13 @@ import os
 import random
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import datetime
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from fsspec.implementations.local import LocalFileSystem
 
@@ -21,6 +23,21 @@ from engine.publishing.file_systems import file_system_errors, is_write_conflict
 # Creating an object that others create at the same moment: the next try mostly finds it there.
 NUM_CREATE_TRIES = 8
 CREATE_PAUSE_SECONDS = 0.5
+REMOVE_THREADS = 16
+# When a file was written: of disks (where `created` is something else), of S3, of memory.
+TIME_FIELDS = ("mtime", "LastModified", "created")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ListedFile:
+    """A file as a folder lists it."""
+
+    path: str
+    """Relative to the `Folder`, like all its paths."""
+    num_bytes: int
+    """Size."""
+    modified_at: datetime
+    """By the file system's clock."""
 
 
 class Folder:
@@ -128,6 +145,25 @@ class Folder:
         names = sorted(entry.rsplit("/", 1)[-1] for entry in entries if entry != path.rstrip("/"))
         return [name for name in names if name and name[0] != "."]
 
+    def files(self, folder: str) -> list[ListedFile]:
+        """The files in a folder and in those within, hidden ones too; of a file, itself.
+
+        Links are left out. Empty if there is no such folder; `error` if it cannot be listed, or if
+        the file system does not say when files were written.
+        """
+        with self._errors(folder, "listed"):
+            self._fs.invalidate_cache()
+            found = self._fs.find(self.full_path(folder), detail=True)
+        return [
+            ListedFile(
+                path=str(path).removeprefix(self.full_path("")),
+                num_bytes=int(info["size"]),
+                modified_at=self._modified_at(info),
+            )
+            for path, info in found.items()
+            if info["type"] == "file"
+        ]
+
     def list(self, folder: str, *, suffix: str) -> list[str]:
         """The files directly in a folder, by name; empty if there is no such folder."""
         return [f"{folder}/{name}" for name in self.names(folder) if name.endswith(suffix)]
@@ -158,6 +194,32 @@ class Folder:
             found = self._fs.find(self.full_path(relative), detail=True)
             return sum(int(info["size"]) for info in found.values())
 
+    def current_time(self) -> datetime:
+        """What the file system's clock says, by a file that is written, and removed; `error`."""
+        probe = f".clock-{uuid.uuid4().hex}"
+        self.publish(probe, b"")
+        try:
+            (file,) = self.files(probe)
+        finally:
+            self.remove(probe)
+        return file.modified_at
+
+    def remove_files(self, relatives: Iterable[str]) -> None:
+        """Remove those files that are there, many at once; `error` if it fails.
+
+        On a disk, folders that this empties go too.
+        """
+        paths = [self.full_path(relative) for relative in relatives]
+        with (
+            self._errors("files", "removed"),
+            ThreadPoolExecutor(REMOVE_THREADS) as threads,
+        ):
+            list(threads.map(self._remove_file, paths))
+        if self.is_local:
+            for folder in {path.rpartition("/")[0] for path in paths}:
+                with suppress(OSError):  # not empty
+                    os.rmdir(folder)
+
     def modified_at(self, relative: str) -> datetime:
         """When a file, or the newest one in a folder, was last written; `error` if there is none.
 
@@ -169,6 +231,22 @@ class Folder:
             if not paths:
                 raise FileNotFoundError(f"no file at {self.full_path(relative)}")
             return cast("datetime", max(self._fs.modified(path) for path in paths))
+
+    def _remove_file(self, path: str) -> None:
+        with suppress(FileNotFoundError):
+            self._fs.rm_file(path)
+
+    def _modified_at(self, info: Mapping[str, Any]) -> datetime:
+        for name in TIME_FIELDS:
+            time_ = info.get(name)
+            if isinstance(time_, datetime):
+                return time_
+            if isinstance(time_, int | float):
+                return datetime.fromtimestamp(time_, UTC)
+        raise self._error(
+            f"{self._called} {self.uri}: its file system does not say when files were written, so "
+            "that nobody can tell what is old enough to go"
+        )
 
     def _create_object(self, path: str, content: bytes) -> None:
         for num_left in reversed(range(NUM_CREATE_TRIES)):
