@@ -9,13 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import ray
 import ray.data
 
 from engine.errors import ClipmillError
 
-# Of the object store of a Ray that a command starts for itself; blocks in flight take less.
-LOCAL_OBJECT_STORE_BYTES = 1 * 2**30
+# Of the object store of a Ray that a command starts for itself, for each CPU: twice what blocks
+# between the stages may take (`Resources.in_flight_bytes`), since those being written come on top.
+OBJECT_STORE_BYTES_PER_CPU = 256 * 2**20
+MIN_OBJECT_STORE_BYTES = 1 * 2**30
+# Ray's own bound.
+_MAX_OBJECT_STORE_SHARE = 0.3
 
 
 @contextmanager
@@ -40,7 +45,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
         ray.init(
             "local",
             include_dashboard=False,
-            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+            object_store_memory=_object_store_bytes(),
             log_to_driver=False,
             logging_level=logging.ERROR,
             # Workers import the packages from where this process did.
@@ -50,6 +55,12 @@ def ray_cluster(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _object_store_bytes() -> int:
+    wanted = OBJECT_STORE_BYTES_PER_CPU * len(os.sched_getaffinity(0))
+    most = int(_MAX_OBJECT_STORE_SHARE * psutil.virtual_memory().total)
+    return min(max(wanted, MIN_OBJECT_STORE_BYTES), most)
 
 
 def _quiet_console() -> None:

@@ -34,8 +34,8 @@ IMAGE_BLOCK_BYTES = 16 * 2**20
 TEXT_BLOCK_BYTES = 2**20
 # Ray's own bound, from which on it thinks that a number of blocks was chosen by mistake.
 MANY_READ_TASKS = 5_000
-# Where GPUs decode: one batch is decoded, another encoded, and a third comes or goes.
-CALLS_OF_GPU_ENCODER = 3
+# Where GPUs decode: one batch is decoded, another encoded, and two come or go.
+CALLS_OF_GPU_ENCODER = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

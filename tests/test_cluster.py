@@ -3,9 +3,13 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
+from jobs import cluster
+from pipelines.stages import Resources
 from tests.catalogs import scene_rows, stored_embeddings, write_rows
 from tests.ray_nodes import ray_nodes
 
@@ -25,7 +29,7 @@ def test_a_job_submitted_to_three_nodes_gives_what_one_machine_gives(
 ):
     rows = scene_rows(120)
     catalog_dir = write_rows(tmp_path / "catalog", rows, num_files=3)
-    local, cluster = tmp_path / "local", tmp_path / "cluster"
+    local, far = tmp_path / "local", tmp_path / "far"
     common = {"checkpoint": checkpoint_dir, "engines": engines_dir}
     subprocess.run(
         [sys.executable, "-m", "jobs.embed", *embed_options(catalog_dir, local, **common)],
@@ -38,7 +42,7 @@ def test_a_job_submitted_to_three_nodes_gives_what_one_machine_gives(
                 *(str(Path(sys.executable).parent / "ray"), "job", "submit"),
                 *("--address", addresses["jobs"], "--working-dir", str(ROOT), "--"),
                 *("python", "-m", "jobs.embed"),
-                *embed_options(catalog_dir, cluster, **common),
+                *embed_options(catalog_dir, far, **common),
             ],
             cwd=tmp_path,
             capture_output=True,
@@ -49,7 +53,7 @@ def test_a_job_submitted_to_three_nodes_gives_what_one_machine_gives(
     assert "snapshot 1 committed: 120 keys of 120 rows" in submitted.stdout
     for modality in ("image", "text"):
         one = stored_embeddings(local, modality=modality)
-        three = stored_embeddings(cluster, modality=modality)
+        three = stored_embeddings(far, modality=modality)
         assert set(one) == set(three) == {row["key"] for row in rows}
         assert all(np.allclose(one[key], three[key], atol=1e-5) for key in one)
 
@@ -77,3 +81,16 @@ def test_an_address_is_joined_and_left_running():
         )
     assert joined.returncode == 0, joined.stderr
     assert joined.stdout.split() == ["1", "1"]
+
+
+@pytest.mark.parametrize(
+    ("num_cores", "total_gib", "expected_gib"), [(2, 24, 1), (16, 128, 4), (64, 32, 0.3 * 32)]
+)
+def test_the_object_store_holds_more_than_what_is_in_flight(
+    monkeypatch: pytest.MonkeyPatch, num_cores: int, total_gib: int, expected_gib: float
+):
+    memory = SimpleNamespace(total=total_gib * 2**30)
+    monkeypatch.setattr(cluster.os, "sched_getaffinity", lambda pid: set(range(num_cores)))
+    monkeypatch.setattr(cluster.psutil, "virtual_memory", lambda: memory)
+    assert cluster._object_store_bytes() == int(expected_gib * 2**30)
+    assert cluster.OBJECT_STORE_BYTES_PER_CPU >= 2 * Resources().in_flight_bytes

@@ -16,6 +16,7 @@ from torch import Tensor
 # Codes up to this long are looked up, longer ones, rare, are searched for.
 _LOOKUP_BITS = tl.constexpr(10)
 _LOOKUP_SIZE = tl.constexpr(2**10)
+_LOOKUP_PART = tl.constexpr(128)
 # Tables of a JPEG: class (DC or AC) times 4, plus the number that the scan calls it by.
 _NUM_TABLES = tl.constexpr(8)
 # For an image: a lookup of each table, and where in the file its code lengths are.
@@ -54,10 +55,25 @@ def _build_lookup(
     Returns:
         Number of symbols; whether libjpeg takes the table (its jdhuff.c).
     """
-    starts = tl.arange(0, _LOOKUP_SIZE)
-    bits = starts << (16 - _LOOKUP_BITS)
-    length = tl.zeros([_LOOKUP_SIZE], tl.int32)
-    index = tl.zeros([_LOOKUP_SIZE], tl.int32)
+    # In parts: what a thread holds in registers, others that run beside it cannot.
+    for part in range(0, _LOOKUP_SIZE, _LOOKUP_PART):
+        starts = part + tl.arange(0, _LOOKUP_PART)
+        bits = starts << (16 - _LOOKUP_BITS)
+        length = tl.zeros([_LOOKUP_PART], tl.int32)
+        index = tl.zeros([_LOOKUP_PART], tl.int32)
+        code = 0
+        num_symbols = 0
+        for num_bits in range(1, _LOOKUP_BITS + 1):
+            count = _byte(content_ptr, position + num_bits - 1, end)
+            is_here = (length == 0) & (bits < (code + count) << (16 - num_bits))
+            length = tl.where(is_here, num_bits, length)
+            index = tl.where(is_here, num_symbols + (bits >> (16 - num_bits)) - code, index)
+            code = (code + count) << 1
+            num_symbols += count
+        is_short = length > 0
+        symbol_ptr = content_ptr + position + 16 + index
+        symbol = tl.load(symbol_ptr, mask=is_short & (position + 16 + index < end), other=0)
+        tl.store(lookup_ptr + starts, tl.where(is_short, length << 8 | symbol.to(tl.int32), 0))
     code = 0
     num_symbols = 0
     is_sound = True
@@ -65,15 +81,8 @@ def _build_lookup(
         count = _byte(content_ptr, position + num_bits - 1, end)
         # No code is all ones.
         is_sound = is_sound and (count == 0 or code + count < 1 << num_bits)
-        is_here = (length == 0) & (bits < (code + count) << (16 - num_bits))
-        length = tl.where(is_here, num_bits, length)
-        index = tl.where(is_here, num_symbols + (bits >> (16 - num_bits)) - code, index)
         code = (code + count) << 1
         num_symbols += count
-    is_short = (length > 0) & (length <= _LOOKUP_BITS)
-    symbol_ptr = content_ptr + position + 16 + index
-    symbol = tl.load(symbol_ptr, mask=is_short & (position + 16 + index < end), other=0)
-    tl.store(lookup_ptr + starts, tl.where(is_short, length << 8 | symbol.to(tl.int32), 0))
     numbers = tl.arange(0, 256)
     is_symbol = (numbers < num_symbols) & (position + 16 + numbers < end)
     symbols = tl.load(content_ptr + position + 16 + numbers, mask=is_symbol, other=0)

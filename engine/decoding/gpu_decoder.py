@@ -51,6 +51,15 @@ class Decoded:
     """For which the batch had the card's decoder for itself."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Part:
+    """What one call of nvJPEG decoded."""
+
+    rows: NDArray[np.int64]
+    pixels: Tensor
+    card_seconds: float
+
+
 class GpuDecoder:
     """Decodes batches on one card. Several threads may call: the card's decoder takes turns."""
 
@@ -102,32 +111,27 @@ class GpuDecoder:
                 stream = torch.cuda.Stream(self._device)
             with torch.cuda.stream(stream):
                 ends_early = self._ends_early(jpegs)
-            with self._turn, torch.cuda.stream(self._stream):
-                started = time.perf_counter()
-                rows, pixels = self._by_card(jpegs)
-                card_seconds = time.perf_counter() - started
-            with torch.cuda.stream(stream):  # the current one may have much to do before
+                parts = list(self._by_card(jpegs))
+                rows = np.concatenate([part.rows for part in parts])
                 is_whole = ~ends_early.cpu().numpy()[rows]
-            missing = np.setdiff1d(np.arange(len(jpegs)), rows[is_whole])
-            by_pillow, rejected = self._by_pillow(jpegs, missing)
-            if len(missing):
-                rows = np.array([*rows[is_whole], *by_pillow], dtype=np.int64)
-                order = rows.argsort()
-                rows = rows[order]
-                with torch.cuda.stream(stream):
+                missing = np.setdiff1d(np.arange(len(jpegs)), rows[is_whole])
+                by_pillow, rejected = self._by_pillow(jpegs, missing)
+                pixels = torch.cat([part.pixels for part in parts])
+                if len(missing):
+                    rows = np.array([*rows[is_whole], *by_pillow], dtype=np.int64)
+                    order = rows.argsort()
+                    rows = rows[order]
                     more = [self._on_card(image)[None] for image in by_pillow.values()]
-                    whole = torch.cat([pixels[self._on_card(is_whole)], *more])
-                    whole = whole[self._on_card(order)]
-                # Until then `pixels` are read, whose memory is another stream's.
+                    pixels = torch.cat([pixels[self._on_card(is_whole)], *more])
+                    pixels = pixels[self._on_card(order)]
                 stream.synchronize()
-                pixels = whole
             self._idle_streams.append(stream)
         return Decoded(
             rows=rows,
             pixels=pixels,
             rejected=rejected,
             num_by_cpu=len(missing),
-            card_seconds=card_seconds,
+            card_seconds=sum(part.card_seconds for part in parts),
         )
 
     def close(self) -> None:
@@ -142,48 +146,52 @@ class GpuDecoder:
         content = _tensor_over(jpegs.content[first:last]).to(self._device)
         return find_early_ends(content, self._on_card(jpegs.bounds - first))
 
-    def _by_card(self, jpegs: Jpegs) -> tuple[NDArray[np.int64], Tensor]:
-        """Rows that the card decodes, ascending, and their pixels, complete."""
+    def _by_card(self, jpegs: Jpegs) -> Iterator["_Part"]:
+        """Decode what the card decodes, in ascending rows."""
         num_bytes = 3 * jpegs.geometries[:, 0] * jpegs.geometries[:, 1]
-        parts = [self._call(jpegs, np.arange(0), num_bytes)]
+        yield self._nothing(card_seconds=0.0)
         for rows in _calls(num_bytes):
-            parts += self._decodable(jpegs, rows, num_bytes)
-        pixels = torch.cat([part for _, part in parts])
-        self._stream.synchronize()
-        return np.concatenate([rows for rows, _ in parts]), pixels
+            yield from self._decodable(jpegs, rows, num_bytes)
 
     def _decodable(
         self, jpegs: Jpegs, rows: NDArray[np.int64], num_bytes: NDArray[np.int64]
-    ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+    ) -> Iterator["_Part"]:
         """Decode those of the rows that nvJPEG takes: without the others all at once."""
-        done = self._call(jpegs, rows, num_bytes)
-        if len(done[0]) or len(rows) == 1:
-            yield done
-        else:
+        part = self._call(jpegs, rows, num_bytes)
+        yield part
+        if not len(part.rows) and len(rows) > 1:
             for half in np.array_split(rows, 2):
                 yield from self._decodable(jpegs, half, num_bytes)
 
-    def _call(
-        self, jpegs: Jpegs, rows: NDArray[np.int64], num_bytes: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], Tensor]:
-        """Decode and resize all rows; none, and no pixels, if nvJPEG does not take them all."""
-        bounds, geometries = jpegs.bounds[rows], jpegs.geometries[rows]
-        ends = num_bytes[rows].cumsum()
-        decoded = torch.empty(
-            int(ends[-1]) if len(rows) else 0, dtype=torch.uint8, device=self._device
-        )
-        targets = decoded.data_ptr() + ends - num_bytes[rows]
-        is_done = len(rows) == 0 or self._nvjpeg.decode(
-            jpegs.content.ctypes.data + bounds[:, 0],
-            num_bytes=bounds[:, 1] - bounds[:, 0],
-            targets=targets,
-            row_bytes=3 * geometries[:, 0],
-            stream=self._stream.cuda_stream,
-        )
+    def _call(self, jpegs: Jpegs, rows: NDArray[np.int64], num_bytes: NDArray[np.int64]) -> "_Part":
+        """Decode and resize all rows; none, if nvJPEG does not take them all."""
+        bounds, geometries, ends = jpegs.bounds[rows], jpegs.geometries[rows], num_bytes[rows]
+        ends = ends.cumsum()
+        with self._turn, torch.cuda.stream(self._stream):
+            started = time.perf_counter()
+            decoded = torch.empty(int(ends[-1]), dtype=torch.uint8, device=self._device)
+            targets = decoded.data_ptr() + ends - num_bytes[rows]
+            is_done = self._nvjpeg.decode(
+                jpegs.content.ctypes.data + bounds[:, 0],
+                num_bytes=bounds[:, 1] - bounds[:, 0],
+                targets=targets,
+                row_bytes=3 * geometries[:, 0],
+                stream=self._stream.cuda_stream,
+            )
+            self._stream.synchronize()
+            card_seconds = time.perf_counter() - started
         if not is_done:
-            return self._call(jpegs, rows[:0], num_bytes)
+            return self._nothing(card_seconds=card_seconds)
         sources = upright(targets, size=geometries[:, :2], orientations=geometries[:, 2])
-        return rows, resample(sources, preprocessing=self._preprocessing, device=self._device)
+        pixels = resample(sources, preprocessing=self._preprocessing, device=self._device)
+        # `decoded` is another stream's memory, which it may give to others from here on.
+        torch.cuda.current_stream().synchronize()
+        return _Part(rows=rows, pixels=pixels, card_seconds=card_seconds)
+
+    def _nothing(self, *, card_seconds: float) -> "_Part":
+        shape = (0, self._preprocessing.height, self._preprocessing.width, 3)
+        pixels = torch.empty(shape, dtype=torch.uint8, device=self._device)
+        return _Part(rows=np.arange(0), pixels=pixels, card_seconds=card_seconds)
 
     def _on_card(self, numbers: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(numbers).to(self._device)

@@ -3,9 +3,10 @@
 Knows nothing of which images are asked for, or of what becomes of them.
 
 nvJPEG itself, not a library above it: in one call it decodes a batch without Python in between, on
-the card's JPEG engines where it has some, and interpolates colour as libjpeg does. On an H200,
-500 x 375 (34 kB) in batches of 256: 45,782 images/s, none further than one level from Pillow's;
-nvImageCodec, image by image in Python: 18,319.
+the card's JPEG engines where it has some, and interpolates colour as libjpeg does: on an H200, none
+of 64 photos was further than one level from Pillow's. There it took 34 ms for 1,024 of 500 x 375
+(34 kB), 30,000 images/s; nvImageCodec, an object in Python for each image, and the resize together
+did 18,319.
 """
 
 import ctypes
