@@ -5,10 +5,13 @@ Knows nothing of how they are made.
 
 import sys
 from collections.abc import Sequence
+from typing import get_args
 
 from jobs.command import Actions, CommandParser, dispatch, print_result, run
 from pipelines.changes import find_changes
+from pipelines.schema import MODALITIES
 from pipelines.snapshots import (
+    Kind,
     Snapshot,
     numbers_in_words,
     read_snapshot,
@@ -111,6 +114,21 @@ def _vacuum(argv: Sequence[str]) -> int:
     return 0
 
 
+def _files(argv: Sequence[str]) -> int:
+    parser = _parser("files", "The Parquet files of one snapshot: a URI on each line.")
+    parser.add_argument("number", type=int, nargs="?", help="the current one if left out")
+    parser.add_argument("--kind", default="embeddings", choices=get_args(Kind))
+    parser.add_argument("--modality", choices=MODALITIES, help="of all rows; all if left out")
+    options = parser.parse_options(argv)
+    store = Store(options.store)
+    snapshot = read_snapshot(store, options.number)
+    files = snapshot.files_of(options.kind, modality=options.modality)
+    uris = [f"{store.uri.rstrip('/')}/{file.path}" for file in files]
+    if uris or options.json:  # an empty line would be a file to a shell
+        print_result(uris, as_json=options.json, text="\n".join(uris))
+    return 0
+
+
 def _parser(action: str, description: str) -> CommandParser:
     parser = CommandParser(f"snapshots {action}", description=description)
     parser.add_argument("--store", required=True, metavar="URI", help="an output folder of embed")
@@ -147,6 +165,7 @@ def _line(snapshot: Snapshot) -> str:
 
 
 ACTIONS: Actions = {
+    "files": (_files, "the Parquet files of one, for other programs"),
     "list": (_list, "all snapshots, the current one last"),
     "show": (_show, "one of them"),
     "diff": (_diff, "what changed from one to another"),
