@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.text import Text
 
 from engine.progress import OnProgress
-from pipelines.ledger import Counts
+from pipelines.counts import Counts
 from pipelines.progress import Progress as RunProgress
 
 LOG_SECONDS = 30.0
@@ -143,7 +143,7 @@ class _Lines:
 
 def stage_total(counts: Counts, stage: str) -> int:
     """Rows that a stage has to do: rows of the catalog to read, then one for each modality."""
-    return counts.num_due_rows if stage == "read" else sum(counts.num_due.values())
+    return counts.num_due_rows if stage == "read" else counts.num_encoded
 
 
 def bar_total(counts: Counts, stage: str, *, stages: Collection[str]) -> int | None:

@@ -4,14 +4,13 @@ Knows nothing of the command line or of how progress and reports are shown.
 """
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, cast
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from engine.errors import EngineError
 from engine.manifest import Manifest
@@ -19,6 +18,7 @@ from engine.registry import Engine, Registry
 from pipelines import schema
 from pipelines.assembly import count_rejects, next_files
 from pipelines.catalog import Catalog, CatalogConfig, open_catalog
+from pipelines.counts import Counts
 from pipelines.decode import RowLimits
 from pipelines.engines import (
     EngineChoice,
@@ -28,25 +28,28 @@ from pipelines.engines import (
     chosen_engine,
     ready_engine,
 )
-from pipelines.errors import IncompleteRunError, TooManyRejectsError
-from pipelines.ledger import Counts, Ledger
+from pipelines.errors import IncompleteRunError
+from pipelines.ledger import Ledger
 from pipelines.parent import check_parent, same_state
-from pipelines.planning import add_stored, catalog_record, fill, plan_id_of, staged_files
-from pipelines.progress import GPU_STAGES, STAGES, Progress, ProgressBoard, polled
+from pipelines.planning import (
+    catalog_record,
+    fill,
+    modalities_by_content,
+    plan_id_of,
+    staged_files,
+)
+from pipelines.progress import Progress
+from pipelines.rounds import Written, write_due
 from pipelines.schema import EmbeddingDtype, Modality
 from pipelines.snapshots import (
     EngineRecord,
     Snapshot,
-    StoredFile,
     commit,
     current_snapshot,
     missing_files,
 )
-from pipelines.stages import Pass, Resources, num_workers, ray_data_settings, run_stages
+from pipelines.stages import Pass, Resources, num_workers, ray_data_settings
 from pipelines.store import Store
-
-# Fewer rejects than this never stop a run: a share of a handful of rows says nothing.
-MIN_REJECTS_TO_STOP = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +100,8 @@ class EmbedResult:
     """The plan before the run."""
     num_embedded: dict[Modality, int]
     """Rows embedded by this run."""
+    num_copied: dict[Modality, int]
+    """Rows whose content was embedded already, for another row, and copied by this run."""
     rejects_by_reason: dict[str, int]
     """Of the snapshot, not of this run alone."""
     progress: Progress | None
@@ -111,6 +116,9 @@ def embed(
     config: EmbedConfig, *, on_progress: Callable[[Counts, Progress], None] | None = None
 ) -> EmbedResult:
     """Embed what is new or changed in a catalog and commit a snapshot of all of it.
+
+    A content that is stored under another key, or that several rows have, is embedded once and
+    copied (see `pipelines.planning.modalities_by_content`).
 
     Ray must be initialized. Killed at any point, the same call goes on where the run stopped.
 
@@ -150,11 +158,14 @@ def embed(
     settings += [execution.decoder] if execution.decoder != "cpu" else []
     plan_id = plan_id_of(catalog, engine=engine, settings=settings)
     before = () if parent is None else parent.files
-    written: list[StoredFile] = []
-    progress = None
+    written = Written()
     with (
         ray_data_settings(config.resources, modalities=catalog.modalities),
-        Ledger(key_type=catalog.key_type, modalities=catalog.modalities) as ledger,
+        Ledger(
+            key_type=catalog.key_type,
+            modalities=catalog.modalities,
+            by_content=modalities_by_content(catalog),
+        ) as ledger,
     ):
         staged = staged_files(store, plan_id=plan_id, committed=before)
         fill(
@@ -168,7 +179,7 @@ def embed(
         )
         counts = ledger.counts()
         manifest = _ready_manifest(config, engine=engine, registry=registry, catalog=catalog)
-        if counts.num_due_rows:
+        if any(counts.num_due.values()):
             pass_ = Pass(
                 catalog=catalog,
                 engine=engine,
@@ -181,19 +192,11 @@ def embed(
                 limits=config.limits,
                 resources=config.resources,
             )
-            written, progress = _run(
+            written = write_due(
                 pass_, ledger=ledger, counts=counts, staged=staged, on_progress=on_progress
             )
-            add_stored(ledger, written, store=store, staged=True)
-            ledger.settle()
-            still_due = ledger.counts().num_due
-            if any(still_due.values()):
-                raise IncompleteRunError(
-                    f"{still_due} rows were planned but not written: the catalog changed while it "
-                    "was read. Nothing was committed and nothing lost; run the same command again"
-                )
         files = next_files(
-            [*before, *staged, *written],
+            [*before, *staged, *written.files],
             ledger=ledger,
             key_type=catalog.key_type,
             plan_id=plan_id,
@@ -235,16 +238,10 @@ def embed(
         snapshot=snapshot,
         committed=committed,
         counts=counts,
-        num_embedded={
-            modality: sum(
-                file.num_rows
-                for file in written
-                if file.kind == "embeddings" and file.modality == modality
-            )
-            for modality in catalog.modalities
-        },
+        num_embedded=written.num_embedded(catalog.modalities),
+        num_copied=written.num_copied(catalog.modalities),
         rejects_by_reason=count_rejects(store, snapshot.files_of("rejects")),
-        progress=progress,
+        progress=written.progress,
         workers=num_workers(config.resources, execution=execution),
         execution=execution,
     )
@@ -289,46 +286,3 @@ def _ready_manifest(
             f"such a column; leave it out with {leave_out}"
         )
     return manifest
-
-
-def _run(
-    pass_: Pass,
-    *,
-    ledger: Ledger,
-    counts: Counts,
-    staged: Sequence[StoredFile],
-    on_progress: Callable[[Counts, Progress], None] | None,
-) -> tuple[list[StoredFile], Progress]:
-    # On the driver's node: a worker that may be lost at any time would take the counts along.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    stages = GPU_STAGES if pass_.execution.decoder == "gpu" else STAGES
-    board = ProgressBoard.options(  # type: ignore[attr-defined]
-        scheduling_strategy=here
-    ).remote(stages)
-    written: list[StoredFile] = []
-    num_planned = sum(counts.num_due.values()) + sum(file.num_rows for file in staged)
-    num_rejected = _num_rejects(staged)
-    with polled(board, partial(on_progress, counts) if on_progress else None):
-        for files in run_stages(pass_, due=ledger.due(), board=board):
-            written += files
-            num_rejected += _num_rejects(files)
-            _check_rejects(num_rejected, pass_=pass_, num_planned=num_planned)
-    progress: Progress = ray.get(board.progress.remote())
-    ray.kill(board)
-    return written, progress
-
-
-def _num_rejects(files: Sequence[StoredFile]) -> int:
-    return sum(file.num_rows for file in files if file.kind == "rejects")
-
-
-def _check_rejects(num_rejected: int, *, pass_: Pass, num_planned: int) -> None:
-    bound = pass_.limits.max_reject_share
-    # Against all rows of the plan, not those seen so far: the bad ones may come first.
-    if num_rejected > max(bound * num_planned, MIN_REJECTS_TO_STOP - 1):
-        folder = pass_.store.full_path(f"rejects/{pass_.plan_id}")
-        raise TooManyRejectsError(
-            f"{num_rejected} of {num_planned} rows rejected: more than {bound:.1%}. Nothing was "
-            f"committed; the rejects with their reasons are in {folder}. Mend the catalog, or "
-            "accept more with --max-reject-share; what was embedded is kept"
-        )

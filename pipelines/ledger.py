@@ -5,10 +5,16 @@ Knows keys and fingerprints only, nothing of images, engines or how files are re
 Both sides are tables of DuckDB, which joins them on all cores and spills to disk beyond its
 memory limit. A row is *live* if it is stored and still wanted, *due* if it is wanted and not
 stored, *dead* if it is stored and no longer wanted.
+
+Where fingerprints are of content alone, a due row whose content is stored under another key is
+*moved*: its embedding is copied. Of due rows with one content that is not stored at all the first
+is embedded; the others, its *twins*, wait for it and are copied then. Rejects are not copied: once
+a content is stored as a reject only, each row that has it is tried itself. Rows without a
+fingerprint (null contents, and rows trusted by key, whose contents nobody read) are neither.
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -18,27 +24,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines import schema
+from pipelines.counts import TRUSTED, Counts, key_counts, num_by_modality, same_content
 from pipelines.database import open_database, sql_type
 from pipelines.schema import FINGERPRINT, KEY, SOURCE_FILE, SOURCE_ROW, Modality, Reason, Stage
 from pipelines.snapshots import StoredFile
-
-TRUSTED = "trusted"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Counts:
-    """A plan in numbers."""
-
-    num_rows: int
-    """Rows of the catalog."""
-    num_keys: int
-    """Distinct keys that are not null."""
-    num_due: dict[Modality, int]
-    """Still to be embedded."""
-    num_due_rows: int
-    """Rows of the catalog to be read for them."""
-    num_live: dict[Modality, int]
-    """Stored and still right, rejects included."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,9 +45,22 @@ class DueRows:
 class Ledger:
     """The rows of catalog and store, by key. Use as a context; it holds temporary files."""
 
-    def __init__(self, *, key_type: pa.DataType, modalities: Sequence[Modality]) -> None:
-        """Begin with no rows on either side."""
+    def __init__(
+        self,
+        *,
+        key_type: pa.DataType,
+        modalities: Sequence[Modality],
+        by_content: Collection[Modality] = (),
+    ) -> None:
+        """Begin with no rows on either side.
+
+        Args:
+            key_type: string or int64.
+            modalities: Of each key.
+            by_content: Those of them where equal fingerprints are equal embeddings.
+        """
         self._modalities = tuple(modalities)
+        self._by_content = " OR ".join(f"modality = '{name}'" for name in by_content) or "false"
         self._spill_dir = tempfile.TemporaryDirectory(prefix="clipmill-ledger-")
         self._db = open_database(self._spill_dir.name)
         key = sql_type(key_type)
@@ -69,7 +71,7 @@ class Ledger:
         )
         self._db.execute(
             f"CREATE TABLE stored (path VARCHAR, position BIGINT, modality VARCHAR, {KEY} {key}, "
-            f"{FINGERPRINT} BLOB, staged BOOLEAN)"
+            f"{FINGERPRINT} BLOB, staged BOOLEAN, retried BOOLEAN, embedded BOOLEAN)"
         )
 
     def __enter__(self) -> Self:
@@ -103,26 +105,28 @@ class Ledger:
         rows: pa.Table,
         *,
         file: StoredFile,
-        positions: NDArray[np.int64] | None = None,
+        retried: NDArray[np.bool_] | None = None,
         staged: bool = False,
     ) -> None:
-        """Add rows of one stored file; those that are left out count as dead.
+        """Add all rows of one stored file.
 
         Args:
             rows: `key` and `fingerprint`.
-            positions: Where in the file they are, ascending; None: they are all of it.
             file: Where they lie; files of whole-row rejects do not belong here.
+            retried: For each row, whether it is a reject that is due again; None: none is.
             staged: Written for this very catalog and not yet committed: the key alone tells.
         """
         num_rows = rows.num_rows
         table = pa.table(
             {
                 "path": pa.repeat(file.path, num_rows),
-                "position": np.arange(num_rows) if positions is None else positions,
+                "position": np.arange(num_rows),
                 "modality": pa.repeat(pa.scalar(file.modality, pa.string()), num_rows),
                 KEY: rows[KEY],
                 FINGERPRINT: rows[FINGERPRINT],
                 "staged": np.full(num_rows, staged),
+                "retried": np.zeros(num_rows, dtype=np.bool_) if retried is None else retried,
+                "embedded": np.full(num_rows, file.kind == "embeddings"),
             }
         )
         self._insert("stored", table, columns=", ".join(table.column_names))
@@ -143,18 +147,39 @@ class Ledger:
         # Of two stored copies (a task that was run twice) the committed one is kept.
         self._db.execute(
             f"""CREATE OR REPLACE TABLE live AS
-            SELECT path, position, {KEY}, modality FROM (
-              SELECT s.path, s.position, s.{KEY}, s.modality, row_number() OVER
+            SELECT path, position, {KEY}, modality, staged FROM (
+              SELECT s.path, s.position, s.{KEY}, s.modality, s.staged, row_number() OVER
                 (PARTITION BY s.{KEY}, s.modality ORDER BY s.staged, s.path, s.position) AS copy
               FROM stored s JOIN wanted w ON s.{KEY} = w.{KEY} AND s.modality = w.modality
-                AND (w.{TRUSTED} OR s.staged
-                  OR s.{FINGERPRINT} IS NOT DISTINCT FROM w.{FINGERPRINT})
+                AND NOT s.retried AND {same_content("w")}
             ) WHERE copy = 1"""
         )
         self._db.execute(
             f"""CREATE OR REPLACE TABLE due AS
-            SELECT {SOURCE_FILE}, {SOURCE_ROW}, modality FROM wanted w ANTI JOIN live l
+            SELECT w.* FROM wanted w ANTI JOIN live l
             ON w.{KEY} = l.{KEY} AND w.modality = l.modality"""
+        )
+        # Without a path: it waits for the first row of its content, of which nothing is stored.
+        self._db.execute(
+            f"""CREATE OR REPLACE TABLE copies AS
+            WITH content AS (
+              SELECT modality, {FINGERPRINT}, arg_min({{'path': path, 'position': position}},
+                (staged, path, position)) FILTER (embedded) AS source
+              FROM stored s SEMI JOIN due d
+                ON s.{FINGERPRINT} = d.{FINGERPRINT} AND s.modality = d.modality
+              WHERE NOT retried AND ({self._by_content}) GROUP BY modality, {FINGERPRINT}
+            )
+            SELECT {KEY}, modality, source.path AS path, source.position AS position FROM (
+              SELECT d.{KEY}, d.modality, c.source, c.modality IS NOT NULL AS is_stored,
+                row_number() OVER (PARTITION BY d.modality, d.{FINGERPRINT}
+                  ORDER BY d.{SOURCE_FILE}, d.{SOURCE_ROW}) AS copy
+              FROM (FROM due WHERE {FINGERPRINT} IS NOT NULL AND ({self._by_content})) d
+              LEFT JOIN content c ON c.{FINGERPRINT} = d.{FINGERPRINT} AND c.modality = d.modality
+            ) WHERE source IS NOT NULL OR (copy > 1 AND NOT is_stored)"""
+        )
+        self._db.execute(
+            f"""CREATE OR REPLACE VIEW encoded AS SELECT d.* FROM due d ANTI JOIN copies c
+            ON d.{KEY} = c.{KEY} AND d.modality = c.modality"""
         )
 
     def counts(self) -> Counts:
@@ -162,20 +187,28 @@ class Ledger:
         return Counts(
             num_rows=self._one("SELECT count(*) FROM catalog"),
             num_keys=self._one("SELECT count(*) FROM item WHERE copy = 1"),
-            num_due=self._by_modality("due"),
             num_due_rows=self._one(
-                f"SELECT count(*) FROM (SELECT DISTINCT {SOURCE_FILE}, {SOURCE_ROW} FROM due)"
+                f"SELECT count(*) FROM (SELECT DISTINCT {SOURCE_FILE}, {SOURCE_ROW} FROM encoded)"
             ),
-            num_live=self._by_modality("live"),
+            keys=key_counts(self._db, modalities=self._modalities),
         )
 
+    def num_due(self) -> dict[Modality, int]:
+        """Rows still to be embedded or copied."""
+        return num_by_modality(self._db, "FROM due", modalities=self._modalities)
+
+    def num_waiting(self) -> dict[Modality, int]:
+        """Of them, twins of rows that are still to be embedded."""
+        waiting = "FROM copies WHERE path IS NULL"
+        return num_by_modality(self._db, waiting, modalities=self._modalities)
+
     def due(self) -> list[DueRows]:
-        """The rows that must be embedded, file by file."""
+        """The rows that must be embedded, file by file; neither moved ones nor twins."""
         flags = ", ".join(
             f"bool_or(modality = '{modality}') AS {modality}" for modality in self._modalities
         )
         table = self._db.sql(
-            f"SELECT {SOURCE_FILE}, {SOURCE_ROW}, {flags} FROM due "
+            f"SELECT {SOURCE_FILE}, {SOURCE_ROW}, {flags} FROM encoded "
             f"GROUP BY {SOURCE_FILE}, {SOURCE_ROW} ORDER BY {SOURCE_FILE}, {SOURCE_ROW}"
         ).to_arrow_table()
         files = table[SOURCE_FILE].dictionary_encode().combine_chunks()
@@ -193,6 +226,22 @@ class Ledger:
                 files.dictionary.to_pylist(), bounds[:-1], bounds[1:], strict=True
             )
         ]
+
+    def copies(self, *, max_rows: int) -> Iterator[pa.Table]:
+        """Due rows whose content is stored: `key`, `modality`, and the `path` and `position` of it.
+
+        Args:
+            max_rows: Of one table; all its rows are of one modality, ordered by path and position.
+        """
+        for modality in self._modalities:
+            batches = self._db.sql(
+                f"SELECT {KEY}, modality, path, position FROM copies "
+                "WHERE path IS NOT NULL AND modality = ? ORDER BY path, position",
+                params=[modality],
+            ).to_arrow_reader(max_rows)
+            for batch in batches:
+                for first in range(0, batch.num_rows, max_rows):
+                    yield pa.Table.from_batches([batch.slice(first, max_rows)])
 
     def num_live_by_path(self) -> dict[str, int]:
         """Stored files with live rows -> how many."""
@@ -232,9 +281,3 @@ class Ledger:
 
     def _one(self, query: str) -> int:
         return int(self._db.sql(query).fetchall()[0][0])
-
-    def _by_modality(self, table: str) -> dict[Modality, int]:
-        return {
-            modality: self._one(f"SELECT count(*) FROM {table} WHERE modality = '{modality}'")
-            for modality in self._modalities
-        }

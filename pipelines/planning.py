@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -19,6 +18,7 @@ from pipelines.fingerprints import plan_id as fingerprint_plan
 from pipelines.fingerprints import row_fingerprints
 from pipelines.ledger import Ledger
 from pipelines.reading import CatalogDatasource, all_rows
+from pipelines.schema import Modality
 from pipelines.snapshots import CatalogRecord, EngineRecord, Kind, Snapshot, StoredFile
 from pipelines.store import Store
 from pipelines.writing import staging_dir
@@ -85,6 +85,16 @@ def staged_files(
     return files
 
 
+def modalities_by_content(catalog: Catalog) -> tuple[Modality, ...]:
+    """Modalities of which rows with equal fingerprints have equal embeddings, and may share one.
+
+    None with a version column, whose fingerprints are of key and version, and tell nothing of
+    contents. None with carried columns either: they belong to each row, not to its content.
+    """
+    config = catalog.config
+    return () if config.version_column or config.carry_columns else catalog.modalities
+
+
 def fill(
     ledger: Ledger,
     catalog: Catalog,
@@ -104,7 +114,7 @@ def fill(
         staged: Files that an earlier run of this very plan left.
         store: Where all that is stored lies.
         num_cpus: For a task of the cluster that reads contents, where keys cannot tell.
-        retried: Rejects of these reasons are left out, so that their rows are due again.
+        retried: Reject reasons: rows that were rejected for them are due again.
     """
     committed = () if parent is None else parent.files
     add_stored(ledger, committed, store=store, staged=False, retried=retried)
@@ -128,7 +138,7 @@ def add_stored(
         files: Those with a modality; rejects of whole rows are found anew each time.
         store: Where they lie.
         staged: Whether they are of this very plan.
-        retried: Rejects of these reasons are left out, so that their rows are due again.
+        retried: Reject reasons: rows that were rejected for them are due again.
     """
 
     def read(file: StoredFile) -> tuple[StoredFile, pa.Table]:
@@ -139,12 +149,11 @@ def add_stored(
 
     with ThreadPoolExecutor(READ_THREADS) as threads:
         for file, rows in threads.map(read, [file for file in files if file.modality is not None]):
-            positions = None
+            due_again = None
             if file.kind == "rejects" and retried:
-                kept = pc.invert(pc.is_in(rows[schema.REASON], pa.array(retried, pa.string())))
-                positions = np.flatnonzero(kept.to_numpy())
-                rows = rows.filter(kept)
-            ledger.add_stored_rows(rows, file=file, positions=positions, staged=staged)
+                reasons = pa.array(retried, pa.string())
+                due_again = pc.is_in(rows[schema.REASON], reasons).to_numpy()
+            ledger.add_stored_rows(rows, file=file, retried=due_again, staged=staged)
 
 
 def _add_catalog(
@@ -207,7 +216,7 @@ def _hash(catalog: Catalog, *, paths: Sequence[str], num_cpus: float) -> Iterato
         yield from hashed.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
-def _with_fingerprints(table: pa.Table, modalities: Sequence[schema.Modality]) -> pa.Table:
+def _with_fingerprints(table: pa.Table, modalities: Sequence[Modality]) -> pa.Table:
     rows = table.select([schema.SOURCE_FILE, schema.SOURCE_ROW, schema.KEY])
     for modality in modalities:
         is_hashable = schema.VERSION in table.column_names or modality in table.column_names

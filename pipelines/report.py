@@ -5,6 +5,7 @@ Knows nothing of how the report is drawn.
 
 from dataclasses import dataclass
 
+from pipelines.counts import KeyCounts
 from pipelines.embedding import EmbedResult
 from pipelines.progress import Progress
 
@@ -73,8 +74,12 @@ class RunReport:
     """Distinct keys."""
     num_embedded: dict[str, int]
     """Modality -> rows embedded by this run."""
+    num_copied: dict[str, int]
+    """Modality -> rows whose content was embedded already, for another row: copied by this run."""
     num_unchanged: dict[str, int]
-    """Modality -> rows that were stored already."""
+    """Modality -> rows that were stored already, by runs that did not finish too."""
+    plan: dict[str, KeyCounts]
+    """Modality -> what was to be done for its keys."""
     num_stored: dict[str, int]
     """Modality -> embeddings in the snapshot."""
     rejects_by_reason: dict[str, int]
@@ -109,13 +114,35 @@ def make_report(result: EmbedResult, *, catalog_uri: str, store_uri: str) -> Run
         num_catalog_rows=result.counts.num_rows,
         num_keys=result.counts.num_keys,
         num_embedded={str(name): num for name, num in result.num_embedded.items()},
-        num_unchanged={str(name): num for name, num in result.counts.num_live.items()},
+        num_copied={str(name): num for name, num in result.num_copied.items()},
+        num_unchanged={
+            str(name): keys.num_unchanged + keys.num_staged
+            for name, keys in result.counts.keys.items()
+        },
+        plan={str(name): keys for name, keys in result.counts.keys.items()},
         num_stored={name: snapshot.num_rows("embeddings", modality=name) for name in modalities},
         rejects_by_reason=result.rejects_by_reason,
         seconds=progress.seconds if progress else 0.0,
         stages=stages,
         samples=progress.samples if progress else [],
         bottleneck=bottleneck_line(stages),
+    )
+
+
+def plan_line(keys: KeyCounts) -> str:
+    """What is to be done for the keys of one modality, in words."""
+    return ", ".join(
+        f"{num:,} {what}"
+        for what, num in (
+            ("new", keys.num_new),
+            ("changed", keys.num_changed),
+            ("moved", keys.num_moved),
+            ("retried", keys.num_retried),
+            ("unchanged", keys.num_unchanged),
+            ("staged by an unfinished run", keys.num_staged),
+            ("deleted", keys.num_deleted),
+        )
+        if num or what not in ("retried", "staged by an unfinished run")
     )
 
 
@@ -170,8 +197,11 @@ def summary(report: RunReport) -> str:
     for modality, num_stored in report.num_stored.items():
         lines.append(
             f"  {modality:<6} {num_stored:>10,} stored: {report.num_embedded[modality]:,} "
-            f"embedded now, {report.num_unchanged[modality]:,} rows unchanged"
+            f"embedded now, {report.num_copied[modality]:,} copied, "
+            f"{report.num_unchanged[modality]:,} rows unchanged"
         )
+        if modality in report.plan:
+            lines.append(f"  {'':<6} {'':>10} planned: {plan_line(report.plan[modality])}")
     for reason, num_rows in report.rejects_by_reason.items():
         lines.append(f"  reject {num_rows:>10,} {reason}")
     if report.stages:

@@ -18,7 +18,7 @@ from PIL import Image
 from engine.images import ImageLimits, ImageRejected, rgb_image
 from pipelines import drawing
 from pipelines.drawing import ACCENT, INK, WARNING, Plot, compact, render, svg_of
-from pipelines.report import RunReport
+from pipelines.report import RunReport, plan_line
 
 MAX_THUMBNAIL_PIXELS = 160
 # A picture that is small already but heavier than this (metadata, noise) is made again as JPEG.
@@ -78,7 +78,12 @@ def render_page(report: RunReport, *, sheets: Sequence[QuerySheet] = ()) -> str:
     """
     return render(
         "report.html",
-        filters={"size": size_text, "duration": duration_text, "thumbnail": thumbnail_uri},
+        filters={
+            "size": size_text,
+            "duration": duration_text,
+            "thumbnail": thumbnail_uri,
+            "plan": plan_line,
+        },
         values={
             "report": report,
             "sheets": sheets,

@@ -1,11 +1,13 @@
 """Tests of pipelines/ledger.py, case by case and against a model of it in plain Python."""
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from pipelines import schema
 from pipelines.ledger import Ledger
 from pipelines.schema import MODALITIES, Modality
-from pipelines.snapshots import StoredFile
+from pipelines.snapshots import Kind, StoredFile
 from tests.stored import fingerprint
 
 Key = str | int | None
@@ -39,6 +41,8 @@ class Stored:
     modality: Modality
     rows: Sequence[tuple[Key, str | None]]
     staged: bool = False
+    kind: Kind = "embeddings"
+    retried: Sequence[Key] = ()
 
 
 def as_blob(content: str | None) -> bytes | None:
@@ -52,10 +56,11 @@ def settled(
     trusted: Iterable[str] = (),
     modalities: Sequence[Modality] = ("image",),
     key_type: pa.DataType | None = None,
+    by_content: Sequence[Modality] = (),
 ) -> Ledger:
     """A ledger of these rows; files named in `trusted` are added as such."""
     key_type = key_type or pa.string()
-    ledger = Ledger(key_type=key_type, modalities=modalities)
+    ledger = Ledger(key_type=key_type, modalities=modalities, by_content=by_content)
     by_file = defaultdict(list)
     for row in rows:
         by_file[row.file].append(row)
@@ -78,7 +83,8 @@ def settled(
                 ),
             }
         )
-        ledger.add_stored_rows(table, file=stored_file(file), staged=file.staged)
+        retried = np.array([key in file.retried for key, _ in file.rows], dtype=np.bool_)
+        ledger.add_stored_rows(table, file=stored_file(file), staged=file.staged, retried=retried)
     ledger.settle()
     return ledger
 
@@ -86,7 +92,7 @@ def settled(
 def stored_file(file: Stored) -> StoredFile:
     return StoredFile(
         path=file.path,
-        kind="embeddings",
+        kind=file.kind,
         modality=file.modality,
         num_rows=len(file.rows),
         num_bytes=1,
@@ -113,6 +119,24 @@ def live(ledger: Ledger, stored: Iterable[Stored]) -> dict[str, list[int]]:
     return positions
 
 
+def copies(ledger: Ledger, *, max_rows: int = 1000) -> dict[tuple[Key, str], tuple[str, int]]:
+    """(key, modality) -> path and position of the embedding to be copied."""
+    found = {}
+    for table in ledger.copies(max_rows=max_rows):
+        assert 0 < table.num_rows <= max_rows
+        assert len(set(table["modality"].to_pylist())) == 1
+        for row in table.to_pylist():
+            assert (row["key"], row["modality"]) not in found
+            found[row["key"], row["modality"]] = (row["path"], row["position"])
+    return found
+
+
+def counted(ledger: Ledger, modality: Modality = "image") -> dict[str, int]:
+    """What is not 0 of the counts of a modality, without `num_`."""
+    counts = dataclasses.asdict(ledger.counts().keys[modality])
+    return {name.removeprefix("num_"): num for name, num in counts.items() if num}
+
+
 def rejects(ledger: Ledger, key_type: pa.DataType | None = None) -> list[tuple[Any, ...]]:
     key_type = key_type or pa.string()
     table = ledger.whole_row_rejects(key_type=key_type)
@@ -132,7 +156,7 @@ def test_at_first_every_row_is_due():
         counts = ledger.counts()
         assert (counts.num_rows, counts.num_keys, counts.num_due_rows) == (3, 3, 3)
         assert counts.num_due == {"image": 3}
-        assert counts.num_live == {"image": 0}
+        assert counted(ledger) == {"new": 3}
         assert rejects(ledger) == []
 
 
@@ -148,7 +172,7 @@ def test_an_unchanged_row_is_live_and_a_changed_one_due():
     with settled([A, B], stored) as ledger:
         assert due(ledger) == {("a", 1): {"image"}}
         assert live(ledger, stored) == {"s": [0]}
-        assert ledger.counts().num_live == {"image": 1}
+        assert counted(ledger) == {"changed": 1, "unchanged": 1}
 
 
 def test_a_row_that_moved_is_live_still():
@@ -163,6 +187,7 @@ def test_a_row_that_is_gone_is_dead():
     with settled([A], stored) as ledger:
         assert live(ledger, stored) == {"s": [1]}
         assert due(ledger) == {}
+        assert counted(ledger) == {"unchanged": 1, "deleted": 2}
 
 
 def test_a_row_without_content_is_done_once_it_is_stored_so():
@@ -195,7 +220,7 @@ def test_of_rows_stored_twice_one_is_live_and_the_committed_one_goes_first():
     ]
     with settled([A, B], stored) as ledger:
         assert live(ledger, stored) == {"z-committed": [0], "a-staged": [1]}
-        assert ledger.counts().num_live == {"image": 2}
+        assert counted(ledger) == {"unchanged": 1, "staged": 1}
 
 
 def test_modalities_are_due_apart():
@@ -209,7 +234,8 @@ def test_modalities_are_due_apart():
         assert live(ledger, stored) == {"i": [0, 1], "t": [0, 2]}
         counts = ledger.counts()
         assert counts.num_due == {"image": 1, "text": 1}
-        assert counts.num_live == {"image": 2, "text": 2}
+        assert counted(ledger) == {"new": 1, "unchanged": 2}
+        assert counted(ledger, "text") == {"changed": 1, "unchanged": 2}
         assert counts.num_due_rows == 2
 
 
@@ -268,6 +294,123 @@ def test_settling_again_counts_what_was_added_since():
         assert due(ledger) == {("a", 1): {"image"}}
 
 
+# Equal contents
+
+
+def test_a_content_that_is_stored_under_another_key_is_copied_and_not_embedded():
+    stored = [Stored("s", "image", [("other", "w"), ("gone", "x"), ("k2", "z")])]
+    rows = [A, B, Row("a", 2, "k2", "z")]
+    with settled(rows, stored, by_content=["image"]) as ledger:
+        assert copies(ledger) == {("k0", "image"): ("s", 1)}
+        assert due(ledger) == {("a", 1): {"image"}}
+        assert live(ledger, stored) == {"s": [2]}
+        assert counted(ledger) == {"new": 1, "moved": 1, "unchanged": 1, "deleted": 2}
+        counts = ledger.counts()
+        assert (counts.num_due, counts.num_encoded, counts.num_due_rows) == ({"image": 2}, 1, 1)
+        assert ledger.num_waiting() == {"image": 0}
+    with settled(rows, stored) as ledger:
+        assert copies(ledger) == {}
+        assert due(ledger) == {("a", 0): {"image"}, ("a", 1): {"image"}}
+
+
+def test_contents_that_change_places_are_copied():
+    stored = [Stored("s", "image", [("k0", "y"), ("k1", "x")])]
+    with settled([A, B], stored, by_content=["image"]) as ledger:
+        assert copies(ledger) == {("k0", "image"): ("s", 1), ("k1", "image"): ("s", 0)}
+        assert due(ledger) == {}
+        assert counted(ledger) == {"moved": 2}
+        assert ledger.counts().num_due_rows == 0
+
+
+def test_a_content_of_the_other_modality_is_another_content():
+    stored = [Stored("i", "image", [("o", "x"), ("p", "u")]), Stored("t", "text", [("o", "t")])]
+    rows = [Row("a", 0, "k0", "t", "x"), Row("a", 1, "k1", "x", "u")]
+    with settled(rows, stored, modalities=MODALITIES, by_content=MODALITIES) as ledger:
+        assert copies(ledger) == {("k1", "image"): ("i", 0)}
+        assert due(ledger) == {("a", 0): {"image", "text"}, ("a", 1): {"text"}}
+
+
+def test_of_rows_with_one_content_the_first_by_file_and_row_is_embedded():
+    rows = [Row("b", 0, "k0", "x"), Row("a", 9, "k2", "x"), Row("a", 10, "k3", "x"), B]
+    with settled(rows, by_content=["image"]) as ledger:
+        assert due(ledger) == {("a", 9): {"image"}, ("a", 1): {"image"}}
+        assert copies(ledger) == {}
+        assert counted(ledger) == {"new": 4, "twins": 2}
+        assert ledger.counts().num_encoded == ledger.counts().num_due_rows == 2
+        assert (ledger.num_due(), ledger.num_waiting()) == ({"image": 4}, {"image": 2})
+
+
+def test_twins_of_an_embedded_row_are_copied_and_those_of_a_rejected_one_tried():
+    rows = [Row("a", row, f"k{row}", "x" if row < 3 else "bad") for row in range(6)]
+    stored = [
+        Stored("s", "image", [("k0", "x")], staged=True),
+        Stored("r", "image", [("k3", "bad")], staged=True, kind="rejects"),
+    ]
+    with settled(rows, stored, by_content=["image"]) as ledger:
+        assert copies(ledger) == {("k1", "image"): ("s", 0), ("k2", "image"): ("s", 0)}
+        assert due(ledger) == {("a", 4): {"image"}, ("a", 5): {"image"}}
+        assert ledger.num_waiting() == {"image": 0}
+        assert counted(ledger) == {"new": 2, "moved": 2, "staged": 2}
+
+
+def test_the_committed_one_of_several_is_copied_and_a_reject_never():
+    stored = [
+        Stored("a", "image", [("o", "x")], kind="rejects"),
+        Stored("b", "image", [("p", "x")], staged=True),
+        Stored("c", "image", [("q", "w"), ("r", "x"), ("s", "x")]),
+    ]
+    with settled([A], stored, by_content=["image"]) as ledger:
+        assert copies(ledger) == {("k0", "image"): ("c", 1)}
+
+
+def test_rows_without_a_fingerprint_are_no_twins_and_not_copied():
+    rows = [Row("a", row, f"k{row}") for row in range(3)]
+    stored = [Stored("s", "image", [("other", None), ("another", "x")])]
+    for trusted in ([], ["a"]):
+        with settled(rows, stored, trusted=trusted, by_content=["image"]) as ledger:
+            assert len(due(ledger)) == 3
+            assert copies(ledger) == {}
+
+
+def test_what_a_trusted_row_has_stored_is_copied_for_others():
+    stored = [Stored("s", "image", [("k0", "x")])]
+    rows = [Row("a", 0, "k0", None), Row("b", 0, "k1", "x")]
+    with settled(rows, stored, trusted=["a"], by_content=["image"]) as ledger:
+        assert copies(ledger) == {("k1", "image"): ("s", 0)}
+        assert counted(ledger) == {"unchanged": 1, "moved": 1}
+
+
+def test_rejects_that_are_tried_again_are_due():
+    of_keys = [("k0", "x"), ("k1", "old"), ("k2", "z")]
+    rejected = Stored("r", "image", of_keys, kind="rejects", retried=["k0", "k1"])
+    rows = [A, B, Row("a", 2, "k2", "z"), Row("a", 3, "k3", "x")]
+    with settled(rows, [rejected], by_content=["image"]) as ledger:
+        # The content of k0 and k3 may be embedded this time.
+        assert due(ledger) == {("a", 0): {"image"}, ("a", 1): {"image"}}
+        assert live(ledger, [rejected]) == {"r": [2]}
+        assert counted(ledger) == {
+            "new": 1,
+            "changed": 1,
+            "retried": 1,
+            "unchanged": 1,
+            "twins": 1,
+        }
+
+
+def test_copies_come_in_tables_of_bounded_size_in_the_order_of_files():
+    stored = [
+        Stored(f"s{file}", "image", [(f"o{file}-{row}", f"{file}-{row}") for row in range(4)])
+        for file in range(3)
+    ]
+    rows = [
+        Row("a", number, f"k{number}", f"{number % 3}-{number // 3 % 4}") for number in range(24)
+    ]
+    with settled(rows, stored, by_content=["image"]) as ledger:
+        places = list(copies(ledger, max_rows=5).values())
+        assert places == sorted(places)
+        assert len(places) == 24
+
+
 def test_temporary_files_are_gone_at_the_end():
     with settled([A]) as ledger:
         folder = Path(ledger._spill_dir.name)
@@ -298,14 +441,24 @@ def stores(draw: st.DrawFn) -> list[Stored]:
             draw(st.sampled_from(MODALITIES)),
             draw(st.lists(st.tuples(keys, CONTENTS), min_size=1, max_size=4)),
             staged=draw(st.booleans()),
+            **draw(
+                st.sampled_from(
+                    [{}, {"kind": "rejects"}, {"kind": "rejects", "retried": ("k0", "k1", "gone")}]
+                )
+            ),
         )
         for number in range(num_files)
     ]
 
 
-@given(rows=catalogs(), stored=stores(), trusted=st.sets(st.sampled_from("abc")))
+@given(
+    rows=catalogs(),
+    stored=stores(),
+    trusted=st.sets(st.sampled_from("abc")),
+    by_content=st.sets(st.sampled_from(MODALITIES)),
+)
 @settings(max_examples=40, deadline=None)
-def test_agrees_with_a_model_in_plain_python(rows, stored, trusted):
+def test_agrees_with_a_model_in_plain_python(rows, stored, trusted, by_content):
     first: dict[Key, Row] = {}
     expected_rejects = []
     for row in sorted(rows, key=lambda row: (row.file, row.row)):
@@ -317,23 +470,71 @@ def test_agrees_with_a_model_in_plain_python(rows, stored, trusted):
             first[row.key] = row
     expected_live = defaultdict(list)
     expected_due = defaultdict(set)
-    for key, row in first.items():
+    expected_copies = {}
+    seen = set()
+    expected = {modality: defaultdict(int) for modality in MODALITIES}
+    for key, row in sorted(first.items(), key=lambda entry: (entry[1].file, entry[1].row)):
         for modality in MODALITIES:
-            copies = [
+            of_key = [
+                (file, content)
+                for file in stored
+                for stored_key, content in file.rows
+                if file.modality == modality and stored_key == key
+            ]
+            found = [
                 (file.staged, file.path, position)
                 for file in stored
                 for position, (stored_key, content) in enumerate(file.rows)
                 if file.modality == modality
                 and stored_key == key
+                and key not in file.retried
                 and (file.staged or row.file in trusted or content == getattr(row, modality))
             ]
-            if copies:
-                _, path, position = min(copies)
+            if found:
+                is_staged, path, position = min(found)
                 expected_live[path].append(position)
-            else:
-                expected_due[row.file, row.row].add(modality)
+                expected[modality]["staged" if is_staged else "unchanged"] += 1
+                continue
+            # As in the catalog's table: a content of None is null there, trusted or not.
+            content = getattr(row, modality)
+            same = [
+                (file.kind != "embeddings", file.staged, file.path, position)
+                for file in stored
+                for position, (stored_key, stored_content) in enumerate(file.rows)
+                if file.modality == modality
+                and modality in by_content
+                and stored_content == content is not None
+                and stored_key not in file.retried
+            ]
+            if same and not min(same)[0]:
+                expected_copies[key, modality] = min(same)[2:]
+                expected[modality]["moved"] += 1
+                continue
+            is_retried = any(
+                key in file.retried and (file.staged or row.file in trusted or of == content)
+                for file, of in of_key
+            )
+            is_changed = any(not file.staged for file, _ in of_key)
+            state = "retried" if is_retried else "changed" if is_changed else "new"
+            expected[modality][state] += 1
+            if modality in by_content and content is not None and not same:
+                if (modality, content) in seen:
+                    expected[modality]["twins"] += 1
+                    continue
+                seen.add((modality, content))
+            expected_due[row.file, row.row].add(modality)
+    for modality in MODALITIES:
+        committed = {
+            key
+            for file in stored
+            for key, _ in file.rows
+            if file.modality == modality and not file.staged
+        }
+        expected[modality]["deleted"] = len(committed - set(first))
 
-    with settled(rows, stored, trusted=trusted, modalities=MODALITIES) as ledger:
+    with settled(
+        rows, stored, trusted=trusted, modalities=MODALITIES, by_content=sorted(by_content)
+    ) as ledger:
         assert due(ledger) == expected_due
         assert live(ledger, stored) == {path: sorted(of) for path, of in expected_live.items()}
         assert [(key, reason, file, row) for key, reason, _, file, row in rejects(ledger)] == (
@@ -342,5 +543,12 @@ def test_agrees_with_a_model_in_plain_python(rows, stored, trusted):
         counts = ledger.counts()
         assert (counts.num_rows, counts.num_keys) == (len(rows), len(first))
         assert counts.num_due_rows == len(expected_due)
-        assert sum(counts.num_due.values()) == sum(map(len, expected_due.values()))
-        assert sum(counts.num_live.values()) == sum(map(len, expected_live.values()))
+        assert counts.num_encoded == sum(map(len, expected_due.values()))
+        assert copies(ledger) == expected_copies
+        for modality, numbers in expected.items():
+            assert counted(ledger, modality) == {name: num for name, num in numbers.items() if num}
+            keys = counts.keys[modality]
+            in_all = keys.num_due + keys.num_unchanged + keys.num_staged
+            assert in_all == counts.num_keys == len(first)
+            assert ledger.num_due()[modality] == keys.num_due
+            assert ledger.num_waiting()[modality] == keys.num_twins

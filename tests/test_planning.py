@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.catalog import Catalog, CatalogConfig, open_catalog
-from pipelines.planning import catalog_record, plan_id_of, staged_files
+from pipelines.planning import catalog_record, modalities_by_content, plan_id_of, staged_files
 from pipelines.snapshots import EngineRecord
 from pipelines.store import Store
 from tests.catalogs import write_rows
@@ -51,6 +51,13 @@ def test_where_the_checkpoint_lies_does_not_name_the_plan(catalog_dir: Path):
     assert plan_id_of(catalog, engine=ENGINE, settings=()) == plan_id_of(
         catalog, engine=moved, settings=()
     )
+
+
+def test_rows_share_embeddings_where_a_fingerprint_is_all_of_a_row(catalog_dir: Path):
+    assert modalities_by_content(opened(catalog_dir)) == ("text",)
+    assert modalities_by_content(opened(catalog_dir, version_column="caption")) == ()
+    config = CatalogConfig(uri=str(catalog_dir), carry_columns=("caption",))
+    assert modalities_by_content(open_catalog(config)) == ()
 
 
 def test_staged_files_are_those_of_the_plan_and_not_committed(tmp_path: Path):

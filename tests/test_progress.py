@@ -16,7 +16,7 @@ from jobs.progress import (
     shown_steps,
     stage_total,
 )
-from pipelines.ledger import Counts
+from pipelines.counts import Counts, KeyCounts
 from pipelines.progress import (
     GPU_STAGES,
     STAGES,
@@ -29,12 +29,26 @@ from pipelines.progress import (
 )
 from tests.meters import ListMeter
 
+
+def key_counts(*, num_new: int = 10, num_moved: int = 0, num_twins: int = 0) -> KeyCounts:
+    return KeyCounts(
+        num_new=num_new,
+        num_changed=30,
+        num_retried=10,
+        num_moved=num_moved,
+        num_unchanged=30,
+        num_staged=5,
+        num_deleted=3,
+        num_twins=num_twins,
+    )
+
+
+# 50 images and 60 texts to be encoded.
 COUNTS = Counts(
     num_rows=100,
     num_keys=90,
-    num_due={"image": 40, "text": 60},
     num_due_rows=70,
-    num_live={"image": 50, "text": 30},
+    keys={"image": key_counts(num_moved=7), "text": key_counts(num_new=25, num_twins=5)},
 )
 
 
@@ -107,19 +121,19 @@ def make_progress(*, seconds: float, num_encoded: int) -> Progress:
 
 def test_a_log_line_has_rate_and_time_left():
     line = progress_line(COUNTS, make_progress(seconds=10, num_encoded=20))
-    assert line == ("10 s: read 0, decode 0, encode 20, write 0 of 100 rows; 2.0 rows/s, 40 s left")
+    assert line == ("10 s: read 0, decode 0, encode 20, write 0 of 110 rows; 2.0 rows/s, 45 s left")
     assert "time left unknown" in progress_line(COUNTS, make_progress(seconds=1, num_encoded=0))
 
 
 def test_totals_count_rows_to_read_and_then_modalities():
     assert stage_total(COUNTS, "read") == 70
-    assert stage_total(COUNTS, "write") == 100
+    assert stage_total(COUNTS, "write") == 110
 
 
 def test_nobody_knows_how_many_images_are_left_to_gpus():
-    assert bar_total(COUNTS, "decode", stages=STAGES) == 100
+    assert bar_total(COUNTS, "decode", stages=STAGES) == 110
     assert bar_total(COUNTS, "decode", stages=GPU_STAGES) is None
-    assert bar_total(COUNTS, "prepare", stages=GPU_STAGES) == 100
+    assert bar_total(COUNTS, "prepare", stages=GPU_STAGES) == 110
 
 
 def test_a_board_counts_the_stages_that_there_are(local_ray: None):

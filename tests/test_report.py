@@ -5,9 +5,9 @@ import json
 
 import pytest
 
+from pipelines.counts import Counts, KeyCounts
 from pipelines.embedding import EmbedResult
 from pipelines.engines import Execution
-from pipelines.ledger import Counts
 from pipelines.progress import GPU_STAGES, STAGES, Progress, StageCount
 from pipelines.report import ADVICE, bottleneck_line, make_report, stage_reports, summary
 from pipelines.snapshots import StoredFile
@@ -104,11 +104,32 @@ def result(*, committed: bool = True) -> EmbedResult:
         counts=Counts(
             num_rows=1105,
             num_keys=1100,
-            num_due={"image": 60, "text": 50},
             num_due_rows=60,
-            num_live={"image": 40, "text": 50},
+            keys={
+                "image": KeyCounts(
+                    num_new=1040,
+                    num_changed=9,
+                    num_retried=0,
+                    num_moved=11,
+                    num_unchanged=40,
+                    num_staged=0,
+                    num_deleted=2,
+                    num_twins=0,
+                ),
+                "text": KeyCounts(
+                    num_new=40,
+                    num_changed=9,
+                    num_retried=1,
+                    num_moved=0,
+                    num_unchanged=30,
+                    num_staged=20,
+                    num_deleted=0,
+                    num_twins=3,
+                ),
+            },
         ),
         num_embedded={"image": 50, "text": 40},
+        num_copied={"image": 11, "text": 3},
         rejects_by_reason={"null_image": 9, "empty_text": 1},
         progress=progress(encode=18) if committed else None,
         workers=WORKERS,
@@ -128,6 +149,7 @@ def test_a_report_has_the_numbers_of_its_run():
     )
     assert (report.num_catalog_rows, report.num_keys) == (1105, 1100)
     assert report.num_embedded == {"image": 50, "text": 40}
+    assert report.num_copied == {"image": 11, "text": 3}
     assert report.num_unchanged == {"image": 40, "text": 50}
     assert report.num_stored == {"image": 90, "text": 90}
     assert report.rejects_by_reason == {"null_image": 9, "empty_text": 1}
@@ -147,14 +169,21 @@ def test_a_report_survives_json():
     record = json.loads(json.dumps(dataclasses.asdict(report)))
     assert record["num_stored"] == {"image": 90, "text": 90}
     assert [stage["stage"] for stage in record["stages"]] == list(STAGES)
+    assert record["plan"]["image"]["num_moved"] == 11
 
 
 def test_the_summary_for_a_terminal():
     lines = summary(make_report(result(), catalog_uri="c", store_uri="s")).splitlines()
     assert lines[0] == "snapshot 3 committed: 1,100 keys of 1,105 rows"
     assert lines[1] == f"  engine {ENGINE_ID} by onnxruntime, images decoded by cpu"
-    assert " ".join(lines[2].split()) == "image 90 stored: 50 embedded now, 40 rows unchanged"
-    assert lines[4].split() == ["reject", "9", "null_image"]
+    said = [" ".join(line.split()) for line in lines]
+    assert said[2] == "image 90 stored: 50 embedded now, 11 copied, 40 rows unchanged"
+    assert said[3] == "planned: 1,040 new, 9 changed, 11 moved, 40 unchanged, 2 deleted"
+    assert said[5] == (
+        "planned: 40 new, 9 changed, 0 moved, 1 retried, 30 unchanged, "
+        "20 staged by an unfinished run, 0 deleted"
+    )
+    assert lines[6].split() == ["reject", "9", "null_image"]
     encode = next(line for line in lines if line.strip().startswith("encode "))
     assert encode.split() == ["encode", "1,000", "18.0", "2", "90%", "111"]
     assert lines[-1].startswith("encode-bound")

@@ -10,6 +10,7 @@ import matplotlib
 import pytest
 from PIL import Image
 
+from pipelines.counts import KeyCounts
 from pipelines.report import RunReport, StageReport
 from pipelines.report_page import (
     MAX_INLINE_BYTES,
@@ -42,7 +43,20 @@ REPORT = RunReport(
     num_catalog_rows=1_250_118,
     num_keys=1_249_804,
     num_embedded={"image": 998_412, "text": 1_000_001},
+    num_copied={"image": 1_234, "text": 0},
     num_unchanged={"image": 249_010, "text": 249_300},
+    plan={
+        "image": KeyCounts(
+            num_new=1,
+            num_changed=2,
+            num_retried=3,
+            num_moved=4,
+            num_unchanged=5,
+            num_staged=0,
+            num_deleted=7,
+            num_twins=0,
+        )
+    },
     num_stored={"image": 1_247_422, "text": 1_249_301},
     rejects_by_reason={"fetch_failed": 1402, "null_image": 640, "empty_text": 2},
     seconds=464.0,
@@ -114,8 +128,10 @@ class TestNumbers:
         assert page.after("snapshot") == ["7, committed by this run"]
         assert page.after("catalog rows") == ["1,250,118"]
         assert page.after("distinct keys") == ["1,249,804"]
-        assert page.after("image") == ["998,412", "249,010", "1,247,422"]
-        assert page.after("text") == ["1,000,001", "249,300", "1,249,301"]
+        planned = "1 new, 2 changed, 4 moved, 3 retried, 5 unchanged, 7 deleted"
+        assert page.after("image planned") == [planned]
+        assert page.after("image") == ["998,412", "1,234", "249,010", "1,247,422"]
+        assert page.after("text") == ["1,000,001", "0", "249,300", "1,249,301"]
 
     def test_stages(self):
         html = render_page(REPORT)
@@ -135,9 +151,13 @@ class TestNumbers:
 
     def test_one_modality(self):
         report = dataclasses.replace(
-            REPORT, num_embedded={}, num_unchanged={"image": 5}, num_stored={"image": 5}
+            REPORT,
+            num_embedded={},
+            num_copied={},
+            num_unchanged={"image": 5},
+            num_stored={"image": 5},
         )
-        assert Page(render_page(report)).after("image") == ["0", "5", "5"]
+        assert Page(render_page(report)).after("image") == ["0", "0", "5", "5"]
 
     @pytest.mark.parametrize(
         ("num_bytes", "text"),

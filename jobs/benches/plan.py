@@ -70,10 +70,10 @@ def measure_plan(config: PlanConfig) -> PlanFigures:
         ClipmillError: The plan is not what was made.
     """
     num_changed = int(config.num_keys * config.changed_share)
-    num_moved = num_changed // 10
+    num_gone = num_changed // 10
     with tempfile.TemporaryDirectory(prefix="clipmill-bench-") as scratch:
         folder = Path(scratch)
-        _make(folder, num_keys=config.num_keys, num_changed=num_changed, num_moved=num_moved)
+        _make(folder, num_keys=config.num_keys, num_changed=num_changed, num_gone=num_gone)
         with MemoryWatch(os.getpid()) as watch:
             started = time.perf_counter()
             store = Store(str(folder / "store"))
@@ -82,6 +82,7 @@ def measure_plan(config: PlanConfig) -> PlanFigures:
             assert parent is not None
             with Ledger(key_type=catalog.key_type, modalities=catalog.modalities) as ledger:
                 fill(ledger, catalog, parent=parent, staged=(), store=store, num_cpus=1)
+                counts = ledger.counts().keys["text"]
                 num_due = sum(len(rows.rows) for rows in ledger.due())
                 num_live = sum(ledger.num_live_by_path().values())
             seconds = time.perf_counter() - started
@@ -92,8 +93,15 @@ def measure_plan(config: PlanConfig) -> PlanFigures:
         seconds=seconds,
         peak_memory_bytes=watch.peak_bytes,
     )
-    if not num_due == figures.num_dead == num_changed + num_moved:
-        raise ClipmillError(f"{num_changed} rows changed and {num_moved} moved, but {figures}")
+    is_counted = (counts.num_changed, counts.num_new, counts.num_deleted) == (
+        num_changed,
+        num_gone,
+        num_gone,
+    )
+    if not (is_counted and num_due == figures.num_dead == num_changed + num_gone):
+        raise ClipmillError(
+            f"{num_changed} rows changed, {num_gone} went, as many came, but {figures}, {counts}"
+        )
     return figures
 
 
@@ -109,11 +117,11 @@ def _catalog_config(folder: Path) -> CatalogConfig:
     return CatalogConfig(uri=str(folder / "catalog"), version_column="version")
 
 
-def _make(folder: Path, *, num_keys: int, num_changed: int, num_moved: int) -> None:
-    """Write a catalog, and the store of the day before, which lacks its last `num_moved` keys."""
+def _make(folder: Path, *, num_keys: int, num_changed: int, num_gone: int) -> None:
+    """Write a catalog, and the store of the day before, which lacks its last `num_gone` keys."""
     (folder / "catalog").mkdir()
     (folder / "store" / "embeddings" / "made").mkdir(parents=True)
-    everything = np.random.default_rng(0).permutation(num_keys + num_moved)
+    everything = np.random.default_rng(0).permutation(num_keys + num_gone)
     stored_files = []
     for number, part in enumerate(np.array_split(everything, NUM_FILES)):
         name = f"text-{number:04d}.parquet"
@@ -133,7 +141,7 @@ def _make(folder: Path, *, num_keys: int, num_changed: int, num_moved: int) -> N
             )
         )
         # The keys that went are the first; those that changed come after them.
-        now = _rows(part[part >= num_moved], num_changed=num_moved + num_changed)
+        now = _rows(part[part >= num_gone], num_changed=num_gone + num_changed)
         now = now.append_column("text", pa.repeat("a caption", now.num_rows))
         pq.write_table(now, folder / "catalog" / name, row_group_size=ROWS_PER_GROUP)
     catalog = open_catalog(_catalog_config(folder))

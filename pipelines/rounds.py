@@ -1,0 +1,144 @@
+"""Does what a ledger says is due, in rounds: copies, embeds, and looks at what that makes due.
+
+Knows nothing of snapshots: what is written is staged.
+
+Twins of a row can be copied once it is embedded, in a second round; if it is rejected, they are
+embedded then, or rejected themselves.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipelines.copying import copy_embeddings
+from pipelines.counts import Counts
+from pipelines.errors import IncompleteRunError, TooManyRejectsError
+from pipelines.ledger import Ledger
+from pipelines.planning import add_stored
+from pipelines.progress import GPU_STAGES, STAGES, Progress, ProgressBoard, polled
+from pipelines.schema import Modality
+from pipelines.snapshots import StoredFile
+from pipelines.stages import Pass, run_stages
+
+# Fewer rejects than this never stop a run: a share of a handful of rows says nothing.
+MIN_REJECTS_TO_STOP = 20
+
+
+@dataclass(kw_only=True, slots=True)
+class Written:
+    """What a run wrote."""
+
+    copied: list[StoredFile] = field(default_factory=list)
+    """Embeddings of contents that were embedded already."""
+    encoded: list[StoredFile] = field(default_factory=list)
+    """Embeddings and rejects."""
+    progress: Progress | None = None
+    """What the stages did; None if there was nothing for them."""
+
+    @property
+    def files(self) -> list[StoredFile]:
+        """All of them."""
+        return [*self.copied, *self.encoded]
+
+    def num_copied(self, modalities: Iterable[Modality]) -> dict[Modality, int]:
+        """Embeddings that were copied."""
+        return {modality: _num_embeddings(self.copied, modality) for modality in modalities}
+
+    def num_embedded(self, modalities: Iterable[Modality]) -> dict[Modality, int]:
+        """Embeddings that were not."""
+        return {modality: _num_embeddings(self.encoded, modality) for modality in modalities}
+
+
+def write_due(
+    pass_: Pass,
+    *,
+    ledger: Ledger,
+    counts: Counts,
+    staged: Sequence[StoredFile],
+    on_progress: Callable[[Counts, Progress], None] | None,
+) -> Written:
+    """Write an embedding or a reject for everything that is due.
+
+    Args:
+        pass_: From where, with what, to where.
+        ledger: Settled; at the end it knows what was written, and nothing is due.
+        counts: Of the ledger.
+        staged: Files that an earlier run of this very plan left.
+        on_progress: Called about twice a second while the stages run, from another thread.
+
+    Raises:
+        TooManyRejectsError: See `RowLimits.max_reject_share`.
+        IncompleteRunError: Rows are missing at the end (files changed while they were read).
+    """
+    written = Written()
+    board: Any = None
+    num_planned = sum(counts.num_due.values()) + sum(file.num_rows for file in staged)
+    num_rejected = _num_rejects(staged)
+    shown = partial(on_progress, counts) if on_progress else None
+    while any(ledger.num_due().values()):
+        waiting = ledger.num_waiting()
+        copied = list(
+            copy_embeddings(
+                ledger,
+                rows_per_file=pass_.resources.rows_per_file,
+                plan_id=pass_.plan_id,
+                store=pass_.store,
+            )
+        )
+        encoded: list[StoredFile] = []
+        if due := ledger.due():
+            board = board or _board(pass_)
+            with polled(board, shown):
+                for files in run_stages(pass_, due=due, board=board):
+                    encoded += files
+                    num_rejected += _num_rejects(files)
+                    _check_rejects(num_rejected, pass_=pass_, num_planned=num_planned)
+        written.copied += copied
+        written.encoded += encoded
+        add_stored(ledger, [*copied, *encoded], store=pass_.store, staged=True)
+        ledger.settle()
+        still_due = ledger.num_due()
+        if any(still_due[modality] > num for modality, num in waiting.items()):
+            raise IncompleteRunError(
+                f"{still_due} rows were planned but not written: the catalog changed while it "
+                "was read. Nothing was committed and nothing lost; run the same command again"
+            )
+    if board:
+        written.progress = ray.get(board.progress.remote())
+        ray.kill(board)
+    return written
+
+
+def _board(pass_: Pass) -> Any:
+    # On the driver's node: a worker that may be lost at any time would take the counts along.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    stages = GPU_STAGES if pass_.execution.decoder == "gpu" else STAGES
+    return ProgressBoard.options(  # type: ignore[attr-defined]
+        scheduling_strategy=here
+    ).remote(stages)
+
+
+def _num_embeddings(files: Iterable[StoredFile], modality: Modality) -> int:
+    return sum(
+        file.num_rows for file in files if file.kind == "embeddings" and file.modality == modality
+    )
+
+
+def _num_rejects(files: Sequence[StoredFile]) -> int:
+    return sum(file.num_rows for file in files if file.kind == "rejects")
+
+
+def _check_rejects(num_rejected: int, *, pass_: Pass, num_planned: int) -> None:
+    bound = pass_.limits.max_reject_share
+    # Against all rows of the plan, not those seen so far: the bad ones may come first.
+    if num_rejected > max(bound * num_planned, MIN_REJECTS_TO_STOP - 1):
+        folder = pass_.store.full_path(f"rejects/{pass_.plan_id}")
+        raise TooManyRejectsError(
+            f"{num_rejected} of {num_planned} rows rejected: more than {bound:.1%}. Nothing was "
+            f"committed; the rejects with their reasons are in {folder}. Mend the catalog, or "
+            "accept more with --max-reject-share; what was embedded is kept"
+        )
