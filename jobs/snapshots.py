@@ -3,11 +3,14 @@
 Knows nothing of how they are made.
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
 
 from jobs.command import Actions, CommandParser, dispatch, print_result, run
 from pipelines.changes import find_changes
+from pipelines.guards import measurement_line
+from pipelines.lineage import Lineage
 from pipelines.snapshots import (
     Snapshot,
     numbers_in_words,
@@ -54,6 +57,7 @@ def _show(argv: Sequence[str]) -> int:
         f"{snapshot.key_type}, in {len(snapshot.files):,} files of "
         f"{sum(file.num_bytes for file in snapshot.files) / 2**20:,.1f} MiB",
     ]
+    lines += [] if snapshot.lineage is None else _lineage_lines(snapshot.lineage)
     print_result(snapshot, as_json=options.json, text="\n".join(lines))
     return 0
 
@@ -131,6 +135,22 @@ def _record(snapshot: Snapshot) -> dict[str, object]:
         "num_rejects": snapshot.num_rows("rejects"),
         "num_files": len(snapshot.files),
     }
+
+
+def _lineage_lines(lineage: Lineage) -> list[str]:
+    plan = ", ".join(
+        f"{num_due:,} {modality} to embed and {lineage.num_unchanged[modality]:,} stored already"
+        for modality, num_due in lineage.num_due.items()
+    )
+    lines = [f"  plan     {plan}", f"  code     Clipmill {lineage.code_version}"]
+    if lineage.command:
+        lines.append(f"  command  {shlex.join(lineage.command)}")
+    lines += [
+        f"  guard    {measurement_line(measurement)}"
+        + (", accepted" if measurement.is_tripped else "")
+        for measurement in lineage.measurements
+    ]
+    return lines
 
 
 def _line(snapshot: Snapshot) -> str:

@@ -4,21 +4,21 @@ Knows nothing of the command line or of how progress and reports are shown.
 """
 
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, cast
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from engine.errors import EngineError
 from engine.manifest import Manifest
 from engine.registry import Engine, Registry
 from pipelines import schema
 from pipelines.assembly import count_rejects, next_files
-from pipelines.catalog import Catalog, CatalogConfig, open_catalog
+from pipelines.catalog import Catalog, CatalogConfig, check_has_rows, open_catalog
 from pipelines.decode import RowLimits
 from pipelines.engines import (
     EngineChoice,
@@ -28,11 +28,19 @@ from pipelines.engines import (
     chosen_engine,
     ready_engine,
 )
-from pipelines.errors import IncompleteRunError, TooManyRejectsError
+from pipelines.errors import IncompleteRunError
 from pipelines.ledger import Counts, Ledger
-from pipelines.parent import check_parent, same_state
+from pipelines.lineage import Lineage, code_version, public_uri, without_secrets
+from pipelines.parent import (
+    ENGINE_CHANGES,
+    EngineChange,
+    check_parent,
+    is_other_engine,
+    same_state,
+)
 from pipelines.planning import add_stored, catalog_record, fill, plan_id_of, staged_files
-from pipelines.progress import GPU_STAGES, STAGES, Progress, ProgressBoard, polled
+from pipelines.progress import Progress
+from pipelines.running import run_pass
 from pipelines.schema import EmbeddingDtype, Modality
 from pipelines.snapshots import (
     EngineRecord,
@@ -41,12 +49,14 @@ from pipelines.snapshots import (
     commit,
     current_snapshot,
     missing_files,
+    snapshot_numbers,
 )
-from pipelines.stages import Pass, Resources, num_workers, ray_data_settings, run_stages
+from pipelines.stages import Pass, Resources, num_workers, ray_data_settings
 from pipelines.store import Store
 
-# Fewer rejects than this never stop a run: a share of a handful of rows says nothing.
-MIN_REJECTS_TO_STOP = 20
+# Looks at what a run would commit and at the snapshot before it. Gives it back, with what it has to
+# say in the lineage, or raises: then nothing is committed, and what was embedded stays staged.
+Approve = Callable[[Snapshot, Snapshot | None], Snapshot]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +77,10 @@ class EmbedConfig:
     """What the stages take of the cluster."""
     retry: tuple[str, ...] = ()
     """Reject reasons: rows rejected for them in earlier runs are tried again."""
+    engine_change: EngineChange = "refuse"
+    """If the store holds another engine's rows: re-embed puts rows of this one in their place."""
+    command: tuple[str, ...] = ()
+    """The command line, for the record; secrets in its URIs are left out."""
 
     def __post_init__(self) -> None:
         """Check the bounds."""
@@ -74,6 +88,10 @@ class EmbedConfig:
             raise ValueError("store uri is empty; name a folder")
         if self.dtype not in ("float32", "float16"):
             raise ValueError(f"dtype={self.dtype!r}: expected float32 or float16")
+        if self.engine_change not in ENGINE_CHANGES:
+            raise ValueError(
+                f"engine_change={self.engine_change!r}: expected {' or '.join(ENGINE_CHANGES)}"
+            )
         unknown = set(self.retry) - schema.REASONS
         if unknown:
             raise ValueError(
@@ -107,8 +125,66 @@ class EmbedResult:
     """What executed the engine and decoded images, or would have."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a run would do."""
+
+    parent: Snapshot | None
+    """The current snapshot."""
+    engine: EngineRecord
+    """What would encode."""
+    execution: Execution
+    """What would execute it, and decode images."""
+    counts: Counts
+    """Rows due, and rows stored already, by this or an unfinished run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Setting:
+    """What a run works with, found before it begins."""
+
+    catalog: Catalog
+    store: Store
+    registry: Registry
+    engine: EngineRecord
+    execution: Execution
+    plan_id: str
+    parent: Snapshot | None
+    """The current snapshot."""
+    base: Snapshot | None
+    """The one whose rows stay: the current one, or None if all are to be embedded anew."""
+
+    @property
+    def before(self) -> tuple[StoredFile, ...]:
+        return () if self.base is None else self.base.files
+
+
+def plan(config: EmbedConfig) -> Plan:
+    """Find out what `embed` would do; nothing is written to the store, and no engine is built.
+
+    Ray must be initialized. Errors as of `embed`; a catalog without rows is none here.
+    """
+    catalog = open_catalog(config.catalog)
+    registry = Registry(config.engine.engines_uri)
+    engine = chosen_engine(config.engine, registry=registry)
+    setting = _setting(
+        config,
+        catalog=catalog,
+        registry=registry,
+        engine=engine,
+        ready_manifest=partial(_built_manifest, engine=engine, registry=registry),
+    )
+    with _ledger(config, setting) as ledger:
+        _fill(config, setting, ledger=ledger)
+        counts = ledger.counts()
+    return Plan(parent=setting.parent, engine=engine, execution=setting.execution, counts=counts)
+
+
 def embed(
-    config: EmbedConfig, *, on_progress: Callable[[Counts, Progress], None] | None = None
+    config: EmbedConfig,
+    *,
+    on_progress: Callable[[Counts, Progress], None] | None = None,
+    approve: Approve | None = None,
 ) -> EmbedResult:
     """Embed what is new or changed in a catalog and commit a snapshot of all of it.
 
@@ -117,6 +193,8 @@ def embed(
     Args:
         config: What, where to and with what.
         on_progress: Called about twice a second while the stages run, from another thread.
+        approve: Called before a snapshot is committed; what it raises is raised, and the same
+            call, once it is let pass, embeds nothing again. It also judges a catalog without rows.
 
     Raises:
         CheckpointError, EngineError: The model cannot be had or does not fit the catalog.
@@ -127,47 +205,32 @@ def embed(
     """
     store = Store(config.store_uri)
     catalog = open_catalog(config.catalog)
+    if not catalog.num_rows and (approve is None or not snapshot_numbers(store)):
+        check_has_rows(catalog)
     registry = Registry(config.engine.engines_uri)
     engine = chosen_engine(config.engine, registry=registry)
     store.check_writable()
-    parent = current_snapshot(store)
-    execution = _chosen_execution(
-        config, catalog=catalog, engine=engine, registry=registry, parent=parent
+    ready_manifest = partial(
+        _ready_manifest, config, engine=engine, registry=registry, catalog=catalog
     )
-    check_parent(
-        parent,
+    setting = _setting(
+        config,
         catalog=catalog,
+        registry=registry,
         engine=engine,
-        execution=execution,
-        wanted_backend=config.engine.backend,
-        wanted_decoder=config.engine.decoder,
-        dtype=config.dtype,
-        store=store,
+        ready_manifest=ready_manifest,
     )
-    limits = config.limits
-    # The share of rejects is not among them: a run stopped by it goes on when more are accepted.
-    settings = [config.dtype, execution.backend, repr(limits.image), str(limits.max_text_chars)]
-    settings += [execution.decoder] if execution.decoder != "cpu" else []
-    plan_id = plan_id_of(catalog, engine=engine, settings=settings)
-    before = () if parent is None else parent.files
+    parent, base, execution = setting.parent, setting.base, setting.execution
     written: list[StoredFile] = []
     progress = None
-    with (
-        ray_data_settings(config.resources, modalities=catalog.modalities),
-        Ledger(key_type=catalog.key_type, modalities=catalog.modalities) as ledger,
-    ):
-        staged = staged_files(store, plan_id=plan_id, committed=before)
-        fill(
-            ledger,
-            catalog,
-            parent=parent,
-            staged=staged,
-            store=store,
-            num_cpus=config.resources.io_cpus,
-            retried=config.retry,
-        )
+    with _ledger(config, setting) as ledger:
+        staged = _fill(config, setting, ledger=ledger)
         counts = ledger.counts()
-        manifest = _ready_manifest(config, engine=engine, registry=registry, catalog=catalog)
+        if counts.num_due_rows or base is None:
+            manifest = ready_manifest()
+            embedding_dim = manifest.embedding_dim
+        else:
+            embedding_dim = base.embedding_dim
         if counts.num_due_rows:
             pass_ = Pass(
                 catalog=catalog,
@@ -176,12 +239,12 @@ def embed(
                 registry=registry,
                 execution=execution,
                 store=store,
-                plan_id=plan_id,
+                plan_id=setting.plan_id,
                 dtype=config.dtype,
                 limits=config.limits,
                 resources=config.resources,
             )
-            written, progress = _run(
+            written, progress = run_pass(
                 pass_, ledger=ledger, counts=counts, staged=staged, on_progress=on_progress
             )
             add_stored(ledger, written, store=store, staged=True)
@@ -193,39 +256,44 @@ def embed(
                     "was read. Nothing was committed and nothing lost; run the same command again"
                 )
         files = next_files(
-            [*before, *staged, *written],
+            [*setting.before, *staged, *written],
             ledger=ledger,
             key_type=catalog.key_type,
-            plan_id=plan_id,
+            plan_id=setting.plan_id,
             store=store,
         )
-    missing = missing_files(store, set(files).difference(before))
-    if missing:
-        # Those of a run killed long ago look unused until this one writes beside them.
-        raise IncompleteRunError(
-            f"{len(missing)} files of this run or an unfinished one are gone, {missing[0]} is one: "
-            "the store was vacuumed meanwhile. Nothing was committed; run the same command again"
-        )
+    new = set(files).difference(setting.before)
+    _check_there(store, new)
     now = datetime.now(UTC)
     run_id = f"{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
     created_at = now.isoformat(timespec="seconds")
+    record = catalog_record(catalog, num_keys=counts.num_keys)
     snapshot = Snapshot(
         number=1 if parent is None else parent.number + 1,
         parent=None if parent is None else parent.number,
         created_at=created_at,
         run_id=run_id,
         engine=engine,
-        catalog=catalog_record(catalog, num_keys=counts.num_keys),
+        catalog=replace(record, uri=public_uri(record.uri)),
         key_type=str(catalog.key_type),
-        embedding_dim=manifest.embedding_dim,
+        embedding_dim=embedding_dim,
         embedding_dtype=config.dtype,
         modalities=catalog.modalities,
         files=tuple(sorted(files, key=lambda file: file.path)),
         backend=execution.backend,
         decoder=execution.decoder,
+        lineage=Lineage(
+            num_due=counts.num_due,
+            num_unchanged=counts.num_live,
+            code_version=code_version(),
+            command=without_secrets(config.command),
+        ),
     )
     committed = parent is None or not same_state(snapshot, parent)
     if committed:
+        if approve is not None:
+            snapshot = approve(snapshot, parent)
+            _check_there(store, new)  # again: looking at it may have taken long
         commit(store, snapshot)
     elif parent is not None:
         snapshot = parent
@@ -250,13 +318,95 @@ def embed(
     )
 
 
+def _setting(
+    config: EmbedConfig,
+    *,
+    catalog: Catalog,
+    registry: Registry,
+    engine: EngineRecord,
+    ready_manifest: Callable[[], Manifest],
+) -> _Setting:
+    store = Store(config.store_uri)
+    parent = current_snapshot(store)
+    is_renewed = (
+        config.engine_change == "re-embed"
+        and parent is not None
+        and is_other_engine(engine, parent)
+    )
+    base = None if is_renewed else parent
+    execution = _chosen_execution(
+        config, catalog=catalog, engine=engine, parent=base, ready_manifest=ready_manifest
+    )
+    check_parent(
+        parent,
+        catalog=catalog,
+        engine=engine,
+        execution=execution,
+        wanted_backend=config.engine.backend,
+        wanted_decoder=config.engine.decoder,
+        dtype=config.dtype,
+        store=store,
+        engine_change=config.engine_change,
+    )
+    limits = config.limits
+    # The share of rejects is not among them: a run stopped by it goes on when more are accepted.
+    settings = [config.dtype, execution.backend, repr(limits.image), str(limits.max_text_chars)]
+    settings += [execution.decoder] if execution.decoder != "cpu" else []
+    return _Setting(
+        catalog=catalog,
+        store=store,
+        registry=registry,
+        engine=engine,
+        execution=execution,
+        plan_id=plan_id_of(catalog, engine=engine, settings=settings),
+        parent=parent,
+        base=base,
+    )
+
+
+@contextmanager
+def _ledger(config: EmbedConfig, setting: _Setting) -> Iterator[Ledger]:
+    """An empty one, and Ray Data set up for reading into it."""
+    catalog = setting.catalog
+    with (
+        ray_data_settings(config.resources, modalities=catalog.modalities),
+        Ledger(key_type=catalog.key_type, modalities=catalog.modalities) as ledger,
+    ):
+        yield ledger
+
+
+def _fill(config: EmbedConfig, setting: _Setting, *, ledger: Ledger) -> list[StoredFile]:
+    """Read both sides into a ledger; returns the files that an unfinished run left."""
+    staged = staged_files(setting.store, plan_id=setting.plan_id, committed=setting.before)
+    fill(
+        ledger,
+        setting.catalog,
+        parent=setting.base,
+        staged=staged,
+        store=setting.store,
+        num_cpus=config.resources.io_cpus,
+        retried=config.retry,
+    )
+    return staged
+
+
+def _check_there(store: Store, files: Collection[StoredFile]) -> None:
+    missing = missing_files(store, files)
+    if missing:
+        # Those of a run killed long ago look unused until this one writes beside them.
+        raise IncompleteRunError(
+            f"{len(missing)} files of this run or an unfinished one are gone, {missing[0]} is one: "
+            "the store was vacuumed meanwhile. Nothing was committed; run the same command again"
+        )
+
+
 def _chosen_execution(
     config: EmbedConfig,
     *,
     catalog: Catalog,
     engine: EngineRecord,
-    registry: Registry,
     parent: Snapshot | None,
+    ready_manifest: Callable[[], Manifest],
 ) -> Execution:
     backend = chosen_backend(config.engine.backend, engine=engine)
     wanted = config.engine.decoder
@@ -267,9 +417,18 @@ def _chosen_execution(
     # CPUs can always do what they did before.
     if wanted == "auto" and parent is not None and parent.decoder == "cpu":
         wanted = "cpu"
-    ready = partial(_ready_manifest, config, engine=engine, registry=registry, catalog=catalog)
-    decoder = chosen_decoder(wanted, backend=backend, ready_manifest=ready)
+    decoder = chosen_decoder(wanted, backend=backend, ready_manifest=ready_manifest)
     return Execution(backend=backend, decoder=decoder)
+
+
+def _built_manifest(*, engine: EngineRecord, registry: Registry) -> Manifest:
+    manifest = registry.manifest(engine.engine_id)
+    if manifest is None:
+        raise EngineError(
+            f"engines {registry.uri}: engine {engine.engine_id} is not built, and looking alone "
+            "builds none: run without --dry-run, or `clipmill engine build` first"
+        )
+    return manifest
 
 
 def _ready_manifest(
@@ -289,46 +448,3 @@ def _ready_manifest(
             f"such a column; leave it out with {leave_out}"
         )
     return manifest
-
-
-def _run(
-    pass_: Pass,
-    *,
-    ledger: Ledger,
-    counts: Counts,
-    staged: Sequence[StoredFile],
-    on_progress: Callable[[Counts, Progress], None] | None,
-) -> tuple[list[StoredFile], Progress]:
-    # On the driver's node: a worker that may be lost at any time would take the counts along.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    stages = GPU_STAGES if pass_.execution.decoder == "gpu" else STAGES
-    board = ProgressBoard.options(  # type: ignore[attr-defined]
-        scheduling_strategy=here
-    ).remote(stages)
-    written: list[StoredFile] = []
-    num_planned = sum(counts.num_due.values()) + sum(file.num_rows for file in staged)
-    num_rejected = _num_rejects(staged)
-    with polled(board, partial(on_progress, counts) if on_progress else None):
-        for files in run_stages(pass_, due=ledger.due(), board=board):
-            written += files
-            num_rejected += _num_rejects(files)
-            _check_rejects(num_rejected, pass_=pass_, num_planned=num_planned)
-    progress: Progress = ray.get(board.progress.remote())
-    ray.kill(board)
-    return written, progress
-
-
-def _num_rejects(files: Sequence[StoredFile]) -> int:
-    return sum(file.num_rows for file in files if file.kind == "rejects")
-
-
-def _check_rejects(num_rejected: int, *, pass_: Pass, num_planned: int) -> None:
-    bound = pass_.limits.max_reject_share
-    # Against all rows of the plan, not those seen so far: the bad ones may come first.
-    if num_rejected > max(bound * num_planned, MIN_REJECTS_TO_STOP - 1):
-        folder = pass_.store.full_path(f"rejects/{pass_.plan_id}")
-        raise TooManyRejectsError(
-            f"{num_rejected} of {num_planned} rows rejected: more than {bound:.1%}. Nothing was "
-            f"committed; the rejects with their reasons are in {folder}. Mend the catalog, or "
-            "accept more with --max-reject-share; what was embedded is kept"
-        )
