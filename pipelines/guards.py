@@ -256,11 +256,11 @@ def _recalls(store: Store, snapshot: Snapshot, *, limits: GuardLimits) -> Iterat
             for hit in hits
             if hit >= 0
         ]
-        recall = sum(shared) / answers.size
+        recall = float(np.sum(shared)) / answers.size
         yield Measurement(
             guard="recall",
             modality=modality,
-            value=float(recall),
+            value=recall,
             bound=limits.min_recall,
             is_tripped=recall < limits.min_recall,
             detail=f"{num_hits} nearest of {len(queries):,} among {len(ids):,} embeddings",

@@ -1,6 +1,7 @@
 """Tests of pipelines/guards.py, on stores whose vectors are known."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 
 import faiss
@@ -62,6 +63,11 @@ def rejects_file(store: Store, num_rows: int, *, first: int = 5000) -> StoredFil
     return write_table(table, kind="rejects", modality="image", plan_id="plan", store=store)
 
 
+def of_json(measurement: Measurement) -> Measurement:
+    """It goes into a manifest."""
+    return Measurement(**json.loads(json.dumps(dataclasses.asdict(measurement))))
+
+
 def measured(
     store: Store,
     candidate: Snapshot,
@@ -70,6 +76,7 @@ def measured(
 ) -> Mapping[str, Measurement]:
     found = measure(store, candidate, parent, limits=limits)
     assert len({measurement.guard for measurement in found}) == len(found)
+    assert [of_json(measurement) for measurement in found] == found
     return {measurement.guard: measurement for measurement in found}
 
 
@@ -188,6 +195,7 @@ def test_recall_of_an_exact_index_is_1(store, num_rows):
     index_snapshot(store, snapshot)
     (found,) = measure_index(store, snapshot, limits=LIMITS)
     assert (found.guard, found.value, found.is_tripped) == ("recall", 1.0, False)
+    assert of_json(found) == found
 
 
 @pytest.mark.parametrize("fault", ["other vectors", "keys out of step", "nothing"])
