@@ -9,36 +9,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, cast
 
-import ray
-
-from engine.errors import EngineError
 from engine.manifest import Manifest
-from engine.registry import Engine, Registry
+from engine.registry import Registry
 from pipelines import schema
 from pipelines.assembly import count_rejects, next_files
 from pipelines.catalog import Catalog, CatalogConfig, check_has_rows, open_catalog
 from pipelines.decode import RowLimits
-from pipelines.engines import (
-    EngineChoice,
-    Execution,
-    chosen_backend,
-    chosen_decoder,
-    chosen_engine,
-    ready_engine,
-)
+from pipelines.engines import EngineChoice, Execution, chosen_engine
 from pipelines.errors import IncompleteRunError
 from pipelines.ledger import Counts, Ledger
 from pipelines.lineage import Lineage, code_version, public_uri, without_secrets
-from pipelines.parent import (
-    ENGINE_CHANGES,
-    EngineChange,
-    check_parent,
-    is_other_engine,
-    same_state,
-)
-from pipelines.planning import add_stored, catalog_record, fill, plan_id_of, staged_files
+from pipelines.parent import ENGINE_CHANGES, EngineChange, same_state
+from pipelines.planning import add_stored, catalog_record, fill, staged_files
+from pipelines.preparing import Preparation, built_manifest, prepare, ready_manifest
 from pipelines.progress import Progress
 from pipelines.running import run_pass
 from pipelines.schema import EmbeddingDtype, Modality
@@ -47,7 +31,6 @@ from pipelines.snapshots import (
     Snapshot,
     StoredFile,
     commit,
-    current_snapshot,
     missing_files,
     snapshot_numbers,
 )
@@ -139,26 +122,6 @@ class Plan:
     """Rows due, and rows stored already, by this or an unfinished run."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Setting:
-    """What a run works with, found before it begins."""
-
-    catalog: Catalog
-    store: Store
-    registry: Registry
-    engine: EngineRecord
-    execution: Execution
-    plan_id: str
-    parent: Snapshot | None
-    """The current snapshot."""
-    base: Snapshot | None
-    """The one whose rows stay: the current one, or None if all are to be embedded anew."""
-
-    @property
-    def before(self) -> tuple[StoredFile, ...]:
-        return () if self.base is None else self.base.files
-
-
 def plan(config: EmbedConfig) -> Plan:
     """Find out what `embed` would do; nothing is written to the store, and no engine is built.
 
@@ -167,12 +130,11 @@ def plan(config: EmbedConfig) -> Plan:
     catalog = open_catalog(config.catalog)
     registry = Registry(config.engine.engines_uri)
     engine = chosen_engine(config.engine, registry=registry)
-    setting = _setting(
+    setting = _prepared(
         config,
         catalog=catalog,
-        registry=registry,
         engine=engine,
-        ready_manifest=partial(_built_manifest, engine=engine, registry=registry),
+        manifest=partial(built_manifest, engine, registry=registry),
     )
     with _ledger(config, setting) as ledger:
         _fill(config, setting, ledger=ledger)
@@ -210,16 +172,14 @@ def embed(
     registry = Registry(config.engine.engines_uri)
     engine = chosen_engine(config.engine, registry=registry)
     store.check_writable()
-    ready_manifest = partial(
-        _ready_manifest, config, engine=engine, registry=registry, catalog=catalog
-    )
-    setting = _setting(
-        config,
-        catalog=catalog,
+    manifest_of = partial(
+        ready_manifest,
+        engine,
         registry=registry,
-        engine=engine,
-        ready_manifest=ready_manifest,
+        catalog=catalog,
+        num_cpus=config.resources.decode_cpus,
     )
+    setting = _prepared(config, catalog=catalog, engine=engine, manifest=manifest_of)
     parent, base, execution = setting.parent, setting.base, setting.execution
     written: list[StoredFile] = []
     progress = None
@@ -227,7 +187,7 @@ def embed(
         staged = _fill(config, setting, ledger=ledger)
         counts = ledger.counts()
         if counts.num_due_rows or base is None:
-            manifest = ready_manifest()
+            manifest = manifest_of()
             embedding_dim = manifest.embedding_dim
         else:
             embedding_dim = base.embedding_dim
@@ -318,54 +278,27 @@ def embed(
     )
 
 
-def _setting(
+def _prepared(
     config: EmbedConfig,
     *,
     catalog: Catalog,
-    registry: Registry,
     engine: EngineRecord,
-    ready_manifest: Callable[[], Manifest],
-) -> _Setting:
-    store = Store(config.store_uri)
-    parent = current_snapshot(store)
-    is_renewed = (
-        config.engine_change == "re-embed"
-        and parent is not None
-        and is_other_engine(engine, parent)
-    )
-    base = None if is_renewed else parent
-    execution = _chosen_execution(
-        config, catalog=catalog, engine=engine, parent=base, ready_manifest=ready_manifest
-    )
-    check_parent(
-        parent,
+    manifest: Callable[[], Manifest],
+) -> Preparation:
+    return prepare(
+        config.engine,
         catalog=catalog,
+        store=Store(config.store_uri),
         engine=engine,
-        execution=execution,
-        wanted_backend=config.engine.backend,
-        wanted_decoder=config.engine.decoder,
-        dtype=config.dtype,
-        store=store,
         engine_change=config.engine_change,
-    )
-    limits = config.limits
-    # The share of rejects is not among them: a run stopped by it goes on when more are accepted.
-    settings = [config.dtype, execution.backend, repr(limits.image), str(limits.max_text_chars)]
-    settings += [execution.decoder] if execution.decoder != "cpu" else []
-    return _Setting(
-        catalog=catalog,
-        store=store,
-        registry=registry,
-        engine=engine,
-        execution=execution,
-        plan_id=plan_id_of(catalog, engine=engine, settings=settings),
-        parent=parent,
-        base=base,
+        dtype=config.dtype,
+        limits=config.limits,
+        ready_manifest=manifest,
     )
 
 
 @contextmanager
-def _ledger(config: EmbedConfig, setting: _Setting) -> Iterator[Ledger]:
+def _ledger(config: EmbedConfig, setting: Preparation) -> Iterator[Ledger]:
     """An empty one, and Ray Data set up for reading into it."""
     catalog = setting.catalog
     with (
@@ -375,7 +308,7 @@ def _ledger(config: EmbedConfig, setting: _Setting) -> Iterator[Ledger]:
         yield ledger
 
 
-def _fill(config: EmbedConfig, setting: _Setting, *, ledger: Ledger) -> list[StoredFile]:
+def _fill(config: EmbedConfig, setting: Preparation, *, ledger: Ledger) -> list[StoredFile]:
     """Read both sides into a ledger; returns the files that an unfinished run left."""
     staged = staged_files(setting.store, plan_id=setting.plan_id, committed=setting.before)
     fill(
@@ -398,53 +331,3 @@ def _check_there(store: Store, files: Collection[StoredFile]) -> None:
             f"{len(missing)} files of this run or an unfinished one are gone, {missing[0]} is one: "
             "the store was vacuumed meanwhile. Nothing was committed; run the same command again"
         )
-
-
-def _chosen_execution(
-    config: EmbedConfig,
-    *,
-    catalog: Catalog,
-    engine: EngineRecord,
-    parent: Snapshot | None,
-    ready_manifest: Callable[[], Manifest],
-) -> Execution:
-    backend = chosen_backend(config.engine.backend, engine=engine)
-    wanted = config.engine.decoder
-    if "image" not in catalog.modalities:
-        if wanted == "gpu":
-            raise ValueError("--decode gpu: the catalog has no images")
-        return Execution(backend=backend, decoder="cpu")
-    # CPUs can always do what they did before.
-    if wanted == "auto" and parent is not None and parent.decoder == "cpu":
-        wanted = "cpu"
-    decoder = chosen_decoder(wanted, backend=backend, ready_manifest=ready_manifest)
-    return Execution(backend=backend, decoder=decoder)
-
-
-def _built_manifest(*, engine: EngineRecord, registry: Registry) -> Manifest:
-    manifest = registry.manifest(engine.engine_id)
-    if manifest is None:
-        raise EngineError(
-            f"engines {registry.uri}: engine {engine.engine_id} is not built, and looking alone "
-            "builds none: run without --dry-run, or `clipmill engine build` first"
-        )
-    return manifest
-
-
-def _ready_manifest(
-    config: EmbedConfig, *, engine: EngineRecord, registry: Registry, catalog: Catalog
-) -> Manifest:
-    manifest = registry.manifest(engine.engine_id)
-    if manifest is None:
-        # In a worker: building takes torch, which the driver then need not hold.
-        build: Any = ray.remote(cast("Any", ready_engine))
-        build = build.options(num_cpus=config.resources.decode_cpus)
-        manifest = cast("Engine", ray.get(build.remote(engine, registry=registry))).manifest
-    absent = [name for name in catalog.modalities if name not in manifest.modalities]
-    if absent:
-        leave_out = " ".join(f"--{modality}-column none" for modality in absent)
-        raise EngineError(
-            f"checkpoint {manifest.checkpoint} has no {' or '.join(absent)} tower, the catalog has "
-            f"such a column; leave it out with {leave_out}"
-        )
-    return manifest

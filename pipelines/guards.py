@@ -28,6 +28,8 @@ from pipelines.stored_samples import draw_pairs, draw_sample
 MIN_ROWS_TO_TRIP = 20
 # Of a norm from 1; float16 elements round it by less than 1e-3.
 NORM_TOLERANCE = 1e-2
+# Of embeddings that spread widely, the means of a few hundred differ by chance alone.
+MIN_ROWS_OF_MEAN = 1000
 # Rows that the index is asked for.
 NUM_QUERIES = 256
 
@@ -201,6 +203,8 @@ def _drift(
             for snapshot in (candidate, parent)
         )
         if now is None or before is None:
+            continue
+        if min(len(now.vectors), len(before.vectors)) < MIN_ROWS_OF_MEAN:
             continue
         cosine = _mean_cosine(now.vectors, before.vectors)
         yield Measurement(

@@ -87,13 +87,13 @@ def test_a_first_snapshot_is_compared_with_nothing(store):
 
 
 def test_a_usual_night_trips_nothing(store):
-    kept = embeddings_file(store, keyed(unit_vectors(100)))
+    kept = embeddings_file(store, keyed(unit_vectors(1000)))
     gone = embeddings_file(store, keyed(unit_vectors(5), first=200))
     new = embeddings_file(store, keyed(unit_vectors(8, seed=1), first=300))
     found = measured(store, snapshot_of(kept, new, number=2), snapshot_of(kept, gone))
     assert found.keys() == {"rejects", "deletions", "norms", "drift"}
     assert not any(measurement.is_tripped for measurement in found.values())
-    assert found["deletions"].value == pytest.approx(5 / 105)
+    assert found["deletions"].value == pytest.approx(5 / 1005)
     assert "8 new embeddings" in found["norms"].detail
     assert found["drift"].value > 0.99
 
@@ -160,11 +160,17 @@ def test_norms(store, dtype, factor, num_off):
 
 @pytest.mark.parametrize(("shift", "is_tripped"), [(1.0, False), (-1.0, True)])
 def test_drift(store, shift, is_tripped):
-    before = snapshot_of(embeddings_file(store, keyed(unit_vectors(200))))
-    now = embeddings_file(store, keyed(unit_vectors(200, seed=1, shift=shift)))
+    before = snapshot_of(embeddings_file(store, keyed(unit_vectors(1000))))
+    now = embeddings_file(store, keyed(unit_vectors(1000, seed=1, shift=shift)))
     found = measured(store, snapshot_of(now, number=2), before)["drift"]
     assert found.is_tripped is is_tripped
     assert found.value == pytest.approx(shift, abs=0.01)
+
+
+def test_the_means_of_few_rows_say_nothing(store):
+    before = snapshot_of(embeddings_file(store, keyed(unit_vectors(1000))))
+    now = embeddings_file(store, keyed(unit_vectors(999, shift=-1)))
+    assert "drift" not in measured(store, snapshot_of(now, number=2), before)
 
 
 @pytest.mark.parametrize(

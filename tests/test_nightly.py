@@ -149,7 +149,7 @@ def test_a_night_embeds_what_changed_and_says_how_it_came_about(night: Night):
     assert lineage.code_version == code_version()
     assert lineage.accepted == ()
     assert [measurement.guard for measurement in lineage.measurements] == [
-        *("rejects", "deletions", "norms", "drift", "recall")
+        *("rejects", "deletions", "norms", "recall")
     ]
     assert not any(measurement.is_tripped for measurement in lineage.measurements)
     shown = command(snapshots.main, ["show", "--store", str(night.store_dir)]).out
