@@ -13,6 +13,7 @@ COMMANDS = {
     "demo": ("jobs.demo.run", "offline, from nothing to a report with pictures"),
     "engine": ("jobs.engine", "build engines, judge them, promote them or go back"),
     "embed": ("jobs.embed", "embed what is new or changed in a catalog"),
+    "nightly": ("jobs.nightly", "embed, ask the guards, index, commit: the one to schedule"),
     "snapshots": (
         "jobs.snapshots",
         "the states of a store: what changed, going back, removing old ones",

@@ -3,12 +3,16 @@
 Knows nothing of how they are made.
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import get_args
 
 from jobs.command import Actions, CommandParser, dispatch, print_result, run
 from pipelines.changes import find_changes
+from pipelines.guards import measurement_line
+from pipelines.lineage import Lineage
+from pipelines.report import plan_line
 from pipelines.schema import MODALITIES
 from pipelines.snapshots import (
     Kind,
@@ -57,6 +61,7 @@ def _show(argv: Sequence[str]) -> int:
         f"{snapshot.key_type}, in {len(snapshot.files):,} files of "
         f"{sum(file.num_bytes for file in snapshot.files) / 2**20:,.1f} MiB",
     ]
+    lines += [] if snapshot.lineage is None else _lineage_lines(snapshot.lineage)
     print_result(snapshot, as_json=options.json, text="\n".join(lines))
     return 0
 
@@ -149,6 +154,19 @@ def _record(snapshot: Snapshot) -> dict[str, object]:
         "num_rejects": snapshot.num_rows("rejects"),
         "num_files": len(snapshot.files),
     }
+
+
+def _lineage_lines(lineage: Lineage) -> list[str]:
+    lines = [f"  plan     {modality}: {plan_line(keys)}" for modality, keys in lineage.plan.items()]
+    lines += [f"  code     Clipmill {lineage.code_version}"]
+    if lineage.command:
+        lines.append(f"  command  {shlex.join(lineage.command)}")
+    lines += [
+        f"  guard    {measurement_line(measurement)}"
+        + (", accepted" if measurement.is_tripped else "")
+        for measurement in lineage.measurements
+    ]
+    return lines
 
 
 def _line(snapshot: Snapshot) -> str:

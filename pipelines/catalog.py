@@ -120,8 +120,8 @@ def open_catalog(config: CatalogConfig) -> Catalog:
     """List a catalog's files, read their footers and check their columns.
 
     Raises:
-        CatalogError: The catalog cannot be read, is empty, or its columns have faults; all faults
-            are named at once, with the columns that are there.
+        CatalogError: The catalog cannot be read, has no files, or its columns have faults; all
+            faults are named at once, with the columns that are there.
     """
     fs, root = _file_system(config.uri)
     infos = _list_files(config.uri, fs=fs, root=root)
@@ -136,8 +136,6 @@ def open_catalog(config: CatalogConfig) -> Catalog:
         )
         for info, footer in zip(infos, footers, strict=True)
     )
-    if not any(file.num_rows for file in files):
-        raise CatalogError(f"catalog {config.uri}: {len(files)} Parquet files, none has a row")
     schemas = {
         info["name"]: footer.schema.to_arrow_schema()
         for info, footer in zip(infos, footers, strict=True)
@@ -170,6 +168,14 @@ def open_catalog(config: CatalogConfig) -> Catalog:
             pa.field(name, kind) for name, kind in zip(config.carry_columns, carried, strict=True)
         ),
     )
+
+
+def check_has_rows(catalog: Catalog) -> None:
+    """Raise CatalogError for a catalog of files without rows."""
+    if not catalog.num_rows:
+        raise CatalogError(
+            f"catalog {catalog.config.uri}: {len(catalog.files)} Parquet files, none has a row"
+        )
 
 
 def _file_system(uri: str) -> tuple[Any, str]:

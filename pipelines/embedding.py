@@ -4,52 +4,43 @@ Knows nothing of the command line or of how progress and reports are shown.
 """
 
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, cast
 
-import ray
-
-from engine.errors import EngineError
 from engine.manifest import Manifest
-from engine.registry import Engine, Registry
+from engine.registry import Registry
 from pipelines import schema
 from pipelines.assembly import count_rejects, next_files
-from pipelines.catalog import Catalog, CatalogConfig, open_catalog
+from pipelines.catalog import Catalog, CatalogConfig, check_has_rows, open_catalog
 from pipelines.counts import Counts
 from pipelines.decode import RowLimits
-from pipelines.engines import (
-    EngineChoice,
-    Execution,
-    chosen_backend,
-    chosen_decoder,
-    chosen_engine,
-    ready_engine,
-)
+from pipelines.engines import EngineChoice, Execution, chosen_engine
 from pipelines.errors import IncompleteRunError
 from pipelines.ledger import Ledger
-from pipelines.parent import check_parent, same_state
-from pipelines.planning import (
-    catalog_record,
-    fill,
-    modalities_by_content,
-    plan_id_of,
-    staged_files,
-)
+from pipelines.lineage import Lineage, code_version, public_uri, without_secrets
+from pipelines.parent import ENGINE_CHANGES, EngineChange, same_state
+from pipelines.planning import catalog_record, fill, modalities_by_content, staged_files
+from pipelines.preparing import Preparation, built_manifest, prepare, ready_manifest
 from pipelines.progress import Progress
 from pipelines.rounds import Written, write_due
 from pipelines.schema import EmbeddingDtype, Modality
 from pipelines.snapshots import (
     EngineRecord,
     Snapshot,
+    StoredFile,
     commit,
-    current_snapshot,
     missing_files,
+    snapshot_numbers,
 )
 from pipelines.stages import Pass, Resources, num_workers, ray_data_settings
 from pipelines.store import Store
+
+# Looks at what a run would commit and at the snapshot before it. Gives it back, with what it has to
+# say in the lineage, or raises: then nothing is committed, and what was embedded stays staged.
+Approve = Callable[[Snapshot, Snapshot | None], Snapshot]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +61,10 @@ class EmbedConfig:
     """What the stages take of the cluster."""
     retry: tuple[str, ...] = ()
     """Reject reasons: rows rejected for them in earlier runs are tried again."""
+    engine_change: EngineChange = "refuse"
+    """If the store holds another engine's rows: re-embed puts rows of this one in their place."""
+    command: tuple[str, ...] = ()
+    """The command line, for the record; secrets in its URIs are left out."""
 
     def __post_init__(self) -> None:
         """Check the bounds."""
@@ -77,6 +72,10 @@ class EmbedConfig:
             raise ValueError("store uri is empty; name a folder")
         if self.dtype not in ("float32", "float16"):
             raise ValueError(f"dtype={self.dtype!r}: expected float32 or float16")
+        if self.engine_change not in ENGINE_CHANGES:
+            raise ValueError(
+                f"engine_change={self.engine_change!r}: expected {' or '.join(ENGINE_CHANGES)}"
+            )
         unknown = set(self.retry) - schema.REASONS
         if unknown:
             raise ValueError(
@@ -112,8 +111,45 @@ class EmbedResult:
     """What executed the engine and decoded images, or would have."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a run would do."""
+
+    parent: Snapshot | None
+    """The current snapshot."""
+    engine: EngineRecord
+    """What would encode."""
+    execution: Execution
+    """What would execute it, and decode images."""
+    counts: Counts
+    """Rows due, and rows stored already, by this or an unfinished run."""
+
+
+def plan(config: EmbedConfig) -> Plan:
+    """Find out what `embed` would do; nothing is written to the store, and no engine is built.
+
+    Ray must be initialized. Errors as of `embed`; a catalog without rows is none here.
+    """
+    catalog = open_catalog(config.catalog)
+    registry = Registry(config.engine.engines_uri)
+    engine = chosen_engine(config.engine, registry=registry)
+    setting = _prepared(
+        config,
+        catalog=catalog,
+        engine=engine,
+        manifest=partial(built_manifest, engine, registry=registry),
+    )
+    with _ledger(config, setting) as ledger:
+        _fill(config, setting, ledger=ledger)
+        counts = ledger.counts()
+    return Plan(parent=setting.parent, engine=engine, execution=setting.execution, counts=counts)
+
+
 def embed(
-    config: EmbedConfig, *, on_progress: Callable[[Counts, Progress], None] | None = None
+    config: EmbedConfig,
+    *,
+    on_progress: Callable[[Counts, Progress], None] | None = None,
+    approve: Approve | None = None,
 ) -> EmbedResult:
     """Embed what is new or changed in a catalog and commit a snapshot of all of it.
 
@@ -125,6 +161,8 @@ def embed(
     Args:
         config: What, where to and with what.
         on_progress: Called about twice a second while the stages run, from another thread.
+        approve: Called before a snapshot is committed; what it raises is raised, and the same
+            call, once it is let pass, embeds nothing again. It also judges a catalog without rows.
 
     Raises:
         CheckpointError, EngineError: The model cannot be had or does not fit the catalog.
@@ -135,50 +173,29 @@ def embed(
     """
     store = Store(config.store_uri)
     catalog = open_catalog(config.catalog)
+    if not catalog.num_rows and (approve is None or not snapshot_numbers(store)):
+        check_has_rows(catalog)
     registry = Registry(config.engine.engines_uri)
     engine = chosen_engine(config.engine, registry=registry)
     store.check_writable()
-    parent = current_snapshot(store)
-    execution = _chosen_execution(
-        config, catalog=catalog, engine=engine, registry=registry, parent=parent
-    )
-    check_parent(
-        parent,
+    manifest_of = partial(
+        ready_manifest,
+        engine,
+        registry=registry,
         catalog=catalog,
-        engine=engine,
-        execution=execution,
-        wanted_backend=config.engine.backend,
-        wanted_decoder=config.engine.decoder,
-        dtype=config.dtype,
-        store=store,
+        num_cpus=config.resources.decode_cpus,
     )
-    limits = config.limits
-    # The share of rejects is not among them: a run stopped by it goes on when more are accepted.
-    settings = [config.dtype, execution.backend, repr(limits.image), str(limits.max_text_chars)]
-    settings += [execution.decoder] if execution.decoder != "cpu" else []
-    plan_id = plan_id_of(catalog, engine=engine, settings=settings)
-    before = () if parent is None else parent.files
+    setting = _prepared(config, catalog=catalog, engine=engine, manifest=manifest_of)
+    parent, base, execution = setting.parent, setting.base, setting.execution
     written = Written()
-    with (
-        ray_data_settings(config.resources, modalities=catalog.modalities),
-        Ledger(
-            key_type=catalog.key_type,
-            modalities=catalog.modalities,
-            by_content=modalities_by_content(catalog),
-        ) as ledger,
-    ):
-        staged = staged_files(store, plan_id=plan_id, committed=before)
-        fill(
-            ledger,
-            catalog,
-            parent=parent,
-            staged=staged,
-            store=store,
-            num_cpus=config.resources.io_cpus,
-            retried=config.retry,
-        )
+    with _ledger(config, setting) as ledger:
+        staged = _fill(config, setting, ledger=ledger)
         counts = ledger.counts()
-        manifest = _ready_manifest(config, engine=engine, registry=registry, catalog=catalog)
+        if any(counts.num_due.values()) or base is None:
+            manifest = manifest_of()
+            embedding_dim = manifest.embedding_dim
+        else:
+            embedding_dim = base.embedding_dim
         if any(counts.num_due.values()):
             pass_ = Pass(
                 catalog=catalog,
@@ -187,7 +204,7 @@ def embed(
                 registry=registry,
                 execution=execution,
                 store=store,
-                plan_id=plan_id,
+                plan_id=setting.plan_id,
                 dtype=config.dtype,
                 limits=config.limits,
                 resources=config.resources,
@@ -196,39 +213,43 @@ def embed(
                 pass_, ledger=ledger, counts=counts, staged=staged, on_progress=on_progress
             )
         files = next_files(
-            [*before, *staged, *written.files],
+            [*setting.before, *staged, *written.files],
             ledger=ledger,
             key_type=catalog.key_type,
-            plan_id=plan_id,
+            plan_id=setting.plan_id,
             store=store,
         )
-    missing = missing_files(store, set(files).difference(before))
-    if missing:
-        # Those of a run killed long ago look unused until this one writes beside them.
-        raise IncompleteRunError(
-            f"{len(missing)} files of this run or an unfinished one are gone, {missing[0]} is one: "
-            "the store was vacuumed meanwhile. Nothing was committed; run the same command again"
-        )
+    new = set(files).difference(setting.before)
+    _check_there(store, new)
     now = datetime.now(UTC)
     run_id = f"{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
     created_at = now.isoformat(timespec="seconds")
+    record = catalog_record(catalog, num_keys=counts.num_keys)
     snapshot = Snapshot(
         number=1 if parent is None else parent.number + 1,
         parent=None if parent is None else parent.number,
         created_at=created_at,
         run_id=run_id,
         engine=engine,
-        catalog=catalog_record(catalog, num_keys=counts.num_keys),
+        catalog=replace(record, uri=public_uri(record.uri)),
         key_type=str(catalog.key_type),
-        embedding_dim=manifest.embedding_dim,
+        embedding_dim=embedding_dim,
         embedding_dtype=config.dtype,
         modalities=catalog.modalities,
         files=tuple(sorted(files, key=lambda file: file.path)),
         backend=execution.backend,
         decoder=execution.decoder,
+        lineage=Lineage(
+            plan=counts.keys,
+            code_version=code_version(),
+            command=without_secrets(config.command),
+        ),
     )
     committed = parent is None or not same_state(snapshot, parent)
     if committed:
+        if approve is not None:
+            snapshot = approve(snapshot, parent)
+            _check_there(store, new)  # again: looking at it may have taken long
         commit(store, snapshot)
     elif parent is not None:
         snapshot = parent
@@ -247,42 +268,60 @@ def embed(
     )
 
 
-def _chosen_execution(
+def _prepared(
     config: EmbedConfig,
     *,
     catalog: Catalog,
     engine: EngineRecord,
-    registry: Registry,
-    parent: Snapshot | None,
-) -> Execution:
-    backend = chosen_backend(config.engine.backend, engine=engine)
-    wanted = config.engine.decoder
-    if "image" not in catalog.modalities:
-        if wanted == "gpu":
-            raise ValueError("--decode gpu: the catalog has no images")
-        return Execution(backend=backend, decoder="cpu")
-    # CPUs can always do what they did before.
-    if wanted == "auto" and parent is not None and parent.decoder == "cpu":
-        wanted = "cpu"
-    ready = partial(_ready_manifest, config, engine=engine, registry=registry, catalog=catalog)
-    decoder = chosen_decoder(wanted, backend=backend, ready_manifest=ready)
-    return Execution(backend=backend, decoder=decoder)
+    manifest: Callable[[], Manifest],
+) -> Preparation:
+    return prepare(
+        config.engine,
+        catalog=catalog,
+        store=Store(config.store_uri),
+        engine=engine,
+        engine_change=config.engine_change,
+        dtype=config.dtype,
+        limits=config.limits,
+        ready_manifest=manifest,
+    )
 
 
-def _ready_manifest(
-    config: EmbedConfig, *, engine: EngineRecord, registry: Registry, catalog: Catalog
-) -> Manifest:
-    manifest = registry.manifest(engine.engine_id)
-    if manifest is None:
-        # In a worker: building takes torch, which the driver then need not hold.
-        build: Any = ray.remote(cast("Any", ready_engine))
-        build = build.options(num_cpus=config.resources.decode_cpus)
-        manifest = cast("Engine", ray.get(build.remote(engine, registry=registry))).manifest
-    absent = [name for name in catalog.modalities if name not in manifest.modalities]
-    if absent:
-        leave_out = " ".join(f"--{modality}-column none" for modality in absent)
-        raise EngineError(
-            f"checkpoint {manifest.checkpoint} has no {' or '.join(absent)} tower, the catalog has "
-            f"such a column; leave it out with {leave_out}"
+@contextmanager
+def _ledger(config: EmbedConfig, setting: Preparation) -> Iterator[Ledger]:
+    """An empty one, and Ray Data set up for reading into it."""
+    catalog = setting.catalog
+    with (
+        ray_data_settings(config.resources, modalities=catalog.modalities),
+        Ledger(
+            key_type=catalog.key_type,
+            modalities=catalog.modalities,
+            by_content=modalities_by_content(catalog),
+        ) as ledger,
+    ):
+        yield ledger
+
+
+def _fill(config: EmbedConfig, setting: Preparation, *, ledger: Ledger) -> list[StoredFile]:
+    """Read both sides into a ledger; returns the files that an unfinished run left."""
+    staged = staged_files(setting.store, plan_id=setting.plan_id, committed=setting.before)
+    fill(
+        ledger,
+        setting.catalog,
+        parent=setting.base,
+        staged=staged,
+        store=setting.store,
+        num_cpus=config.resources.io_cpus,
+        retried=config.retry,
+    )
+    return staged
+
+
+def _check_there(store: Store, files: Collection[StoredFile]) -> None:
+    missing = missing_files(store, files)
+    if missing:
+        # Those of a run killed long ago look unused until this one writes beside them.
+        raise IncompleteRunError(
+            f"{len(missing)} files of this run or an unfinished one are gone, {missing[0]} is one: "
+            "the store was vacuumed meanwhile. Nothing was committed; run the same command again"
         )
-    return manifest

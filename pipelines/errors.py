@@ -8,6 +8,7 @@ Knows nothing of where they are raised.
     │   └── CommitConflictError  another run committed the snapshot first
     ├── TooManyRejectsError      the share of rejected rows passed the stated bound
     ├── IncompleteRunError       the rows written are not the catalog's: nothing was committed
+    ├── GuardError               a guard tripped: nothing was committed
     └── IndexMissingError        there is no index to query yet
 """
 
@@ -36,6 +37,10 @@ class TooManyRejectsError(PipelineError):
 
 class IncompleteRunError(PipelineError):
     """The rows written are not exactly the catalog's rows, so nothing was committed."""
+
+
+class GuardError(PipelineError):
+    """What would have been committed is not like what was there: a guard tripped."""
 
 
 class IndexMissingError(PipelineError):

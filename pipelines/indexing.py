@@ -29,6 +29,7 @@ from pipelines.fingerprints import index_id
 from pipelines.schema import Modality
 from pipelines.snapshots import Snapshot, StoredFile, read_snapshot
 from pipelines.store import Store
+from pipelines.stored_samples import vectors_of
 
 FORMAT_VERSION = 1
 INDEXES_DIR = "indexes"
@@ -183,9 +184,23 @@ def read_embeddings(
     for stored in files:
         with store.open(stored.path) as file:
             table = pq.read_table(file, columns=[schema.KEY, schema.EMBEDDING])
-        column = table[schema.EMBEDDING].combine_chunks()
-        vectors = column.flatten().to_numpy().reshape(len(column), column.type.list_size)
-        yield table[schema.KEY].combine_chunks(), np.ascontiguousarray(vectors, dtype=np.float32)
+        yield table[schema.KEY].combine_chunks(), vectors_of(table)
+
+
+def search_among(
+    index: Any, vectors: NDArray[np.float32], *, ids: NDArray[np.int64], num_hits: int
+) -> NDArray[np.int64]:
+    """Ids int64 [N, num_hits] of the nearest among some rows of an index, best first, -1 for none.
+
+    Args:
+        index: From `load_index`.
+        vectors: float32 [N, D], unit norm.
+        ids: Of the rows that may be answers.
+        num_hits: For each vector.
+    """
+    among = faiss.SearchParameters(sel=faiss.IDSelectorBatch(ids))  # type: ignore[call-arg]
+    _, found = index.search(vectors, num_hits, params=among)
+    return np.asarray(found, dtype=np.int64)
 
 
 def _build(

@@ -3,6 +3,8 @@
 Knows nothing of how rows are embedded.
 """
 
+from typing import Literal, get_args
+
 from engine.backends.choice import Wanted
 from pipelines.catalog import Catalog
 from pipelines.engines import Execution
@@ -11,6 +13,10 @@ from pipelines.planning import catalog_columns
 from pipelines.schema import EmbeddingDtype, WantedDecoder
 from pipelines.snapshots import EngineRecord, Snapshot
 from pipelines.store import Store
+
+# What becomes of a store whose rows are of another engine.
+EngineChange = Literal["refuse", "re-embed"]
+ENGINE_CHANGES: tuple[EngineChange, ...] = get_args(EngineChange)
 
 
 def check_parent(
@@ -23,6 +29,7 @@ def check_parent(
     wanted_decoder: WantedDecoder,
     dtype: EmbeddingDtype,
     store: Store,
+    engine_change: EngineChange = "refuse",
 ) -> None:
     """Raise StoreError if embeddings of a run would not fit beside those of the snapshot before.
 
@@ -35,9 +42,53 @@ def check_parent(
         wanted_decoder: The same of the decoder.
         dtype: Of stored embeddings.
         store: Whose snapshot it is.
+        engine_change: Whether another engine's rows may take the place of all that are there.
     """
     if parent is None:
         return
+    faults = []
+    if engine_change == "refuse" or not is_other_engine(engine, parent):
+        faults += _mixing_faults(
+            parent,
+            engine=engine,
+            execution=execution,
+            wanted_backend=wanted_backend,
+            wanted_decoder=wanted_decoder,
+        )
+    if parent.key_type != str(catalog.key_type):
+        faults.append(f"keys of type {parent.key_type}, the catalog's are {catalog.key_type}")
+    carried = catalog_columns(catalog)["carry"]
+    if parent.catalog.columns["carry"] != carried:
+        faults.append(
+            f"carried columns {parent.catalog.columns['carry']}, {carried} were asked for"
+        )
+    if parent.modalities != catalog.modalities:
+        faults.append(f"{parent.modalities} of each key, the catalog has {catalog.modalities}")
+    if parent.embedding_dtype != dtype:
+        faults.append(f"{parent.embedding_dtype} embeddings, {dtype} was asked for")
+    if faults:
+        another = engine_change == "refuse" and is_other_engine(engine, parent)
+        nightly = "; or run `clipmill nightly`, which embeds all rows anew" if another else ""
+        raise StoreError(
+            f"store {store.uri} holds {'; '.join(faults)}. They never mix: name another --store, "
+            f"or embed with what this one was made with (--engine ID){nightly}"
+        )
+
+
+def is_other_engine(engine: EngineRecord, parent: Snapshot) -> bool:
+    """Whether an engine, or its build, is not the one of a snapshot's rows."""
+    return (engine.engine_id, engine.weights) != (parent.engine.engine_id, parent.engine.weights)
+
+
+def _mixing_faults(
+    parent: Snapshot,
+    *,
+    engine: EngineRecord,
+    execution: Execution,
+    wanted_backend: Wanted,
+    wanted_decoder: WantedDecoder,
+) -> list[str]:
+    """Why rows of a run may not stand beside those of the snapshot before."""
     faults = []
     for what, option, before, now, asked in (
         ("embeddings by", "--backend", parent.backend, execution.backend, wanted_backend),
@@ -58,24 +109,13 @@ def check_parent(
             f"embeddings of another build of engine {engine.engine_id}, with other weights (bring "
             "that one back under --engines)"
         )
-    if parent.key_type != str(catalog.key_type):
-        faults.append(f"keys of type {parent.key_type}, the catalog's are {catalog.key_type}")
-    carried = catalog_columns(catalog)["carry"]
-    if parent.catalog.columns["carry"] != carried:
-        faults.append(
-            f"carried columns {parent.catalog.columns['carry']}, {carried} were asked for"
-        )
-    if parent.modalities != catalog.modalities:
-        faults.append(f"{parent.modalities} of each key, the catalog has {catalog.modalities}")
-    if parent.embedding_dtype != dtype:
-        faults.append(f"{parent.embedding_dtype} embeddings, {dtype} was asked for")
-    if faults:
-        raise StoreError(
-            f"store {store.uri} holds {'; '.join(faults)}. They never mix: name another --store, "
-            "or embed with what this one was made with (--engine ID)"
-        )
+    return faults
 
 
 def same_state(snapshot: Snapshot, parent: Snapshot) -> bool:
     """Whether a snapshot would say nothing that the one before does not."""
-    return set(snapshot.files) == set(parent.files) and snapshot.catalog == parent.catalog
+    return (
+        set(snapshot.files) == set(parent.files)
+        and snapshot.catalog == parent.catalog
+        and not is_other_engine(snapshot.engine, parent)  # of no rows, the files are the same
+    )

@@ -17,7 +17,7 @@ from engine.progress import OnProgress
 from engine.sample import Sample
 from pipelines import schema
 from pipelines.binary_columns import pixel_array
-from pipelines.catalog import Catalog, CatalogConfig, open_catalog
+from pipelines.catalog import Catalog, CatalogConfig, check_has_rows, open_catalog
 from pipelines.decode import RowLimits, decode_batch
 from pipelines.errors import CatalogError
 from pipelines.reading import CatalogDatasource, RowGroupRows
@@ -134,6 +134,7 @@ def _lowest(
 def _open(config: SampleConfig, *, modalities: Sequence[Modality]) -> Catalog:
     labels = () if config.label_column is None else (config.label_column,)
     catalog = open_catalog(replace(config.catalog, version_column=None, carry_columns=labels))
+    check_has_rows(catalog)
     missing = [name for name in modalities if name not in catalog.modalities]
     if missing:
         raise CatalogError(

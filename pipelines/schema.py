@@ -83,6 +83,20 @@ class Reason(StrEnum):
 # The closed set of what `reason` may be.
 REASONS = frozenset({reason.value for reason in Reason} | {str(reason) for reason in IMAGE_REASONS})
 
+# What the cells of the catalog alone decide; whole rows are judged anew each time.
+_SETTLED_REASONS = frozenset(
+    {
+        Reason.NULL_KEY.value,
+        Reason.DUPLICATE_KEY.value,
+        Reason.NULL_IMAGE.value,
+        Reason.NULL_TEXT.value,
+        Reason.EMPTY_TEXT.value,
+        Reason.INVALID_TEXT.value,
+    }
+)
+# What another try may heal: a URI gives something else by now, a limit or a library is another.
+RETRYABLE_REASONS = REASONS - _SETTLED_REASONS
+
 
 def embeddings_schema(
     *,

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from engine.backends.choice import Backend
 from pipelines.errors import StoreError
+from pipelines.lineage import Lineage, lineage_from
 from pipelines.schema import Decoder, EmbeddingDtype, Modality
 from pipelines.store import Store
 
@@ -99,6 +100,8 @@ class Snapshot:
     """Where that run decoded JPEGs."""
     restores: int | None = None
     """The earlier snapshot that this one, a rollback, is the same as."""
+    lineage: Lineage | None = None
+    """How it came about; of a rollback, how what it restores did. None in old manifests."""
 
     @property
     def path(self) -> str:
@@ -240,6 +243,7 @@ def _read(store: Store, path: str) -> Snapshot:
                 f"store {store.uri}: {path} is of format {version}, this Clipmill reads "
                 f"{FORMAT_VERSION}; upgrade Clipmill"
             )
+        lineage = record.get("lineage")
         return Snapshot(
             **{
                 **record,
@@ -247,6 +251,7 @@ def _read(store: Store, path: str) -> Snapshot:
                 "catalog": CatalogRecord(**record["catalog"]),
                 "modalities": tuple(record["modalities"]),
                 "files": tuple(StoredFile(**file) for file in record["files"]),
+                "lineage": lineage_from(lineage) if lineage else None,
             }
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:

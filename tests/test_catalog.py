@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.catalog import Catalog, CatalogConfig, ImageLayout, open_catalog
+from pipelines.catalog import Catalog, CatalogConfig, ImageLayout, check_has_rows, open_catalog
 from pipelines.errors import CatalogError
 from tests.object_store import s3_bucket
 
@@ -232,8 +232,9 @@ def test_files_without_rows_are_an_error(tmp_path):
     write(tmp_path / "a.parquet", empty)
     write(tmp_path / "b.parquet", empty)
     with pytest.raises(CatalogError, match="2 Parquet files, none has a row"):
-        opened(tmp_path)
+        check_has_rows(opened(tmp_path))
     write(tmp_path / "c.parquet")
+    check_has_rows(opened(tmp_path))
     assert opened(tmp_path).num_rows == 2
 
 

@@ -11,7 +11,7 @@ from engine.backends.choice import Backend, Wanted
 from pipelines.catalog import Catalog, CatalogConfig, open_catalog
 from pipelines.engines import Execution
 from pipelines.errors import StoreError
-from pipelines.parent import check_parent, same_state
+from pipelines.parent import EngineChange, check_parent, same_state
 from pipelines.planning import catalog_record
 from pipelines.schema import Decoder, EmbeddingDtype, WantedDecoder
 from pipelines.snapshots import Snapshot
@@ -43,6 +43,7 @@ def check(
     wanted_backend: Wanted = "auto",
     wanted_decoder: WantedDecoder = "auto",
     dtype: EmbeddingDtype = "float32",
+    engine_change: EngineChange = "refuse",
     **engine: Any,
 ) -> None:
     record = make_snapshot([]).engine
@@ -55,6 +56,7 @@ def check(
         wanted_decoder=wanted_decoder,
         dtype=dtype,
         store=Store(str(tmp_path / "store")),
+        engine_change=engine_change,
     )
 
 
@@ -85,6 +87,30 @@ def test_another_backend_by_name(parent: Snapshot, catalog: Catalog, tmp_path: P
     check(parent, catalog, tmp_path, decoder="gpu", wanted_decoder="gpu")
 
 
+NIGHTLY = "or run `clipmill nightly`, which embeds all rows anew"
+
+
+@pytest.mark.parametrize("engine", [{"engine_id": "fp8-1"}, {"weights": "0" * 64}])
+def test_another_engine_may_embed_all_anew(
+    parent: Snapshot, catalog: Catalog, tmp_path: Path, engine: dict[str, Any]
+) -> None:
+    with pytest.raises(StoreError, match=NIGHTLY):
+        check(parent, catalog, tmp_path, **engine)
+    # By another backend too: its rows stand beside none of the one before.
+    check(parent, catalog, tmp_path, engine_change="re-embed", backend="torch", **engine)
+    with pytest.raises(StoreError, match="float32 embeddings, float16 was asked for") as caught:
+        check(parent, catalog, tmp_path, engine_change="re-embed", dtype="float16", **engine)
+    assert NIGHTLY not in str(caught.value)
+
+
+def test_the_same_engine_embeds_nothing_anew(
+    parent: Snapshot, catalog: Catalog, tmp_path: Path
+) -> None:
+    with pytest.raises(StoreError, match="embeddings by onnxruntime") as caught:
+        check(parent, catalog, tmp_path, engine_change="re-embed", backend="torch")
+    assert NIGHTLY not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
@@ -105,7 +131,9 @@ def test_carried_columns(parent: Snapshot, catalog: Catalog, tmp_path: Path) -> 
         check(parent, bare, tmp_path)
 
 
-def test_only_files_and_catalog_make_another_state(parent: Snapshot) -> None:
+def test_only_files_catalog_and_engine_make_another_state(parent: Snapshot) -> None:
     assert same_state(dataclasses.replace(parent, number=2, run_id="other"), parent)
     grown = dataclasses.replace(parent.catalog, num_keys=2)
     assert not same_state(dataclasses.replace(parent, catalog=grown), parent)
+    other = dataclasses.replace(parent.engine, engine_id="fp8-1")
+    assert not same_state(dataclasses.replace(parent, engine=other), parent)

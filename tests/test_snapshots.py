@@ -6,7 +6,9 @@ import json
 import pytest
 
 from jobs.snapshots import main
+from pipelines.counts import KeyCounts
 from pipelines.errors import CommitConflictError, StoreError
+from pipelines.lineage import Lineage, Measurement
 from pipelines.snapshots import (
     FORMAT_VERSION,
     StoredFile,
@@ -274,3 +276,55 @@ def test_the_command_rolls_back_and_says_so(tmp_path):
     assert (refused.code, refused.out) == (1, "")
     assert "nothing to roll back" in refused.err
     assert command(main, ["rollback", *where]).code == 2
+
+
+def test_how_a_snapshot_came_about_is_read_again(store):
+    lineage = Lineage(
+        plan={
+            "image": KeyCounts(
+                num_new=1,
+                num_changed=0,
+                num_retried=0,
+                num_moved=0,
+                num_unchanged=4,
+                num_staged=0,
+                num_deleted=0,
+                num_twins=0,
+            ),
+            "text": KeyCounts(
+                num_new=0,
+                num_changed=0,
+                num_retried=0,
+                num_moved=0,
+                num_unchanged=11,
+                num_staged=0,
+                num_deleted=0,
+                num_twins=0,
+            ),
+        },
+        code_version="1.2.3",
+        command=("clipmill", "nightly"),
+        accepted=("drift",),
+        measurements=(
+            Measurement(
+                guard="drift",
+                modality="image",
+                value=0.5,
+                bound=0.9,
+                is_tripped=True,
+                detail="5 rows",
+            ),
+        ),
+    )
+    commit(store, dataclasses.replace(SNAPSHOT, lineage=lineage))
+    current = current_snapshot(store)
+    assert current is not None
+    assert current.lineage == lineage
+
+
+def test_a_manifest_of_before_lineages_is_read(store):
+    commit(store, SNAPSHOT)
+    record = json.loads(store.read("snapshots/00000001.json"))
+    del record["lineage"]
+    store.publish("snapshots/00000001.json", json.dumps(record).encode())
+    assert current_snapshot(store) == SNAPSHOT

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pyarrow as pa
 
-from pipelines.catalog import CatalogConfig, open_catalog
+from pipelines.catalog import CatalogConfig, check_has_rows, open_catalog
 from pipelines.errors import CatalogError
 from pipelines.reading import CatalogDatasource, all_rows
 from pipelines.schema import Modality
@@ -26,6 +26,7 @@ def first_rows(catalog_uri: str, *, modalities: Sequence[Modality], num_rows: in
         CatalogError: The catalog lacks such a column or such rows.
     """
     catalog = open_catalog(CatalogConfig(uri=catalog_uri))
+    check_has_rows(catalog)
     pieces = all_rows(catalog, paths=[file.path for file in catalog.files])
     absent = [name for name in modalities if name not in catalog.modalities]
     if absent:

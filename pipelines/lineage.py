@@ -1,0 +1,91 @@
+"""What made a snapshot: plan, code, command line, and what its guards measured.
+
+Knows nothing of how a guard measures or of what is in the snapshot.
+"""
+
+import importlib.metadata
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pipelines.counts import KeyCounts
+from pipelines.schema import Modality
+
+GuardName = Literal["rejects", "deletions", "norms", "drift", "neighbours", "recall"]
+GUARDS: tuple[GuardName, ...] = get_args(GuardName)
+
+PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
+
+# Before an @: all of it where there is a password, which may hold slashes; else the authority.
+_USERINFO = re.compile(r"(?<=://)([^/:]*:.*|[^/]*)@")
+_QUERY = re.compile(r"[?#].*$", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurement:
+    """What one guard saw."""
+
+    guard: GuardName
+    """Which."""
+    modality: Modality | None
+    """Of what; None: of keys, whatever they have."""
+    value: float
+    """Measured."""
+    bound: float
+    """The most or the least that it may be."""
+    is_tripped: bool
+    """Whether it is beyond."""
+    detail: str
+    """What was counted or sampled, in words."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lineage:
+    """How a snapshot came about, besides its engine, its catalog and its parent."""
+
+    plan: Mapping[Modality, KeyCounts]
+    """What was to be done for the keys."""
+    code_version: str
+    """Of Clipmill."""
+    command: tuple[str, ...] = ()
+    """The command line, without what may be secret; empty for a run from Python."""
+    accepted: tuple[GuardName, ...] = ()
+    """Guards that tripped and were let pass by name."""
+    measurements: tuple[Measurement, ...] = field(default=())
+    """Of the guards; none where none were asked."""
+
+
+def lineage_from(record: Mapping[str, Any]) -> Lineage:
+    """Read it back from JSON; TypeError or KeyError for what is none."""
+    return Lineage(
+        **{
+            **record,
+            "plan": {name: KeyCounts(**keys) for name, keys in record["plan"].items()},
+            "command": tuple(record["command"]),
+            "accepted": tuple(record["accepted"]),
+            "measurements": tuple(Measurement(**entry) for entry in record["measurements"]),
+        }
+    )
+
+
+def code_version() -> str:
+    """Clipmill's version: that of the sources where they run as they are, or as installed."""
+    if PYPROJECT.exists():
+        version: str = tomllib.loads(PYPROJECT.read_text())["project"]["version"]
+        return version
+    return importlib.metadata.version("clipmill")
+
+
+def without_secrets(words: Sequence[str]) -> tuple[str, ...]:
+    """Words of a command line without what URIs hold of users, passwords and tokens."""
+    return tuple(public_uri(word) for word in words)
+
+
+def public_uri(uri: str) -> str:
+    """A URI (or an option with one) whose user information and query are stars."""
+    if "://" not in uri:
+        return uri
+    return _QUERY.sub("?***", _USERINFO.sub("***@", uri))

@@ -1,0 +1,170 @@
+"""Prepares a run: what executes the engine, what rows stay, what the work is called.
+
+Knows nothing of how rows are read, embedded or written.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import ray
+
+from engine.errors import EngineError
+from engine.manifest import Manifest
+from engine.registry import Engine, Registry
+from pipelines.catalog import Catalog
+from pipelines.decode import RowLimits
+from pipelines.engines import (
+    EngineChoice,
+    Execution,
+    chosen_backend,
+    chosen_decoder,
+    ready_engine,
+)
+from pipelines.parent import EngineChange, check_parent, is_other_engine
+from pipelines.planning import plan_id_of
+from pipelines.schema import EmbeddingDtype
+from pipelines.snapshots import EngineRecord, Snapshot, StoredFile, current_snapshot
+from pipelines.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparation:
+    """What a run works with, found before it begins."""
+
+    catalog: Catalog
+    """What is to be embedded."""
+    store: Store
+    """Where to."""
+    engine: EngineRecord
+    """With what."""
+    execution: Execution
+    """What executes it, and decodes images."""
+    plan_id: str
+    """Names the work: files are written under it, and found again."""
+    parent: Snapshot | None
+    """The current snapshot."""
+    base: Snapshot | None
+    """The one whose rows stay: the current one, or None if all are to be embedded anew."""
+
+    @property
+    def before(self) -> tuple[StoredFile, ...]:
+        """Files of the rows that stay."""
+        return () if self.base is None else self.base.files
+
+
+def prepare(
+    choice: EngineChoice,
+    *,
+    catalog: Catalog,
+    store: Store,
+    engine: EngineRecord,
+    engine_change: EngineChange,
+    dtype: EmbeddingDtype,
+    limits: RowLimits,
+    ready_manifest: Callable[[], Manifest],
+) -> Preparation:
+    """Choose what executes the engine, and see that its rows fit into the store.
+
+    Args:
+        choice: What was asked for.
+        catalog: What is to be embedded.
+        store: Where to.
+        engine: What the choice came to.
+        engine_change: What to do if the store holds another engine's rows.
+        dtype: Of stored embeddings.
+        limits: What a row may cost.
+        ready_manifest: As of `chosen_decoder`.
+
+    Raises:
+        StoreError: They do not fit, or the store cannot be read.
+        DeviceError, EngineError: Nothing here executes the engine as it was asked for.
+    """
+    parent = current_snapshot(store)
+    is_renewed = (
+        engine_change == "re-embed" and parent is not None and is_other_engine(engine, parent)
+    )
+    base = None if is_renewed else parent
+    execution = _chosen_execution(
+        choice, catalog=catalog, engine=engine, parent=base, ready_manifest=ready_manifest
+    )
+    check_parent(
+        parent,
+        catalog=catalog,
+        engine=engine,
+        execution=execution,
+        wanted_backend=choice.backend,
+        wanted_decoder=choice.decoder,
+        dtype=dtype,
+        store=store,
+        engine_change=engine_change,
+    )
+    # The share of rejects is not among them: a run stopped by it goes on when more are accepted.
+    settings = [dtype, execution.backend, repr(limits.image), str(limits.max_text_chars)]
+    settings += [execution.decoder] if execution.decoder != "cpu" else []
+    return Preparation(
+        catalog=catalog,
+        store=store,
+        engine=engine,
+        execution=execution,
+        plan_id=plan_id_of(catalog, engine=engine, settings=settings),
+        parent=parent,
+        base=base,
+    )
+
+
+def _chosen_execution(
+    choice: EngineChoice,
+    *,
+    catalog: Catalog,
+    engine: EngineRecord,
+    parent: Snapshot | None,
+    ready_manifest: Callable[[], Manifest],
+) -> Execution:
+    backend = chosen_backend(choice.backend, engine=engine)
+    wanted = choice.decoder
+    if "image" not in catalog.modalities:
+        if wanted == "gpu":
+            raise ValueError("--decode gpu: the catalog has no images")
+        return Execution(backend=backend, decoder="cpu")
+    # CPUs can always do what they did before.
+    if wanted == "auto" and parent is not None and parent.decoder == "cpu":
+        wanted = "cpu"
+    decoder = chosen_decoder(wanted, backend=backend, ready_manifest=ready_manifest)
+    return Execution(backend=backend, decoder=decoder)
+
+
+def built_manifest(engine: EngineRecord, *, registry: Registry) -> Manifest:
+    """The manifest of an engine that is there; EngineError if it is not: none is built."""
+    manifest = registry.manifest(engine.engine_id)
+    if manifest is None:
+        raise EngineError(
+            f"engines {registry.uri}: engine {engine.engine_id} is not built, and looking alone "
+            "builds none: run without --dry-run, or `clipmill engine build` first"
+        )
+    return manifest
+
+
+def ready_manifest(
+    engine: EngineRecord, *, registry: Registry, catalog: Catalog, num_cpus: float
+) -> Manifest:
+    """The manifest of an engine, which a worker builds if it is not there.
+
+    Raises:
+        CheckpointError: It cannot be built.
+        EngineError: The same, or it lacks a tower for what the catalog holds.
+    """
+    manifest = registry.manifest(engine.engine_id)
+    if manifest is None:
+        # In a worker: building takes torch, which the driver then need not hold.
+        build: Any = ray.remote(cast("Any", ready_engine))
+        build = build.options(num_cpus=num_cpus)
+        manifest = cast("Engine", ray.get(build.remote(engine, registry=registry))).manifest
+    absent = [name for name in catalog.modalities if name not in manifest.modalities]
+    if absent:
+        leave_out = " ".join(f"--{modality}-column none" for modality in absent)
+        raise EngineError(
+            f"checkpoint {manifest.checkpoint} has no {' or '.join(absent)} tower, the catalog has "
+            f"such a column; leave it out with {leave_out}"
+        )
+    return manifest

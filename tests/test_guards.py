@@ -1,0 +1,266 @@
+"""Tests of pipelines/guards.py, on stores whose vectors are known."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipelines import schema
+from pipelines.errors import GuardError
+from pipelines.guards import GuardLimits, check, measure, measure_index
+from pipelines.indexing import INDEX_FILE, index_dir, index_snapshot
+from pipelines.lineage import Measurement
+from pipelines.snapshots import EngineRecord, Snapshot, StoredFile
+from pipelines.store import Store
+from pipelines.writing import write_table
+from tests.stored import embeddings_file, make_snapshot
+
+DIM = 16
+LIMITS = GuardLimits()
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(str(tmp_path / "store"))
+
+
+def unit_vectors(num_rows: int, *, seed: int = 0, shift: float = 1.0) -> np.ndarray:
+    """Around one direction, as embeddings are."""
+    vectors = np.random.default_rng(seed).normal(size=(num_rows, DIM)).astype(np.float32)
+    vectors[:, 0] += 4 * shift
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def keyed(vectors: np.ndarray, *, first: int = 0) -> dict[str, np.ndarray]:
+    return {f"k{first + row:04d}": vector for row, vector in enumerate(vectors)}
+
+
+def snapshot_of(*files: StoredFile, number: int = 1, **changes) -> Snapshot:
+    """Its catalog has as many keys as there are rows."""
+    snapshot = make_snapshot(files, number=number, embedding_dim=DIM)
+    num_keys = sum(file.num_rows for file in files)
+    catalog = dataclasses.replace(snapshot.catalog, num_keys=num_keys)
+    return dataclasses.replace(snapshot, catalog=catalog, **changes)
+
+
+def rejects_file(store: Store, num_rows: int, *, first: int = 5000) -> StoredFile:
+    rows = [
+        {
+            "key": f"k{first + row:04d}",
+            "modality": "image",
+            "stage": "decode",
+            "reason": "null_image",
+            "source_file": "a.parquet",
+            "source_row": row,
+        }
+        for row in range(num_rows)
+    ]
+    table = pa.Table.from_pylist(rows, schema=schema.rejects_schema(key_type=pa.string()))
+    return write_table(table, kind="rejects", modality="image", plan_id="plan", store=store)
+
+
+def of_json(measurement: Measurement) -> Measurement:
+    """It goes into a manifest."""
+    return Measurement(**json.loads(json.dumps(dataclasses.asdict(measurement))))
+
+
+def measured(
+    store: Store,
+    candidate: Snapshot,
+    parent: Snapshot | None = None,
+    limits: GuardLimits = LIMITS,
+) -> Mapping[str, Measurement]:
+    found = measure(store, candidate, parent, limits=limits)
+    assert len({measurement.guard for measurement in found}) == len(found)
+    assert [of_json(measurement) for measurement in found] == found
+    return {measurement.guard: measurement for measurement in found}
+
+
+def test_a_first_snapshot_is_compared_with_nothing(store):
+    found = measured(store, snapshot_of(embeddings_file(store, keyed(unit_vectors(50)))))
+    assert found.keys() == {"rejects", "norms"}
+    assert not any(measurement.is_tripped for measurement in found.values())
+
+
+def test_a_usual_night_trips_nothing(store):
+    kept = embeddings_file(store, keyed(unit_vectors(1000)))
+    gone = embeddings_file(store, keyed(unit_vectors(5), first=200))
+    new = embeddings_file(store, keyed(unit_vectors(8, seed=1), first=300))
+    found = measured(store, snapshot_of(kept, new, number=2), snapshot_of(kept, gone))
+    assert found.keys() == {"rejects", "deletions", "norms", "drift"}
+    assert not any(measurement.is_tripped for measurement in found.values())
+    assert found["deletions"].value == pytest.approx(5 / 1005)
+    assert "8 new embeddings" in found["norms"].detail
+    assert found["drift"].value > 0.99
+
+
+@pytest.mark.parametrize(
+    ("num_embedded", "num_rejects", "is_tripped"),
+    [(180, 20, False), (179, 21, True), (20, 19, False)],
+)
+def test_rejects(store, num_embedded, num_rejects, is_tripped):
+    snapshot = snapshot_of(
+        embeddings_file(store, keyed(unit_vectors(num_embedded))), rejects_file(store, num_rejects)
+    )
+    found = measured(store, snapshot)["rejects"]
+    assert found.value == pytest.approx(num_rejects / (num_embedded + num_rejects))
+    assert (found.modality, found.is_tripped) == ("image", is_tripped)
+
+
+@pytest.mark.parametrize(
+    ("num_kept", "num_gone", "is_tripped"), [(80, 20, False), (79, 21, True), (10, 19, False)]
+)
+def test_deletions(store, num_kept, num_gone, is_tripped):
+    kept = embeddings_file(store, keyed(unit_vectors(num_kept)))
+    gone = embeddings_file(store, keyed(unit_vectors(num_gone), first=1000))
+    # As many keys come as go: their number says nothing.
+    new = embeddings_file(store, keyed(unit_vectors(num_gone), first=2000))
+    found = measured(store, snapshot_of(kept, new, number=2), snapshot_of(kept, gone))
+    assert found["deletions"].value == pytest.approx(num_gone / (num_kept + num_gone))
+    assert found["deletions"].is_tripped is is_tripped
+
+
+def test_a_key_that_is_rejected_now_is_not_deleted(store):
+    before = snapshot_of(embeddings_file(store, keyed(unit_vectors(60))))
+    after = snapshot_of(rejects_file(store, 60, first=0), number=2)
+    found = measured(store, after, before)
+    assert found["deletions"].value == 0
+    assert found["rejects"].is_tripped
+
+
+@pytest.mark.parametrize("num_rows", [3, 300])
+def test_an_empty_catalog_trips_however_small_the_store(store, num_rows):
+    before = snapshot_of(embeddings_file(store, keyed(unit_vectors(num_rows))))
+    found = measured(store, snapshot_of(number=2), before)
+    assert found["deletions"].is_tripped
+    assert found["deletions"].value == 1
+    assert f"{num_rows} of {num_rows} keys of snapshot 1 are gone, the catalog is empty" in (
+        found["deletions"].detail
+    )
+    assert found.keys() == {"rejects", "deletions"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(
+    ("factor", "num_off"), [(1.0, 0), (1.005, 0), (1.02, 1), (0.98, 1), (0.0, 1), (np.nan, 1)]
+)
+def test_norms(store, dtype, factor, num_off):
+    old = embeddings_file(store, keyed(3 * unit_vectors(50)), dtype=dtype)
+    vectors = unit_vectors(40, seed=1)
+    vectors[7] *= factor
+    new = embeddings_file(store, keyed(vectors, first=100), dtype=dtype)
+    found = measured(store, snapshot_of(old, new, number=2), snapshot_of(old))["norms"]
+    assert found.value == pytest.approx(num_off / 40)
+    assert found.is_tripped is (num_off > 0)
+
+
+@pytest.mark.parametrize(("shift", "is_tripped"), [(1.0, False), (-1.0, True)])
+def test_drift(store, shift, is_tripped):
+    before = snapshot_of(embeddings_file(store, keyed(unit_vectors(1000))))
+    now = embeddings_file(store, keyed(unit_vectors(1000, seed=1, shift=shift)))
+    found = measured(store, snapshot_of(now, number=2), before)["drift"]
+    assert found.is_tripped is is_tripped
+    assert found.value == pytest.approx(shift, abs=0.01)
+
+
+def test_the_means_of_few_rows_say_nothing(store):
+    before = snapshot_of(embeddings_file(store, keyed(unit_vectors(1000))))
+    now = embeddings_file(store, keyed(unit_vectors(999, shift=-1)))
+    assert "drift" not in measured(store, snapshot_of(now, number=2), before)
+
+
+@pytest.mark.parametrize(
+    ("noise", "is_tripped"), [(0.0, False), (0.02, False), (5.0, True), (np.nan, True)]
+)
+def test_neighbours_after_a_change_of_engine(store, noise, is_tripped):
+    vectors = unit_vectors(200)
+    before = snapshot_of(embeddings_file(store, keyed(vectors)))
+    # Other directions, the same neighbours: no drift can be told, and none is.
+    now = vectors[:, ::-1] + noise * np.random.default_rng(1).normal(size=vectors.shape)
+    now = now / np.linalg.norm(now, axis=1, keepdims=True)
+    parts = [
+        embeddings_file(store, keyed(now[first : first + 50], first=first))
+        for first in range(0, 200, 50)
+    ]
+    engine = EngineRecord(engine_id="fp8-1", checkpoint="acme/clip", revision="main")
+    found = measured(store, snapshot_of(*parts, number=2, engine=engine), before)
+    assert "drift" not in found
+    assert found["neighbours"].is_tripped is is_tripped
+    if noise == 0:
+        assert found["neighbours"].value == 1
+    assert "10 neighbours of 200 keys, by engine fp8-1" in found["neighbours"].detail
+
+
+@pytest.mark.parametrize("num_rows", [3, 700])
+def test_recall_of_an_exact_index_is_1(store, num_rows):
+    snapshot = snapshot_of(embeddings_file(store, keyed(unit_vectors(num_rows)), dtype="float16"))
+    index_snapshot(store, snapshot)
+    (found,) = measure_index(store, snapshot, limits=LIMITS)
+    assert (found.guard, found.value, found.is_tripped) == ("recall", 1.0, False)
+    assert of_json(found) == found
+
+
+@pytest.mark.parametrize("fault", ["other vectors", "keys out of step", "nothing"])
+def test_recall_of_an_index_that_is_wrong(store, fault):
+    vectors = unit_vectors(300)
+    snapshot = snapshot_of(embeddings_file(store, keyed(vectors)))
+    index_snapshot(store, snapshot)
+    index = faiss.IndexFlatIP(DIM)
+    index.add(
+        {
+            "other vectors": unit_vectors(300, seed=1),
+            "keys out of step": np.roll(vectors, 1, axis=0),
+            "nothing": np.full_like(vectors, np.nan),
+        }[fault]
+    )
+    content = faiss.serialize_index(index).tobytes()
+    store.publish(f"{index_dir(snapshot, modality='image')}/{INDEX_FILE}", content)
+    (found,) = measure_index(store, snapshot, limits=LIMITS)
+    assert found.is_tripped
+    assert found.value < 0.5
+
+
+def test_an_index_of_no_rows_has_no_recall(store):
+    snapshot = snapshot_of(number=2)
+    index_snapshot(store, snapshot)
+    assert measure_index(store, snapshot, limits=LIMITS) == []
+
+
+def trip(guard, value: float, *, is_tripped: bool = True) -> Measurement:
+    return Measurement(
+        guard=guard,
+        modality=None if guard == "deletions" else "text",
+        value=value,
+        bound=0.2,
+        is_tripped=is_tripped,
+        detail="some",
+    )
+
+
+def test_all_that_tripped_is_named_with_the_way_out():
+    found = [trip("rejects", 0.1, is_tripped=False), trip("deletions", 0.5), trip("drift", 0.125)]
+    with pytest.raises(GuardError) as caught:
+        check(found, accepted=(), outcome="Nothing was committed.")
+    assert str(caught.value) == (
+        "guards tripped:\n"
+        "  - deletions: 0.5000, at most 0.2 is allowed (some)\n"
+        "  - drift of text: 0.1250, at least 0.2 is allowed (some)\n"
+        "Nothing was committed. If this is as it should be, run the same command with "
+        "--accept deletions --accept drift; otherwise mend the cause and run it again"
+    )
+    with pytest.raises(GuardError, match="with --accept drift;") as caught:
+        check(found, accepted=("deletions",), outcome="")
+    assert "deletions" not in str(caught.value)
+    check(found, accepted=("deletions", "drift"), outcome="")
+
+
+@pytest.mark.parametrize("bound", [{"max_rejects": 1.5}, {"min_recall": -0.1}, {"min_drift": -2}])
+def test_bounds_are_shares_or_cosines(bound):
+    with pytest.raises(ValueError, match=f"{next(iter(bound))}=.*: expected"):
+        GuardLimits(**bound)
+    with pytest.raises(ValueError, match="max_norms=nan"):
+        GuardLimits(max_norms=float("nan"))

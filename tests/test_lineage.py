@@ -1,0 +1,65 @@
+"""Tests of pipelines/lineage.py."""
+
+import dataclasses
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from pipelines.counts import KeyCounts
+from pipelines.lineage import Lineage, Measurement, code_version, lineage_from, without_secrets
+
+LINEAGE = Lineage(
+    plan={
+        "text": KeyCounts(
+            num_new=3,
+            num_changed=0,
+            num_retried=0,
+            num_moved=0,
+            num_unchanged=5,
+            num_staged=0,
+            num_deleted=0,
+            num_twins=0,
+        )
+    },
+    code_version="1.2.3",
+    command=("clipmill", "nightly"),
+    accepted=("deletions",),
+    measurements=(
+        Measurement(
+            guard="deletions",
+            modality=None,
+            value=0.5,
+            bound=0.2,
+            is_tripped=True,
+            detail="30 of 60 keys",
+        ),
+    ),
+)
+
+
+def test_it_is_read_back_from_json():
+    assert lineage_from(json.loads(json.dumps(dataclasses.asdict(LINEAGE)))) == LINEAGE
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("s3://bucket/products", "s3://bucket/products"),
+        ("s3://AKIA:s3cr3t@bucket/products", "s3://***@bucket/products"),
+        ("s3://AKIA:s3/cr@3t@bucket/products", "s3://***@bucket/products"),
+        ("--catalog=https://t0ken@host/a?sig=s3cr3t#s3cr3t", "--catalog=https://***@host/a?***"),
+        ("simplecache::https://host:80/a?sig=s3cr3t", "simplecache::https://host:80/a?***"),
+        ("https://u:s3?cr3t#@host/a", "https://***@host/a"),
+        ("folder/what?.parquet", "folder/what?.parquet"),
+        ("--accept", "--accept"),
+    ],
+)
+def test_a_command_is_kept_without_its_secrets(word: str, expected: str):
+    assert without_secrets(["nightly", word]) == ("nightly", expected)
+
+
+def test_the_version_is_that_of_the_sources():
+    pyproject = Path(__file__).resolve().parent.parent / "pyproject.toml"
+    assert code_version() == tomllib.loads(pyproject.read_text())["project"]["version"]

@@ -1,0 +1,459 @@
+"""Whole nights on a real Ray: all of a night is seen at once, or the store stays as it was."""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from jobs import embed, nightly, snapshots
+from pipelines.errors import CommitConflictError
+from pipelines.indexing import find_index
+from pipelines.lineage import code_version
+from pipelines.nightly import NightlyConfig, run_night
+from pipelines.search import Searcher
+from pipelines.snapshots import snapshot_numbers
+from pipelines.store import Store
+from tests import image_files
+from tests.catalogs import (
+    scene_rows,
+    stored_embeddings,
+    stored_rows,
+    stored_snapshot,
+    write_rows,
+)
+from tests.checkpoints import save_clip
+from tests.commands import Done, command
+
+ROOT = Path(__file__).resolve().parent.parent
+QUERIES = ["a small red circle", "three yellow triangles on a white background"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Night:
+    """A catalog, its store, and the command that brings the one up to the other."""
+
+    catalog_dir: Path
+    store_dir: Path
+    checkpoint_dir: Path
+    engines_dir: Path
+
+    def run(self, *options: object, catalog_dir: Path | None = None) -> Done:
+        return command(nightly.main, self.words(*options, catalog_dir=catalog_dir))
+
+    def words(self, *options: object, catalog_dir: Path | None = None) -> list[str]:
+        words = ["--catalog", catalog_dir or self.catalog_dir, "--store", self.store_dir]
+        words += ["--engines", self.engines_dir]
+        if not {"--checkpoint", "--engine"} & set(options):
+            words += ["--checkpoint", self.checkpoint_dir]
+        return [str(word) for word in (*words, *options)]
+
+    def done(self, *options: object, **where: Path) -> Any:
+        """Run it, with success; returns the JSON."""
+        done = self.run("--json", *options, **where)
+        assert done.code == 0, done.err
+        return done.json
+
+    def answers(self) -> list[list[tuple[str | int, float]]]:
+        searcher = Searcher(str(self.store_dir), engines_uri=str(self.engines_dir), modality="text")
+        return [
+            [(hit.key, hit.score) for hit in hits] for hits in searcher.by_text(QUERIES, num_hits=5)
+        ]
+
+    def files(self) -> dict[str, tuple[bytes, int]]:
+        """All of the store: path -> content and time."""
+        return {
+            str(path.relative_to(self.store_dir)): (path.read_bytes(), path.stat().st_mtime_ns)
+            for path in self.store_dir.rglob("*")
+            if path.is_file()
+        }
+
+
+@pytest.fixture
+def night(
+    tmp_path: Path,
+    checkpoint_dir: Path,
+    engines_dir: Path,
+    local_ray: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Night:
+    """60 texts, embedded and indexed."""
+    for module in (nightly, embed):
+        monkeypatch.setattr(module, "ray_cluster", lambda _: contextlib.nullcontext())
+    made = Night(tmp_path / "catalog", tmp_path / "store", checkpoint_dir, engines_dir)
+    write_rows(made.catalog_dir, text_rows(60), num_files=2)
+    first = made.done()
+    assert (first["outcome"], first["snapshot"], first["parent"]) == ("committed", 1, None)
+    assert (first["num_indexes_built"], first["run"]["num_embedded"]) == (1, {"text": 60})
+    return made
+
+
+def text_rows(num_rows: int) -> list[dict[str, Any]]:
+    return [{"key": row["key"], "text": row["text"]} for row in scene_rows(num_rows)]
+
+
+def due(plan: dict[str, Any], modality: str = "text") -> int:
+    """Of a plan in JSON: keys that are to be embedded or copied."""
+    keys = plan["plan"][modality]
+    return sum(keys[f"num_{what}"] for what in ("new", "changed", "retried", "moved"))
+
+
+def current(night: Night) -> tuple[list[int], bytes]:
+    """What a reader goes by: numbers of the snapshots, and the manifest of the last."""
+    store = Store(str(night.store_dir))
+    numbers = snapshot_numbers(store)
+    return numbers, store.read(f"snapshots/{numbers[-1]:08d}.json")
+
+
+def is_kept(before: dict[str, tuple[bytes, int]], night: Night) -> bool:
+    """Whether all files that were there are there as they were."""
+    return before.items() <= night.files().items()
+
+
+def test_an_unchanged_night_does_nothing_and_says_so(night: Night):
+    before = night.files()
+    done = night.run()
+    assert done.code == 0
+    assert done.out == (
+        "nothing to do: snapshot 1 is that of the catalog; indexes: 0 built, 1 there\n"
+    )
+    assert night.files() == before
+    report = night.done()
+    assert (report["outcome"], report["snapshot"], report["report_path"]) == ("unchanged", 1, None)
+    assert report["num_indexes_built"] == 0
+
+
+def test_a_night_embeds_what_changed_and_says_how_it_came_about(night: Night):
+    rows = text_rows(62)
+    changed = [*rows[:5], {**rows[5], "text": rows[4]["text"]}, *rows[6:10], *rows[12:]]
+    write_rows(night.catalog_dir, changed, num_files=3)
+    before = stored_embeddings(night.store_dir, modality="text")
+    report = night.done()
+    assert (report["outcome"], report["snapshot"], report["parent"]) == ("committed", 2, 1)
+    assert report["run"]["num_embedded"] == {"text": 2}
+    assert report["run"]["num_copied"] == {"text": 1}
+    after = stored_embeddings(night.store_dir, modality="text")
+    assert set(after) == {row["key"] for row in changed}
+    assert np.allclose(after["k0005"], before["k0004"], atol=1e-6)
+    assert Path(report["report_path"]).exists()
+    assert night.answers()[0][0][0] in after
+
+    lineage = stored_snapshot(night.store_dir).lineage
+    assert lineage is not None
+    assert {name: keys.num_due for name, keys in lineage.plan.items()} == {"text": 3}
+    assert lineage.plan["text"].num_unchanged == 57
+    assert lineage.command == ("clipmill", "nightly", *night.words("--json"))
+    assert lineage.code_version == code_version()
+    assert lineage.accepted == ()
+    assert [measurement.guard for measurement in lineage.measurements] == [
+        *("rejects", "deletions", "norms", "recall")
+    ]
+    assert not any(measurement.is_tripped for measurement in lineage.measurements)
+    shown = command(snapshots.main, ["show", "--store", str(night.store_dir)]).out
+    assert "  plan     3 text to embed and 57 stored already\n" in shown
+    assert f"  code     Clipmill {code_version()}\n" in shown
+    assert f"  command  clipmill nightly --catalog {night.catalog_dir} " in shown
+    assert (
+        "  guard    deletions: 0.0333, at most 0.2 is allowed (2 of 60 keys of snapshot 1" in shown
+    )
+
+
+def test_secrets_of_a_command_line_are_not_written(night: Night):
+    write_rows(night.catalog_dir, text_rows(61))
+    options = nightly._parser().parse_options(night.words())
+    config = nightly._config_from(options, command=("nightly", "s3://AKIA:s3cr3t@bucket?s3cr3t"))
+    run_night(config)
+    assert stored_snapshot(night.store_dir).lineage.command == ("nightly", "s3://***@bucket?***")
+    assert not any(b"s3cr3t" in content for content, _ in night.files().values())
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(night: Night, tmp_path: Path):
+    rows = text_rows(64)
+    write_rows(night.catalog_dir, rows[3:])
+    before = night.files()
+    plan = night.done("--dry-run")
+    assert night.files() == before
+    assert (plan["outcome"], plan["snapshot"], plan["is_anew"]) == ("planned", 1, False)
+    assert (plan["num_keys"], plan["num_keys_before"]) == (61, 60)
+    assert (due(plan), plan["plan"]["text"]["num_unchanged"]) == (4, 57)
+    said = night.run("--dry-run").out
+    assert "text    4 to embed, 57 stored already" in said
+    assert night.done()["run"]["num_embedded"] == {"text": due(plan)}
+
+    # Of a store that is not there, by an engine that is not built.
+    fresh = dataclasses.replace(
+        night, store_dir=tmp_path / "fresh", engines_dir=tmp_path / "no-engines"
+    )
+    plan = fresh.done("--dry-run")
+    assert (plan["snapshot"], due(plan)) == (None, 61)
+    assert not fresh.store_dir.exists()
+    assert not fresh.engines_dir.exists()
+
+
+def test_a_half_delivered_catalog_trips_until_it_is_accepted(night: Night):
+    rows, answers = text_rows(61), night.answers()
+    write_rows(night.catalog_dir, [*rows[:30], rows[60]])
+    before, was = night.files(), current(night)
+    done = night.run()
+    assert (done.code, done.out) == (1, "")
+    assert "deletions: 0.5000, at most 0.2 is allowed (30 of 60 keys of snapshot 1" in done.err
+    assert "Nothing was committed" in done.err
+    assert "--accept deletions" in done.err
+    assert current(night) == was
+    assert is_kept(before, night)
+    assert night.answers() == answers
+    assert night.run("--accept", "drift").code == 1
+    assert current(night) == was
+
+    report = night.done("--accept", "deletions", "--accept", "drift")
+    assert (report["outcome"], report["snapshot"]) == ("committed", 2)
+    assert report["run"]["num_embedded"] == {"text": 0}
+    assert report["lineage"]["accepted"] == ["deletions"]
+    assert set(stored_embeddings(night.store_dir, modality="text")) == {
+        *(row["key"] for row in rows[:30]),
+        rows[60]["key"],
+    }
+    shown = command(snapshots.main, ["show", "--store", str(night.store_dir)]).out
+    assert "keys of snapshot 1 are gone), accepted" in shown
+
+    # The bad night is taken back: the answers are those of before, to the last bit.
+    assert night.answers() != answers
+    back = command(snapshots.main, ["rollback", "1", "--store", str(night.store_dir)])
+    assert back.code == 0
+    assert night.answers() == answers
+
+
+def test_an_empty_catalog_trips_and_wipes_nothing(night: Night):
+    empty = pa.schema({"key": pa.string(), "text": pa.string()})
+    write_rows(night.catalog_dir, [], schema=empty)
+    was = current(night)
+    done = night.run()
+    assert done.code == 1
+    assert "deletions: 1.0000" in done.err
+    assert "60 of 60 keys of snapshot 1 are gone, the catalog is empty" in done.err
+    assert current(night) == was
+    # `embed`, which has no guards, refuses it as ever.
+    refused = command(embed.main, night.words())
+    assert (refused.code, "none has a row" in refused.err) == (1, True)
+    assert night.done("--accept", "deletions")["run"]["num_keys"] == 0
+    assert night.answers() == [[], []]
+    assert (
+        "none has a row"
+        in dataclasses.replace(night, store_dir=night.store_dir.parent / "fresh").run().err
+    )
+
+
+@pytest.fixture(scope="module")
+def other_checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of random weights: to it, other texts are alike."""
+    return save_clip(tmp_path_factory.mktemp("other"))
+
+
+def test_another_engine_embeds_all_anew_beside_the_old(night: Night, other_checkpoint_dir: Path):
+    other = ("--checkpoint", other_checkpoint_dir)
+    answers, was = night.answers(), current(night)
+    refused = command(embed.main, night.words(*other))
+    assert refused.code == 1
+    assert "or run `clipmill nightly`, which embeds all rows anew" in refused.err
+    plan = night.done("--dry-run", *other)
+    assert (plan["is_anew"], due(plan)) == (True, 60)
+
+    done = night.run(*other)
+    assert done.code == 1
+    assert "neighbours of text: 0." in done.err
+    assert "deletions" not in done.err
+    assert "--accept neighbours" in done.err
+    assert current(night) == was
+    assert night.answers() == answers
+
+    report = night.done(*other, "--accept", "neighbours")
+    assert (report["snapshot"], report["parent"]) == (2, 1)
+    assert report["run"]["num_embedded"] == {"text": 0}
+    assert report["lineage"]["accepted"] == ["neighbours"]
+    after = stored_snapshot(night.store_dir)
+    assert {row["engine_id"] for row in stored_rows(night.store_dir)} == {after.engine.engine_id}
+    assert after.engine.engine_id == plan["engine_id"] != plan["engine_before"]
+    assert len(stored_embeddings(night.store_dir, modality="text")) == 60
+    assert night.answers() != answers
+    assert night.done(*other)["outcome"] == "unchanged"
+
+    # Back by a rollback, or by the engine: either way nothing is embedded again.
+    assert command(snapshots.main, ["rollback", "1", "--store", str(night.store_dir)]).code == 0
+    assert night.answers() == answers
+    assert night.done()["outcome"] == "unchanged"
+
+
+def test_a_like_engine_passes_by_itself(night: Night, tmp_path: Path):
+    """Another resize makes another engine, but its texts are the same."""
+    like = shutil.copytree(night.checkpoint_dir, tmp_path / "like")
+    config = like / "preprocessor_config.json"
+    config.write_text(config.read_text().replace('"resample": 3', '"resample": 2'))
+    report = night.done("--checkpoint", like)
+    assert report["run"]["num_embedded"] == {"text": 60}
+    (found,) = [
+        entry for entry in report["lineage"]["measurements"] if entry["guard"] == "neighbours"
+    ]
+    assert (found["value"], found["is_tripped"]) == (1.0, False)
+
+
+def test_rejects_are_tried_again_when_asked_for(night: Night, tmp_path: Path):
+    pictures = {name: tmp_path / f"{name}.png" for name in ("late", "mended", "there", "never")}
+    for name in ("mended", "there"):
+        pictures[name].write_bytes(image_files.png())
+    pictures["mended"].write_bytes(b"not an image")
+    rows = [{"key": name, "image": str(path)} for name, path in pictures.items()]
+    catalog_dir = write_rows(tmp_path / "pictures", [*rows, {"key": "null", "image": None}])
+    night = dataclasses.replace(night, catalog_dir=catalog_dir, store_dir=tmp_path / "of-pictures")
+
+    def rejects() -> dict[str, str]:
+        return {row["key"]: row["reason"] for row in stored_rows(night.store_dir, kind="rejects")}
+
+    expected = {"late": "fetch_failed", "never": "fetch_failed", "mended": "not_an_image"}
+    night.done()
+    assert rejects() == {**expected, "null": "null_image"}
+    for name in ("late", "mended"):
+        pictures[name].write_bytes(image_files.png())
+    assert night.done()["outcome"] == "unchanged"
+    report = night.done("--retry-rejects")
+    assert report["outcome"] == "committed"
+    assert report["run"]["num_embedded"] == {"image": 2}
+    assert due(report["lineage"], "image") == 3, "the null is none that another try heals"
+    assert rejects() == {"never": "fetch_failed", "null": "null_image"}
+    assert night.done()["outcome"] == "unchanged"
+
+
+def test_an_index_that_is_missing_is_built(night: Night):
+    answers = night.answers()
+    shutil.rmtree(night.store_dir / "indexes")
+    was = current(night)
+    done = night.run()
+    assert (done.code, current(night)) == (0, was)
+    assert "indexes: 1 built, 1 there" in done.out
+    assert night.answers() == answers
+
+
+def test_the_index_is_there_before_the_commit(night: Night, monkeypatch: pytest.MonkeyPatch):
+    write_rows(night.catalog_dir, text_rows(61))
+    seen = []
+
+    def noted(store: Store, snapshot) -> None:
+        seen.append(find_index(store, snapshot, modality="text"))
+        raise CommitConflictError("killed here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.embedding.commit", noted)
+        assert night.run().code == 1
+    assert seen[0] is not None
+    report = night.done()
+    assert (report["num_indexes_built"], report["run"]["num_embedded"]) == (0, {"text": 0})
+
+
+def test_an_index_with_faults_is_not_promoted(night: Night, monkeypatch: pytest.MonkeyPatch):
+    write_rows(night.catalog_dir, text_rows(61))
+    was = current(night)
+    monkeypatch.setattr(
+        "pipelines.guards.search_among", lambda *_, num_hits, **__: np.full((61, num_hits), -1)
+    )
+    done = night.run()
+    assert (done.code, current(night)) == (1, was)
+    assert "recall of text: 0.0000, at least 0.95 is allowed" in done.err
+
+
+def test_of_two_nights_at_once_one_commits_and_the_other_goes_on(
+    night: Night, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write_rows(night.catalog_dir, text_rows(80))
+    half = write_rows(tmp_path / "half", text_rows(70))
+    inner: list[Any] = []
+    from pipelines.nightly import measure_index
+
+    def meanwhile(*args: Any, **options: Any) -> Any:
+        if not inner:
+            inner.append(None)
+            inner[0] = night.done(catalog_dir=half)
+        return measure_index(*args, **options)
+
+    monkeypatch.setattr("pipelines.nightly.measure_index", meanwhile)
+    done = night.run()
+    assert done.code == 1
+    assert "another run committed it first. Nothing was lost; run the same command" in done.err
+    assert (inner[0]["snapshot"], inner[0]["run"]["num_embedded"]) == (2, {"text": 10})
+    assert stored_snapshot(night.store_dir).catalog.num_keys == 70
+    report = night.done()
+    assert (report["snapshot"], report["run"]["num_embedded"]) == (3, {"text": 0})
+    assert len(stored_embeddings(night.store_dir, modality="text")) == 80
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--accept", "everything"], "invalid choice: 'everything'"),
+        (["--max-deletions", "2"], "max_deletions=2.0: expected 0 to 1"),
+        (["--retry", "bad_luck"], "no such reasons"),
+    ],
+)
+def test_a_bad_option_is_a_usage_error(night: Night, options: list[str], message: str):
+    done = night.run(*options)
+    assert done.code == 2
+    assert message in done.err
+
+
+def test_a_guard_that_does_not_exist_is_refused(night: Night):
+    options = nightly._parser().parse_options(night.words())
+    config = nightly._config_from(options, command=())
+    with pytest.raises(
+        ValueError, match=r"accepted=\['all'\]: no such guards; expected of rejects"
+    ):
+        NightlyConfig(embed=config.embed, accepted=("all",))  # type: ignore[arg-type]
+
+
+def test_a_killed_night_is_finished_by_the_next(night: Night, tmp_path: Path):
+    rows = scene_rows(300)
+    catalog_dir = write_rows(tmp_path / "scenes", rows, num_files=3)
+    options = ("--rows-per-file", "32", "--batch-rows", "16")
+    killed, whole = (
+        dataclasses.replace(night, catalog_dir=catalog_dir, store_dir=tmp_path / name)
+        for name in ("killed", "whole")
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.nightly", *killed.words(*options)],
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    wait_for(lambda: any((killed.store_dir / "embeddings").rglob("*.parquet")), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed.store_dir / "snapshots").exists()
+
+    undisturbed, finished = whole.done(*options), killed.done(*options)
+    assert undisturbed["run"]["num_embedded"] == {"image": 300, "text": 300}
+    assert 0 < sum(finished["run"]["num_embedded"].values()) < 600
+    assert finished["run"]["num_stored"] == undisturbed["run"]["num_stored"]
+    assert finished["num_indexes_built"] == 2
+    for modality in ("image", "text"):
+        found = stored_embeddings(killed.store_dir, modality=modality)
+        expected = stored_embeddings(whole.store_dir, modality=modality)
+        assert found.keys() == expected.keys() == {row["key"] for row in rows}
+        assert all(np.allclose(found[key], expected[key], atol=1e-6) for key in expected)
+    hits, expected_hits = killed.answers(), whole.answers()
+    assert [[key for key, _ in of] for of in hits] == [
+        [key for key, _ in of] for of in expected_hits
+    ]
+
+
+def wait_for(is_so: Callable[[], bool], process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not is_so():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
