@@ -160,7 +160,7 @@ def test_a_night_embeds_what_changed_and_says_how_it_came_about(night: Night):
     ]
     assert not any(measurement.is_tripped for measurement in lineage.measurements)
     shown = command(snapshots.main, ["show", "--store", str(night.store_dir)]).out
-    assert "  plan     3 text to embed and 57 stored already\n" in shown
+    assert "  plan     text: 2 new, 0 changed, 1 moved, 57 unchanged, 2 deleted\n" in shown
     assert f"  code     Clipmill {code_version()}\n" in shown
     assert f"  command  clipmill nightly --catalog {night.catalog_dir} " in shown
     assert (
@@ -187,7 +187,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(night: Night, tmp_
     assert (plan["num_keys"], plan["num_keys_before"]) == (61, 60)
     assert (due(plan), plan["plan"]["text"]["num_unchanged"]) == (4, 57)
     said = night.run("--dry-run").out
-    assert "text    4 to embed, 57 stored already" in said
+    assert "text    4 new, 0 changed, 0 moved, 57 unchanged, 3 deleted" in said
     assert night.done()["run"]["num_embedded"] == {"text": due(plan)}
 
     # Of a store that is not there, by an engine that is not built.
