@@ -5,13 +5,14 @@ Knows nothing of what runs on it.
 
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import ray
 import ray.data
+from ray._common.utils import get_system_memory
 
 from engine.errors import ClipmillError
 
@@ -19,8 +20,9 @@ from engine.errors import ClipmillError
 # between the stages may take (`Resources.in_flight_bytes`), since those being written come on top.
 OBJECT_STORE_BYTES_PER_CPU = 256 * 2**20
 MIN_OBJECT_STORE_BYTES = 1 * 2**30
-# Ray's own bound.
-_MAX_OBJECT_STORE_SHARE = 0.3
+# Of what is free where Ray keeps it, and of memory (Ray's own bound).
+_MAX_SHM_SHARE, _MAX_MEMORY_SHARE = 0.9, 0.3
+_SHM_DIR = "/dev/shm"
 
 
 @contextmanager
@@ -59,7 +61,10 @@ def ray_cluster(address: str | None) -> Iterator[None]:
 
 def _object_store_bytes() -> int:
     wanted = OBJECT_STORE_BYTES_PER_CPU * len(os.sched_getaffinity(0))
-    most = int(_MAX_OBJECT_STORE_SHARE * psutil.virtual_memory().total)
+    # A container may see less than its machine has. Where it has less than the minimum, Ray takes a
+    # disk, as it would without us.
+    shm_bytes = int(_MAX_SHM_SHARE * shutil.disk_usage(_SHM_DIR).free)
+    most = min(int(_MAX_MEMORY_SHARE * get_system_memory()), max(shm_bytes, MIN_OBJECT_STORE_BYTES))
     return min(max(wanted, MIN_OBJECT_STORE_BYTES), most)
 
 

@@ -1,4 +1,4 @@
-"""`clipmill snapshots list|show|diff|rollback|vacuum`: the states of a store.
+"""`clipmill snapshots list|show|diff|files|rollback|vacuum`: the states of a store.
 
 Knows nothing of how they are made.
 """

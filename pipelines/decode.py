@@ -25,13 +25,12 @@ from pipelines.fingerprints import row_fingerprints
 from pipelines.progress import StageMeter, metered
 from pipelines.schema import Decoder, Modality, Reason, Stage
 
-# Of a batch's images: with fewer for the GPU, theirs are copied, without the bytes between.
+# Of the bytes of a batch's images: with fewer for the GPU, theirs are copied, without what is
+# between.
 MIN_SHARED_SHARE = 0.5
 # What takes the card's search for early ends too long: an image is searched by one of its programs,
 # and 34 kB took an H100 up to 14 ms.
 MAX_GPU_IMAGE_BYTES = 2 * 2**20
-
-GEOMETRY_TYPE = pa.list_(pa.int32(), len(Geometry._fields))
 
 # (reason, detail), or None for a row that is fine.
 Verdict = tuple[str, str | None] | None
@@ -90,7 +89,7 @@ def decode_batch(
             else:
                 texts, verdicts = _texts(wanted, limits=limits)
                 pixels = encoded = pa.nulls(wanted.num_rows, pa.large_binary())
-                geometries = pa.nulls(wanted.num_rows, GEOMETRY_TYPE)
+                geometries = pa.nulls(wanted.num_rows, schema.GEOMETRY_TYPE)
             rejected = [verdict is not None for verdict in verdicts]
             stages = [Stage.DECODE.value if flag else None for flag in rejected]
             parts.append(
@@ -139,15 +138,16 @@ def _images(
         pixels.append(pixel)
         verdicts.append(verdict)
     is_passed_on = np.array([geometry is not None for geometry in geometries], dtype=np.bool_)
-    num_passed_on = is_passed_on.sum()
-    if num_passed_on == 0:
+    num_bytes = np.array([len(c) if isinstance(c, bytes | memoryview) else 0 for c in contents])
+    share = num_bytes[is_passed_on].sum() / max(1, num_bytes.sum())
+    if not is_passed_on.any():
         encoded = pa.nulls(len(contents), pa.large_binary())
-    elif is_passed_on[missing].any() or num_passed_on < MIN_SHARED_SHARE * len(contents):
+    elif is_passed_on[missing].any() or share < MIN_SHARED_SHARE:
         passed_on = zip(contents, is_passed_on, strict=True)
         encoded = pa.array([c if flag else None for c, flag in passed_on], pa.large_binary())
     else:
         encoded = only(table[schema.IMAGE], is_passed_on)
-    geometry = pa.array(geometries, GEOMETRY_TYPE)
+    geometry = pa.array(geometries, schema.GEOMETRY_TYPE)
     return pa.array(pixels, pa.large_binary()), encoded, geometry, verdicts
 
 

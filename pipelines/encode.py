@@ -132,7 +132,7 @@ class EncodeStage:
         if len(rows) == 0:
             return rows, None, {}
         content, bounds = contents(table[schema.ENCODED])
-        geometries = table[schema.GEOMETRY].combine_chunks().flatten().to_numpy()
+        geometries = table[schema.GEOMETRY].combine_chunks().flatten().to_numpy().astype(np.int64)
         jpegs = Jpegs(content=content, bounds=bounds, geometries=geometries.reshape(len(rows), -1))
         batch = self._decoder.decode(jpegs)
         pixels = batch.pixels if self._takes_gpu_pixels else batch.pixels.cpu().numpy()

@@ -51,6 +51,8 @@ KIND = "kind"
 NUM_ROWS = "num_rows"
 NUM_BYTES = "num_bytes"
 
+# Width, height and orientation of an image, as `jpeg_header.Geometry`.
+GEOMETRY_TYPE = pa.list_(pa.int32(), 3)
 FINGERPRINT_TYPE = pa.binary(16)
 RESERVED = frozenset(
     {KEY, MODALITY, FINGERPRINT, EMBEDDING, ENGINE_ID, SOURCE_FILE, SOURCE_ROW, IMAGE, IMAGE_URI}

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipelines.binary_columns import binary_views, only, pixel_array
+from pipelines.binary_columns import binary_views, contents, only, pixel_array
 
 SHAPE = (2, 2, 3)
 
@@ -74,3 +74,19 @@ def test_some_rows_of_a_column_without_a_copy(first: int):
         assert found.buffers()[2].address == whole.buffers()[2].address
     assert only(whole, np.zeros(5, dtype=bool)).null_count == 5
     assert len(only(column([]), np.zeros(0, dtype=bool))) == 0
+
+
+@pytest.mark.parametrize("num_chunks", [1, 3])
+def test_contents_are_where_the_bounds_say(num_chunks: int):
+    rows = [b"first", b"", b"third", b"fourth", b"fifth" * 9, b"sixth"]
+    array = column([b"before", *rows, b"after"]).slice(1, len(rows))
+    kept = np.array([True, True, False, True, False, True])
+    flagged = only(array, kept)
+    step = len(rows) // num_chunks
+    chunks = [flagged.slice(first, step) for first in range(0, len(rows), step)]
+    content, bounds = contents(pa.chunked_array(chunks))
+    found = [content[first:last].tobytes() for first, last in bounds.tolist()]
+    assert found == [row for row, flag in zip(rows, kept, strict=True) if flag]
+    assert bool((np.diff(bounds.reshape(-1)) >= 0).all())
+    if num_chunks == 1:
+        assert content.ctypes.data == array.buffers()[2].address

@@ -84,13 +84,26 @@ def test_an_address_is_joined_and_left_running():
 
 
 @pytest.mark.parametrize(
-    ("num_cores", "total_gib", "expected_gib"), [(2, 24, 1), (16, 128, 4), (64, 32, 0.3 * 32)]
+    ("num_cores", "total_gib", "shm_gib", "expected_gib"),
+    [
+        (2, 24, 12, 1),
+        (16, 128, 64, 4),
+        (64, 32, 30, 0.3 * 32),
+        (16, 128, 3, 0.9 * 3),
+        (64, 256, 0.0625, 1),
+        (2, 2, 1, 0.3 * 2),
+    ],
 )
 def test_the_object_store_holds_more_than_what_is_in_flight(
-    monkeypatch: pytest.MonkeyPatch, num_cores: int, total_gib: int, expected_gib: float
+    monkeypatch: pytest.MonkeyPatch,
+    num_cores: int,
+    total_gib: int,
+    shm_gib: float,
+    expected_gib: float,
 ):
-    memory = SimpleNamespace(total=total_gib * 2**30)
+    usage = SimpleNamespace(free=shm_gib * 2**30)
     monkeypatch.setattr(cluster.os, "sched_getaffinity", lambda pid: set(range(num_cores)))
-    monkeypatch.setattr(cluster.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(cluster, "get_system_memory", lambda: total_gib * 2**30)
+    monkeypatch.setattr(cluster.shutil, "disk_usage", lambda folder: usage)
     assert cluster._object_store_bytes() == int(expected_gib * 2**30)
     assert 2 * Resources().in_flight_bytes <= cluster.OBJECT_STORE_BYTES_PER_CPU

@@ -18,10 +18,9 @@ from engine.checkpoint import find_checkpoint
 from engine.images import ImageLimits, ImageRejected
 from engine.preprocess import decode_pixels
 from engine.registry import Registry
-from pipelines.decode import GEOMETRY_TYPE
 from pipelines.encode import EncodeStage
 from pipelines.engines import ready_engine
-from pipelines.schema import EmbeddingDtype
+from pipelines.schema import GEOMETRY_TYPE, EmbeddingDtype
 from pipelines.snapshots import EngineRecord
 from tests import image_files
 from tests.meters import ListMeter
@@ -138,6 +137,7 @@ class ByPillow:
     def decode(self, jpegs):
         pixels, rejected = {}, {}
         assert jpegs.geometries.shape == (len(jpegs), 3)
+        assert jpegs.geometries.dtype == np.int64  # bytes of large images are beyond 32 bit
         self.geometries = jpegs.geometries.tolist()
         for row, content in enumerate(map(jpegs.image, range(len(jpegs)))):
             try:

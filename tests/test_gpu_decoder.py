@@ -157,12 +157,15 @@ def test_more_images_than_one_call_takes(decoder: GpuDecoder, monkeypatch: pytes
 def test_the_cards_cores_decode_nearly_as_its_engines(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(nvjpeg, "_HARDWARE", nvjpeg._GPU_HYBRID)
     decoder = GpuDecoder(CLIP, limits=LIMITS, num_threads=1)
-    decoded = decoder.decode(jpegs(list(ORDINARY.values())))
+    # Of up to 50 images, nvJPEG reads the codes on a CPU there.
+    for repeats in (1, 4):
+        decoded = decoder.decode(jpegs(list(ORDINARY.values()) * repeats))
+        assert decoded.num_by_cpu == 0
+        named = list(ORDINARY.items()) * repeats
+        for (name, encoded), pixels in zip(named, decoded.pixels, strict=True):
+            difference = np.abs(pixels.cpu().numpy().astype(int) - by_pillow(encoded)).mean()
+            assert difference < MAX_MEAN_DIFFERENCE, name
     decoder.close()
-    assert decoded.num_by_cpu == 0
-    for (name, encoded), pixels in zip(ORDINARY.items(), decoded.pixels, strict=True):
-        difference = np.abs(pixels.cpu().numpy().astype(int) - by_pillow(encoded)).mean()
-        assert difference < MAX_MEAN_DIFFERENCE, name
 
 
 @pytest.mark.parametrize(
@@ -276,7 +279,7 @@ def test_rows_of_a_batch_whoever_decodes_them(without_card):
 def test_a_batch_with_one_that_is_none_is_decoded_again_by_halves(without_card):
     decoder, library = without_card
     photo = jpeg(image_files.photo(17, 16))
-    decoded = decoder.decode(jpegs([photo] * 3 + [b"nonsense"]))
+    decoder.decode(jpegs([photo] * 3 + [b"nonsense"]))
     assert library.num_rows == [3, 1]
     library.num_rows.clear()
     decoded = decoder.decode(jpegs([photo, b"nonsense", photo]))

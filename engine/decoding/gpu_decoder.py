@@ -31,8 +31,9 @@ from engine.errors import DeviceError, DeviceMemoryError
 from engine.images import ImageLimits, ImageRejected
 from engine.preprocess import Preprocessing, decode_pixels
 
-# Of one call of nvJPEG: what images are decoded to has to fit beside the engine.
-_CALL_BYTES = 2**31
+# Of one call of nvJPEG: what images are decoded to has to fit beside the engine, and does so for
+# each thread that calls, until it has resized them.
+_CALL_BYTES = 2**30
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,7 +138,8 @@ class GpuDecoder:
     def close(self) -> None:
         """End the threads, and free nvJPEG's memory."""
         self._threads.shutdown()
-        self._nvjpeg.close()
+        with self._turn:
+            self._nvjpeg.close()
 
     def _ends_early(self, jpegs: Jpegs) -> Tensor:
         """Which end early: bool [N] on the card, once the current stream is there."""
@@ -171,14 +173,17 @@ class GpuDecoder:
             started = time.perf_counter()
             decoded = torch.empty(int(ends[-1]), dtype=torch.uint8, device=self._device)
             targets = decoded.data_ptr() + ends - num_bytes[rows]
-            is_done = self._nvjpeg.decode(
-                jpegs.content.ctypes.data + bounds[:, 0],
-                num_bytes=bounds[:, 1] - bounds[:, 0],
-                targets=targets,
-                row_bytes=3 * geometries[:, 0],
-                stream=self._stream.cuda_stream,
-            )
-            self._stream.synchronize()
+            try:
+                is_done = self._nvjpeg.decode(
+                    jpegs.content.ctypes.data + bounds[:, 0],
+                    num_bytes=bounds[:, 1] - bounds[:, 0],
+                    targets=targets,
+                    row_bytes=3 * geometries[:, 0],
+                    stream=self._stream.cuda_stream,
+                )
+            finally:
+                # Also of a call that failed, what had begun still reads and writes.
+                self._stream.synchronize()
             card_seconds = time.perf_counter() - started
         if not is_done:
             return self._nothing(card_seconds=card_seconds)

@@ -30,7 +30,7 @@ _FRAME = struct.Struct(">BHHB")
 _MAX_SEGMENTS = 200
 # JPEG_MAX_DIMENSION of libjpeg's jmorecfg.h.
 _MAX_SIDE_PIXELS = 65_500
-# The colours of narrower ones the card interpolates in its own way.
+# The colours of some with a shorter side the card interpolates in its own way.
 _MIN_SIDE_PIXELS = 16
 # Sampling factors, horizontal << 4 | vertical: any of grey; of colour 4:4:4, 4:4:0, 4:2:2, 4:2:0.
 _SAMPLINGS = frozenset(

@@ -175,7 +175,9 @@ def resample(sources: Sources, *, preprocessing: Preprocessing, device: torch.de
         return pixels
     sizes, which = np.unique(sources.size, axis=0, return_inverse=True)
     full_sizes = [resized_size((width, height), preprocessing) for width, height in sizes.tolist()]
-    axes = _Axes(in_size=sources.size, full_size=np.array(full_sizes)[which], output=output)
+    axes = _Axes(
+        in_size=sources.size, full_size=np.array(full_sizes)[which.reshape(-1)], output=output
+    )
     first_axis = axes.first()
     between_size = np.where(np.arange(2) == first_axis[:, None], output, axes.in_size)
     between_bytes = 3 * between_size.prod(axis=1)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from engine.backends.choice import choose_backend, load_encoder, this_machine
 from engine.decoding.jpeg_header import Geometry, gpu_geometry
-from engine.decoding.jpegs import jpegs_of
+from engine.decoding.jpegs import Jpegs, jpegs_of
 from engine.errors import EngineError
 from engine.images import ImageLimits
 from engine.preprocess import MAX_ORDINARY_ASPECT, Preprocessing, decode_pixels
@@ -129,14 +129,14 @@ def measure_decode(config: DecodeConfig) -> DecodeFigures:
     from engine.decoding.gpu_decoder import GpuDecoder  # it needs a GPU's libraries
 
     decoder = GpuDecoder(preprocessing, limits=ImageLimits(), num_threads=num_cores)
-    suited = [row for row, geometry in enumerate(found) if geometry is not None]
+    suited = [(row, geometry) for row, geometry in enumerate(found) if geometry is not None]
     if not suited:
         raise CatalogError(f"catalog {config.catalog_uri}: no image is one that a GPU decodes")
 
-    def first_jpegs(num_rows: int) -> Any:
-        rows = [suited[row % len(suited)] for row in range(num_rows)]
-        geometries = [geometry for geometry in (found[row] for row in rows) if geometry]
-        return jpegs_of([images[row] for row in rows], geometries=geometries)
+    def first_jpegs(num_rows: int) -> Jpegs:
+        chosen = [suited[row % len(suited)] for row in range(num_rows)]
+        geometries = [geometry for _, geometry in chosen]
+        return jpegs_of([images[row] for row, _ in chosen], geometries=geometries)
 
     decoded = decoder.decode(first_jpegs(len(suited)))
     if decoded.rejected:
