@@ -5,10 +5,12 @@ Knows nothing of how the tables are filled.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import duckdb
+from typing import TYPE_CHECKING
 
 from pipelines.schema import FINGERPRINT, KEY, Modality
+
+if TYPE_CHECKING:  # workers read snapshots, with counts in them, and need no database
+    import duckdb
 
 TRUSTED = "trusted"
 
@@ -70,7 +72,7 @@ class Counts:
 
 
 def key_counts(
-    db: duckdb.DuckDBPyConnection, *, modalities: Sequence[Modality]
+    db: "duckdb.DuckDBPyConnection", *, modalities: Sequence[Modality]
 ) -> dict[Modality, KeyCounts]:
     """Count the keys of a settled ledger.
 
@@ -120,7 +122,7 @@ def key_counts(
 
 
 def num_by_modality(
-    db: duckdb.DuckDBPyConnection, source: str, *, modalities: Sequence[Modality]
+    db: "duckdb.DuckDBPyConnection", source: str, *, modalities: Sequence[Modality]
 ) -> dict[Modality, int]:
     """Count the rows of `source`, a FROM clause with a column `modality`."""
     rows = dict(db.sql(f"SELECT modality, count(*) {source} GROUP BY modality").fetchall())

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -63,3 +65,8 @@ def test_a_command_is_kept_without_its_secrets(word: str, expected: str):
 def test_the_version_is_that_of_the_sources():
     pyproject = Path(__file__).resolve().parent.parent / "pyproject.toml"
     assert code_version() == tomllib.loads(pyproject.read_text())["project"]["version"]
+
+
+def test_workers_that_read_lineage_need_no_database():
+    words = "import sys, pipelines.encode; sys.exit('duckdb' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", words], check=False).returncode == 0
