@@ -3,6 +3,7 @@
 Knows nothing of how to make any of it faster or better.
 """
 
+import statistics
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -89,6 +90,9 @@ def _pipeline(argv: Sequence[str]) -> int:
         "--damaged", type=float, default=0.0, metavar="SHARE", help="of --images, cut in half"
     )
     parser.add_argument(
+        "--runs", type=int, default=1, help="of each size; the one of median time counts"
+    )
+    parser.add_argument(
         "--baseline", action="store_true", help="Ray Data with Pillow and transformers beside it"
     )
     options = parser.parse_options(argv)
@@ -104,7 +108,7 @@ def _pipeline(argv: Sequence[str]) -> int:
     programs = [measure_pipeline, *([measure_baseline] if options.baseline else [])]
     engine = replace(_engine_choice(options), decoder=options.decode)
     figures = [
-        measure(PipelineConfig(num_rows=rows, engine=engine, images=images))
+        measure(PipelineConfig(num_rows=rows, engine=engine, images=images, num_runs=options.runs))
         for rows in options.rows
         for measure in programs
     ]
@@ -118,6 +122,14 @@ def _pipeline(argv: Sequence[str]) -> int:
         f"{figure.peak_memory_bytes / 2**20:>16,.0f}"
         for figure in figures
     ]
+    if options.runs > 1:
+        lines += [
+            f"{figure.name}, {figure.num_rows:,} rows: {options.runs} runs took "
+            f"{figure.all_seconds[0]:.1f} to {figure.all_seconds[-1]:.1f} s, steady "
+            f"{figure.all_steady[0]:,.0f} to {figure.all_steady[-1]:,.0f}, median "
+            f"{statistics.median(figure.all_steady):,.0f}"
+            for figure in figures
+        ]
     lines += [figure.bottleneck for figure in figures if figure.bottleneck]
     print_result(figures, as_json=options.json, text="\n".join([head, *lines]))
     return 0

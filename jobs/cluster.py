@@ -13,12 +13,13 @@ from pathlib import Path
 import ray
 import ray.data
 from ray._common.utils import get_system_memory
+from ray._private.utils import get_num_cpus
 
 from engine.errors import ClipmillError
 
 # Of the object store of a Ray that a command starts for itself, for each CPU: twice what blocks
 # between the stages may take (`Resources.in_flight_bytes`), since those being written come on top.
-OBJECT_STORE_BYTES_PER_CPU = 256 * 2**20
+OBJECT_STORE_BYTES_PER_CPU = 512 * 2**20
 MIN_OBJECT_STORE_BYTES = 1 * 2**30
 # Of what is free where Ray keeps it, and of memory (Ray's own bound).
 _MAX_SHM_SHARE, _MAX_MEMORY_SHARE = 0.9, 0.3
@@ -47,6 +48,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
         ray.init(
             "local",
             include_dashboard=False,
+            num_cpus=_num_cpus(),
             object_store_memory=_object_store_bytes(),
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -59,8 +61,13 @@ def ray_cluster(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
+def _num_cpus() -> int:
+    """Those that this process may use: Ray alone knows a container's share, and no affinity."""
+    return max(1, min(len(os.sched_getaffinity(0)), int(get_num_cpus())))
+
+
 def _object_store_bytes() -> int:
-    wanted = OBJECT_STORE_BYTES_PER_CPU * len(os.sched_getaffinity(0))
+    wanted = OBJECT_STORE_BYTES_PER_CPU * _num_cpus()
     # A container may see less than its machine has. Where it has less than the minimum, Ray takes a
     # disk, as it would without us.
     shm_bytes = int(_MAX_SHM_SHARE * shutil.disk_usage(_SHM_DIR).free)

@@ -8,10 +8,10 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from pipelines import schema
 from pipelines.engines import EngineChoice, chosen_engine, ready_engine
 from pipelines.errors import CatalogError
 from pipelines.stages import CALLS_OF_GPU_ENCODER
+
+if TYPE_CHECKING:  # it needs a GPU's libraries
+    from engine.decoding.gpu_decoder import Decoded
 
 BATCH_SIZES = (64, 256, 512)
 MIN_CALLS, MAX_CALLS = 5, 200
@@ -128,47 +131,91 @@ def measure_decode(config: DecodeConfig) -> DecodeFigures:
         )
     from engine.decoding.gpu_decoder import GpuDecoder  # it needs a GPU's libraries
 
-    decoder = GpuDecoder(preprocessing, limits=ImageLimits(), num_threads=num_cores)
-    suited = [(row, geometry) for row, geometry in enumerate(found) if geometry is not None]
-    if not suited:
+    backend = choose_backend(
+        config.engine.backend, precision=engine.manifest.precision, machine=machine
+    )
+    encoder = load_encoder(engine, backend=backend, registry=registry, num_threads=num_cores)
+    return beside_gpu(
+        DecodeFigures(
+            device=f"{torch.cuda.get_device_name()} ({machine.architecture})",
+            num_images=len(images),
+            mean_bytes=mean_bytes,
+            timings=tuple(timings),
+        ),
+        config=config,
+        images=images,
+        geometries=found,
+        pixels=pixels,
+        decode=GpuDecoder(preprocessing, limits=ImageLimits(), num_threads=num_cores).decode,
+        encode=encoder.encode_images,
+    )
+
+
+def beside_gpu(
+    figures: DecodeFigures,
+    *,
+    config: DecodeConfig,
+    images: Sequence[bytes],
+    geometries: Sequence[Geometry | None],
+    pixels: NDArray[np.uint8],
+    decode: "Callable[[Jpegs], Decoded]",
+    encode: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
+) -> DecodeFigures:
+    """Add what a GPU does.
+
+    Args:
+        figures: Of the CPU cores.
+        config: What is measured.
+        images: Encoded.
+        geometries: Of each that is for the GPU.
+        pixels: uint8 [N, H, W, 3], RGB, HWC: of all images, by Pillow.
+        decode: Decodes on the GPU.
+        encode: Pixels -> embeddings [N, D] of unit norm.
+
+    Raises:
+        CatalogError: None is for the GPU.
+        EngineError: The GPU rejects one that Pillow decodes.
+        DeviceError: A call to it failed.
+    """
+    rows = [row for row, geometry in enumerate(geometries) if geometry is not None]
+    suited = [geometry for geometry in geometries if geometry is not None]
+    if not rows:
         raise CatalogError(f"catalog {config.catalog_uri}: no image is one that a GPU decodes")
 
     def first_jpegs(num_rows: int) -> Jpegs:
-        chosen = [suited[row % len(suited)] for row in range(num_rows)]
-        geometries = [geometry for _, geometry in chosen]
-        return jpegs_of([images[row] for row, _ in chosen], geometries=geometries)
+        chosen = [number % len(rows) for number in range(num_rows)]
+        return jpegs_of(
+            [images[rows[number]] for number in chosen],
+            geometries=[suited[number] for number in chosen],
+        )
 
-    decoded = decoder.decode(first_jpegs(len(suited)))
+    decoded = decode(first_jpegs(len(rows)))
     if decoded.rejected:
         raise EngineError(f"the GPU's decoder rejects images that Pillow decodes: {decoded}")
+    timings = []
     for batch_rows in config.batch_sizes:
         batch = first_jpegs(batch_rows)
-        decoder.decode(batch)
-        seconds = _calls(partial(decoder.decode, batch), config=config)
+        decode(batch)
+        seconds = _calls(partial(decode, batch), config=config)
         name = "nvJPEG and resize on the GPU"
         timings.append(_timing(name, seconds, batch_rows=batch_rows))
         # As the encode stage calls it.
         with ThreadPoolExecutor(CALLS_OF_GPU_ENCODER) as threads:
-            many = partial(_all, threads, decoder.decode, [batch] * (4 * CALLS_OF_GPU_ENCODER))
+            many = partial(_all, threads, decode, [batch] * (4 * CALLS_OF_GPU_ENCODER))
             per_batch = [
                 second / (4 * CALLS_OF_GPU_ENCODER) for second in _calls(many, config=config)
             ]
         name = f"the same, {CALLS_OF_GPU_ENCODER} calls at once"
         timings.append(_timing(name, per_batch, batch_rows=batch_rows))
-    backend = choose_backend(
-        config.engine.backend, precision=engine.manifest.precision, machine=machine
-    )
-    encoder = load_encoder(engine, backend=backend, registry=registry, num_threads=num_cores)
-    on_gpu = encoder.encode_images(decoded.pixels.cpu().numpy())
     cosines = np.einsum(
-        "nd,nd->n", on_gpu.astype(np.float64), encoder.encode_images(pixels[suited])
+        "nd,nd->n",
+        encode(decoded.pixels.cpu().numpy()).astype(np.float64),
+        encode(pixels[rows]),
     )
-    return DecodeFigures(
-        device=f"{torch.cuda.get_device_name()} ({machine.architecture})",
-        num_images=len(images),
-        mean_bytes=mean_bytes,
-        timings=tuple(timings),
-        num_by_cpu=len(images) - len(suited) + decoded.num_by_cpu,
+    return replace(
+        figures,
+        timings=(*figures.timings, *timings),
+        num_by_cpu=len(images) - len(rows) + decoded.num_by_cpu,
         cosine_p1=float(np.percentile(cosines, 1)),
         cosine_min=float(cosines.min()),
     )

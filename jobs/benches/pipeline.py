@@ -20,6 +20,8 @@ from jobs.benches.repeated_images import RepeatedImages, write_images
 from jobs.demo.catalog import sample_rows, write_catalog
 from pipelines.engines import EngineChoice
 
+CATALOG, STORE, OUT = "catalog", "store", "out"
+OUTPUTS = (STORE, OUT)
 NUM_SCENES = 1_000  # distinct ones; beyond, they come again under other keys
 
 
@@ -33,11 +35,18 @@ class PipelineConfig:
     """What embeds it."""
     images: RepeatedImages | None = None
     """What the catalog is made of; None: drawn scenes with captions."""
+    num_runs: int = 1
+    """Of which the one in the middle counts, each into a new store."""
+
+    def __post_init__(self) -> None:
+        """Check the bounds."""
+        if self.num_runs < 1 or self.num_runs % 2 == 0:
+            raise ValueError(f"num_runs={self.num_runs}: expected an odd number of at least 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PipelineFigures:
-    """One size of catalog, by one program."""
+    """One size of catalog, by one program: the run that took the median time."""
 
     name: str
     """Clipmill, or what it is compared with."""
@@ -45,11 +54,15 @@ class PipelineFigures:
     """Rows, each an image, and a text where scenes are drawn."""
     seconds: float
     """The whole command, Ray's start included."""
+    all_seconds: tuple[float, ...]
+    """The same of every run, ascending."""
     rows_per_second: float
     """Images and texts in a second, from the first read to the last write."""
     steady_rows_per_second: float
     """The same from the first second with encoded rows on: without the start of workers and models;
     0 where there was no second like that, or it is not known."""
+    all_steady: tuple[float, ...]
+    """The same of every run, ascending."""
     peak_memory_bytes: int
     """Of all processes together: proportional set size, so that shared pages count once."""
     rejects_by_reason: dict[str, int] = field(default_factory=dict)
@@ -73,7 +86,7 @@ def measure_pipeline(config: PipelineConfig) -> PipelineFigures:
         "clipmill",
         config=config,
         command=lambda folder: [
-            *(*words, "--catalog", str(folder / "catalog"), "--store", str(folder / "store")),
+            *(*words, "--catalog", str(folder / CATALOG), "--store", str(folder / STORE)),
         ],
         num_contents=lambda report: sum(report["num_embedded"].values()),
     )
@@ -99,7 +112,7 @@ def measure_baseline(config: PipelineConfig) -> PipelineFigures:
         config=config,
         command=lambda folder: [
             *("-m", "jobs.benches.ray_baseline", checkpoint),
-            *(str(folder / "catalog"), str(folder / "out")),
+            *(str(folder / CATALOG), str(folder / OUT)),
         ],
         num_contents=lambda report: config.num_rows * (1 if config.images else 2),
     )
@@ -113,36 +126,50 @@ def _measured(
     command: Callable[[Path], list[str]],
     num_contents: Callable[[dict[str, Any]], int],
 ) -> tuple[PipelineFigures, dict[str, Any]]:
-    """Run a program of this project in a process of its own, and watch all its children."""
+    """Run a program of this project in processes of its own, and watch all their children."""
     folder = Path(tempfile.mkdtemp(prefix="clipmill-bench-"))
     num_rows = config.num_rows
     try:
         if config.images is None:
             drawn = sample_rows(min(num_rows, NUM_SCENES))
             rows = [replace(drawn[row % len(drawn)], key=f"{row:09d}") for row in range(num_rows)]
-            write_catalog(folder / "catalog", rows)
+            write_catalog(folder / CATALOG, rows)
         else:
-            write_images(folder / "catalog", config.images, num_rows=num_rows)
+            write_images(folder / CATALOG, config.images, num_rows=num_rows)
         words = [sys.executable, *command(folder)]
-        started = time.perf_counter()
-        process = subprocess.Popen(words, stdout=subprocess.PIPE)
-        with MemoryWatch(process.pid) as watch:
-            output, _ = process.communicate()
-        seconds = time.perf_counter() - started
-        if process.returncode:
-            raise ClipmillError(f"{' '.join(words)} ended with {process.returncode}")
-        report: dict[str, Any] = json.loads(output)
+        runs = sorted(
+            (_run(words, folder=folder) for _ in range(config.num_runs)), key=lambda run: run[0]
+        )
     finally:
         shutil.rmtree(folder)
+    seconds, peak_bytes, report = runs[config.num_runs // 2]
+    steady_rates = [_steady_rate(report.get("samples", [])) for _, _, report in runs]
     figures = PipelineFigures(
         name=name,
         num_rows=num_rows,
         seconds=seconds,
+        all_seconds=tuple(run[0] for run in runs),
         rows_per_second=num_contents(report) / report["seconds"],
-        steady_rows_per_second=_steady_rate(report.get("samples", [])),
-        peak_memory_bytes=watch.peak_bytes,
+        steady_rows_per_second=steady_rates[config.num_runs // 2],
+        all_steady=tuple(sorted(steady_rates)),
+        peak_memory_bytes=peak_bytes,
     )
     return figures, report
+
+
+def _run(words: Sequence[str], *, folder: Path) -> tuple[float, int, dict[str, Any]]:
+    """Seconds, peak memory and report of one run, whose outputs are removed."""
+    started = time.perf_counter()
+    process = subprocess.Popen(words, stdout=subprocess.PIPE)
+    with MemoryWatch(process.pid) as watch:
+        output, _ = process.communicate()
+    seconds = time.perf_counter() - started
+    if process.returncode:
+        raise ClipmillError(f"{' '.join(words)} ended with {process.returncode}")
+    for name in OUTPUTS:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    report: dict[str, Any] = json.loads(output)
+    return seconds, watch.peak_bytes, report
 
 
 def _steady_rate(samples: Sequence[tuple[float, int]]) -> float:
