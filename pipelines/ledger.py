@@ -29,6 +29,8 @@ from pipelines.database import open_database, sql_type
 from pipelines.schema import FINGERPRINT, KEY, SOURCE_FILE, SOURCE_ROW, Modality, Reason, Stage
 from pipelines.snapshots import StoredFile
 
+POSITIONS_PER_BATCH = 1_000_000
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DueRows:
@@ -248,12 +250,31 @@ class Ledger:
         rows = self._db.sql("SELECT path, count(*) FROM live GROUP BY path").fetchall()
         return {str(path): int(count) for path, count in rows}
 
-    def live_positions(self, path: str) -> NDArray[np.int64]:
-        """Ascending positions of a stored file's live rows."""
-        found = self._db.sql(
-            "SELECT position FROM live WHERE path = ? ORDER BY position", params=[path]
-        ).fetchnumpy()
-        return np.asarray(found["position"], dtype=np.int64)
+    def live_positions(self, paths: Sequence[str]) -> Iterator[NDArray[np.int64]]:
+        """Ascending positions of the live rows of each of some stored files.
+
+        Args:
+            paths: Different ones; until the last is answered, the ledger is not to be asked for
+                anything else.
+        """
+        num_live = self.num_live_by_path()
+        asked = pa.table({"path": pa.array(paths, pa.string()), "place": np.arange(len(paths))})
+        self._db.execute("CREATE OR REPLACE TABLE asked (path VARCHAR, place BIGINT)")
+        self._insert("asked", asked, columns="path, place")
+        # Sorted once: to look for each file by itself would read all rows as often as there are
+        # files.
+        batches = self._db.sql(
+            "SELECT position FROM live JOIN asked USING (path) ORDER BY place, position"
+        ).to_arrow_reader(POSITIONS_PER_BATCH)
+        left = np.empty(0, dtype=np.int64)
+        for path in paths:
+            num = num_live.get(path, 0)
+            parts = [left]
+            while sum(map(len, parts)) < num:
+                parts.append(next(batches)["position"].to_numpy())
+            positions = np.concatenate(parts)
+            left = positions[num:]
+            yield positions[:num]
 
     def whole_row_rejects(self, *, key_type: pa.DataType) -> pa.Table:
         """Rejects of rows that have no key or a key that an earlier row has, as `rejects_schema`.
