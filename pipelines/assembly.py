@@ -48,9 +48,7 @@ def next_files(
         plan_id: Under which new files are written.
         store: Where they lie.
     """
-    write = _Rewriter(
-        ledger=ledger, rows_per_file=rows_per_file, plan_id=plan_id, store=store
-    )
+    write = _Rewriter(ledger=ledger, rows_per_file=rows_per_file, plan_id=plan_id, store=store)
     rejects = ledger.whole_row_rejects(key_type=key_type)
     return [
         *write.live(files, committed=frozenset(committed)),

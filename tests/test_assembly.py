@@ -150,9 +150,7 @@ def test_files_of_other_columns_are_not_merged(store):
     """Of a Clipmill that let carried columns change."""
     files, keys = small_files(store)
     table = rows_of(store, files[0]).append_column("price", pa.array([1, 2]))
-    priced = write_table(
-        table, kind="embeddings", modality="image", plan_id=PLAN_ID, store=store
-    )
+    priced = write_table(table, kind="embeddings", modality="image", plan_id=PLAN_ID, store=store)
     new = assembled(store, keys, [priced, *files[1:]], committed=[], rows_per_file=100)
     assert sorted(file.num_rows for file in new) == [2, 16]
     assert {"price" in rows_of(store, file).column_names for file in new} == {True, False}

@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import pytest
@@ -43,9 +43,7 @@ class Files:
         for first in range(0, len(new), self.rows_per_file):
             some = list(new[first : first + self.rows_per_file])
             self.rows[stored(len(some))] = some
-        alive = {
-            file: [row for row in rows if row not in gone] for file, rows in self.rows.items()
-        }
+        alive = {file: [row for row in rows if row not in gone] for file, rows in self.rows.items()}
         alive = {file: rows for file, rows in alive.items() if rows}
         lists = files_to_write(
             alive,
@@ -74,9 +72,7 @@ def test_files_without_dead_rows_and_large_ones_stay():
 
 def test_a_full_tier_is_merged_up_to_the_rows_of_a_file():
     files = [stored(30) for _ in range(FAN_IN)]
-    lists = files_to_write(
-        files, num_live={file.path: 30 for file in files}, rows_per_file=100
-    )
+    lists = files_to_write(files, num_live={file.path: 30 for file in files}, rows_per_file=100)
     assert [len(of_one) for of_one in lists] == [3, 3, 2]
 
 
@@ -89,9 +85,7 @@ def test_what_is_merged_may_fill_the_next_tier_and_is_written_once():
 
 def test_kinds_and_modalities_are_not_mixed():
     files = [stored(1, kind=kind) for kind in ("embeddings", "rejects") for _ in range(FAN_IN)]
-    lists = files_to_write(
-        files, num_live={file.path: 1 for file in files}, rows_per_file=1000
-    )
+    lists = files_to_write(files, num_live={file.path: 1 for file in files}, rows_per_file=1000)
     assert [{file.kind for file in of_one} for of_one in lists] == [{"embeddings"}, {"rejects"}]
 
 
@@ -106,7 +100,9 @@ def test_of_the_same_files_the_same_are_merged_whatever_their_order():
     assert chosen(files) == chosen(files[::-1]) != []
 
 
-@pytest.mark.parametrize(("rows_per_file", "tiers"), [(1, 0), (2, 0), (3, 1), (4096, 4), (65536, 5)])
+@pytest.mark.parametrize(
+    ("rows_per_file", "tiers"), [(1, 0), (2, 0), (3, 1), (4096, 4), (65536, 5)]
+)
 def test_tiers_are_few(rows_per_file: int, tiers: int):
     assert num_tiers(rows_per_file) == tiers
 

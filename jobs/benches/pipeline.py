@@ -3,19 +3,15 @@
 Knows nothing of how to make it faster.
 """
 
-import json
 import shutil
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from engine.errors import ClipmillError
-from jobs.benches.memory import MemoryWatch
+from jobs.benches.programs import run_watched
 from jobs.benches.repeated_images import RepeatedImages, write_images
 from jobs.demo.catalog import sample_rows, write_catalog
 from pipelines.engines import EngineChoice
@@ -113,7 +109,7 @@ def _measured(
     command: Callable[[Path], list[str]],
     num_contents: Callable[[dict[str, Any]], int],
 ) -> tuple[PipelineFigures, dict[str, Any]]:
-    """Run a program of this project in a process of its own, and watch all its children."""
+    """Run a program over a catalog made for it."""
     folder = Path(tempfile.mkdtemp(prefix="clipmill-bench-"))
     num_rows = config.num_rows
     try:
@@ -123,24 +119,17 @@ def _measured(
             write_catalog(folder / "catalog", rows)
         else:
             write_images(folder / "catalog", config.images, num_rows=num_rows)
-        words = [sys.executable, *command(folder)]
-        started = time.perf_counter()
-        process = subprocess.Popen(words, stdout=subprocess.PIPE)
-        with MemoryWatch(process.pid) as watch:
-            output, _ = process.communicate()
-        seconds = time.perf_counter() - started
-        if process.returncode:
-            raise ClipmillError(f"{' '.join(words)} ended with {process.returncode}")
-        report: dict[str, Any] = json.loads(output)
+        watched = run_watched(command(folder))
     finally:
         shutil.rmtree(folder)
+    report = watched.report
     figures = PipelineFigures(
         name=name,
         num_rows=num_rows,
-        seconds=seconds,
+        seconds=watched.seconds,
         rows_per_second=num_contents(report) / report["seconds"],
         steady_rows_per_second=_steady_rate(report.get("samples", [])),
-        peak_memory_bytes=watch.peak_bytes,
+        peak_memory_bytes=watched.peak_memory_bytes,
     )
     return figures, report
 
