@@ -1,9 +1,14 @@
 """Tests of pipelines/assembly.py, with a real ledger and real files."""
 
+import tempfile
+from collections.abc import Iterator
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipelines import schema
 from pipelines.assembly import count_rejects, next_files
@@ -11,12 +16,22 @@ from pipelines.errors import StoreError
 from pipelines.ledger import Ledger
 from pipelines.store import Store
 from pipelines.writing import write_table
+from tests.object_store import s3_bucket
 from tests.stored import PLAN_ID, embeddings_file, fingerprint
 
 
 @pytest.fixture
 def store(tmp_path) -> Store:
     return Store(str(tmp_path))
+
+
+@pytest.fixture(params=["local", "s3"])
+def any_store(request, tmp_path) -> Iterator[Store]:
+    if request.param == "local":
+        yield Store(str(tmp_path))
+        return
+    with s3_bucket() as uri:
+        yield Store(uri)
 
 
 def vectors(*keys):
@@ -126,7 +141,8 @@ def small_files(store):
     return files, [key for of_file in names for key in of_file]
 
 
-def test_small_files_become_one_with_the_same_rows(store):
+def test_small_files_become_one_with_the_same_rows(any_store):
+    store = any_store
     files, keys = small_files(store)
     keys.remove("c1")
     before = {file.path: rows_of(store, file) for file in files}
@@ -138,6 +154,49 @@ def test_small_files_become_one_with_the_same_rows(store):
     expected = expected.filter(np.array(expected["key"].to_pylist()) != "c1")
     assert rows.sort_by("key").equals(expected.sort_by("key"))
     assert all(rows_of(store, file).equals(before[file.path]) for file in files)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    num_nights=st.integers(1, 12),
+    rows_per_file=st.sampled_from([2, 20, 64]),
+)
+@settings(max_examples=8, deadline=None)
+def test_over_random_nights_every_row_stays_bit_for_bit(seed, num_nights, rows_per_file):
+    rng = np.random.default_rng(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(folder)
+        expected: dict[str, list[float]] = {}
+        files = []
+        before: dict[str, pa.Table] = {}
+        for _ in range(num_nights):
+            gone = [key for key in expected if rng.random() < rng.choice([0.02, 0.3])]
+            expected = {key: row for key, row in expected.items() if key not in gone}
+            # Under keys that may have been there: those of dead rows come again.
+            names = {f"k{rng.integers(200)}" for _ in range(rng.integers(1, 25))}
+            new = {key: rng.random(3).tolist() for key in sorted(names.difference(expected))}
+            written = [embeddings_file(store, new)] if new else []
+            expected |= new
+            # What changed has the fingerprint of its key as all have: it must be out before.
+            left = sorted(set(expected) - set(new))
+            files = assembled(store, left, files, committed=[], rows_per_file=rows_per_file)
+            files = assembled(
+                store,
+                sorted(expected),
+                [*files, *written],
+                committed=files,
+                rows_per_file=rows_per_file,
+            )
+            found = [row for file in files for row in rows_of(store, file).to_pylist()]
+            assert {row["key"]: row["embedding"] for row in found} == {
+                key: np.float32(row).tolist() for key, row in expected.items()
+            }
+            assert len(found) == len(expected)
+            assert {row["fingerprint"] for row in found} == set(map(fingerprint, expected))
+            assert all(file.num_rows <= max(rows_per_file, 25) for file in files)
+            # Readers of earlier snapshots have what they had.
+            assert all(pq.read_table(path).equals(rows) for path, rows in before.items())
+            before |= {f"{folder}/{file.path}": rows_of(store, file) for file in files}
 
 
 def test_if_no_row_came_or_went_small_files_stay(store):

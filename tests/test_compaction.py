@@ -4,13 +4,20 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipelines.catalog import CatalogConfig
 from pipelines.compaction import FAN_IN, files_to_write, num_tiers
-from pipelines.snapshots import Kind, StoredFile
+from pipelines.embedding import EmbedConfig, embed
+from pipelines.engines import EngineChoice
+from pipelines.snapshots import Kind, Snapshot, StoredFile, missing_files
+from pipelines.store import Store
+from pipelines.vacuum import Retention, vacuum
+from tests.catalogs import stored_embeddings, write_rows
 
 _names = itertools.count()
 
@@ -163,3 +170,55 @@ def test_a_year_of_nights_of_one_percent_costs_less_than_the_rows_that_came():
     assert most <= max_files(100_000, rows_per_file=4096)
     assert most <= 60
     assert sum(num_written) <= 1.5 * 365 * 1000
+
+
+def test_a_week_and_a_half_of_real_nights_and_a_kill(
+    tmp_path: Path,
+    checkpoint_dir: Path,
+    engines_dir: Path,
+    local_ray: None,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """One new text a night: the night that fills a tier merges it, also if it is killed first."""
+    rows = [{"key": f"k{number:02}", "text": f"text {number}"} for number in range(FAN_IN + 2)]
+    config = EmbedConfig(
+        catalog=CatalogConfig(uri=str(tmp_path / "catalog")),
+        store_uri=str(tmp_path / "store"),
+        engine=EngineChoice(checkpoint=str(checkpoint_dir), engines_uri=str(engines_dir)),
+    )
+
+    def night(num_rows: int) -> Snapshot:
+        write_rows(tmp_path / "catalog", rows[:num_rows])
+        return embed(config).snapshot
+
+    def found() -> dict[str, bytes]:
+        vectors = stored_embeddings(tmp_path / "store", modality="text")
+        return {key: vector.tobytes() for key, vector in vectors.items()}
+
+    before = [night(num_rows) for num_rows in range(1, FAN_IN)][-1]
+    assert len(before.files) == FAN_IN - 1
+    rows_before = found()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.embedding.commit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            night(FAN_IN)
+    assert found() == rows_before
+    after = embed(config)
+    assert after.num_embedded == {"text": 0}
+    assert [file.num_rows for file in after.snapshot.files] == [FAN_IN]
+    assert found().items() >= rows_before.items()
+    assert len(found()) == FAN_IN
+    assert not embed(config).committed
+
+    last = night(FAN_IN + 2)
+    assert sorted(file.num_rows for file in last.files) == [2, FAN_IN]
+    store = Store(config.store_uri)
+    # The earlier states are whole as long as they are kept.
+    assert missing_files(store, before.files) == []
+    vacuum(store, Retention(num_snapshots=1, min_age_hours=0))
+    assert missing_files(store, last.files) == []
+    assert len(list((tmp_path / "store").rglob("*.parquet"))) == 2

@@ -26,6 +26,7 @@ from pipelines.store import Store
 NAMES = ("first", "some rows changed", "unchanged", "all files rewritten")
 NUM_FILES = 20
 ROWS_PER_GROUP = 50_000
+BATCH_ROWS = 1_024  # the texts are short: with 32, most of the time would be that of starting tasks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,6 +116,7 @@ def _words(folder: Path, engine: EngineChoice) -> list[str]:
     words = ["-m", "jobs.cli", "nightly", "--json", "--engines", engine.engines_uri]
     words += ["--catalog", str(folder / "catalog"), "--store", str(folder / "store")]
     words += ["--version-column", schema.VERSION, "--backend", engine.backend]
+    words += ["--batch-rows", str(BATCH_ROWS)]
     words += ["--engine", engine.engine_id] if engine.engine_id else []
     words += ["--checkpoint", engine.checkpoint] if engine.checkpoint else []
     return words
