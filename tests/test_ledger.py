@@ -413,8 +413,19 @@ def test_copies_come_in_tables_of_bounded_size_in_the_order_of_files():
         assert len(places) == 24
 
 
+def test_due_rows_come_file_by_file_however_they_are_read(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pipelines.ledger.ROWS_PER_BATCH", 3)
+    rows = [Row(file, row, f"{file}{row}", "x") for file in "cab" for row in range(7)]
+    stored = [Stored("s", "image", [("a3", "x"), ("b6", "x")])]
+    with settled(rows, stored) as ledger:
+        found = {file.path: file.rows.tolist() for file in ledger.due()}
+        assert found == {"a": [0, 1, 2, 4, 5, 6], "b": [*range(6)], "c": [*range(7)]}
+        assert list(found) == ["a", "b", "c"]
+        assert len(due(ledger)) == 19
+
+
 def test_live_positions_come_in_the_order_asked_for(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("pipelines.ledger.POSITIONS_PER_BATCH", 3)
+    monkeypatch.setattr("pipelines.ledger.ROWS_PER_BATCH", 3)
     stored = [
         Stored(f"s{file}", "image", [(f"{file}-{row}", "x") for row in range(8)])
         for file in range(4)
