@@ -63,6 +63,7 @@ def test_a_plan_finds_what_was_changed(changed: str, num_due: int, capsys):
         num_due,
     )
     assert figures["seconds"] > 0
+    assert figures["core_seconds"] > 0
     assert figures["peak_memory_bytes"] > 2**25
     assert main(["plan", "--keys", "1000", "--changed", changed]) == 0
     assert capsys.readouterr().out.startswith(f"1,000 keys, {num_due} due, {num_due} dead: ")
