@@ -152,6 +152,27 @@ def _plan(argv: Sequence[str]) -> int:
     return 0
 
 
+def _nights(argv: Sequence[str]) -> int:
+    from jobs.benches.nights import NightsConfig, measure_nights, nights_lines
+
+    parser = CommandParser(
+        "bench nights", description="Time and memory of nights, by what changed before them."
+    )
+    parser.add_argument("--keys", type=int, default=1_000_000)
+    parser.add_argument("--changed", type=float, default=0.01, metavar="SHARE")
+    _add_engine(parser)
+    options = parser.parse_options(argv)
+    figures = measure_nights(
+        NightsConfig(
+            num_keys=options.keys,
+            engine=_engine_choice(options),
+            changed_share=options.changed,
+        )
+    )
+    print_result(figures, as_json=options.json, text="\n".join(nights_lines(figures)))
+    return 0
+
+
 def _query(argv: Sequence[str]) -> int:
     from pipelines.retrieval import pair_recall, recall_line
 
@@ -210,6 +231,7 @@ BENCHES: Actions = {
     "decode": (_decode, "images to pixels, by CPU cores and by a GPU"),
     "pipeline": (_pipeline, "speed and memory of embed over catalog sizes"),
     "plan": (_plan, "time and memory to find what changed in a catalog"),
+    "nights": (_nights, "time and memory of nights, by what changed"),
     "query": (_query, "recall of the pairs of a store"),
     "agreement": (_agreement, "cosine of an engine's embeddings to transformers' own"),
 }

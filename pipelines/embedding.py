@@ -214,8 +214,10 @@ def embed(
             )
         files = next_files(
             [*setting.before, *staged, *written.files],
+            committed=setting.before,
             ledger=ledger,
             key_type=catalog.key_type,
+            rows_per_file=config.resources.rows_per_file,
             plan_id=setting.plan_id,
             store=store,
         )

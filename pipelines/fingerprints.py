@@ -23,7 +23,8 @@ def row_fingerprints(table: pa.Table, *, modality: Modality) -> pa.Array:
     if schema.VERSION in table.column_names:
         keys, versions = table[schema.KEY].to_pylist(), table[schema.VERSION].to_pylist()
         return _hashes(
-            f"{modality}\0{key}\0{version}".encode()
+            # A null is no version, and not the word None.
+            (f"{modality}\0{key}" if version is None else f"{modality}\0{key}\0{version}").encode()
             for key, version in zip(keys, versions, strict=True)
         )
     if modality == "text":

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +28,8 @@ from pipelines.counts import TRUSTED, Counts, key_counts, num_by_modality, same_
 from pipelines.database import open_database, sql_type
 from pipelines.schema import FINGERPRINT, KEY, SOURCE_FILE, SOURCE_ROW, Modality, Reason, Stage
 from pipelines.snapshots import StoredFile
+
+ROWS_PER_BATCH = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,25 +209,30 @@ class Ledger:
         flags = ", ".join(
             f"bool_or(modality = '{modality}') AS {modality}" for modality in self._modalities
         )
-        table = self._db.sql(
+        batches = self._db.sql(
             f"SELECT {SOURCE_FILE}, {SOURCE_ROW}, {flags} FROM encoded "
             f"GROUP BY {SOURCE_FILE}, {SOURCE_ROW} ORDER BY {SOURCE_FILE}, {SOURCE_ROW}"
-        ).to_arrow_table()
-        files = table[SOURCE_FILE].dictionary_encode().combine_chunks()
-        codes = files.indices.to_numpy()
-        rows = table[SOURCE_ROW].to_numpy()
-        wanted = {modality: table[modality].to_numpy() for modality in self._modalities}
-        bounds = np.searchsorted(codes, np.arange(len(files.dictionary) + 1))
-        return [
-            DueRows(
-                path=path,
-                rows=rows[first:last],
-                wanted={modality: flags[first:last] for modality, flags in wanted.items()},
-            )
+        ).to_arrow_reader(ROWS_PER_BATCH)
+        # Path -> columns, batch by batch: a path for each row would take most of the memory.
+        parts: dict[str, list[list[NDArray[Any]]]] = {}
+        for batch in batches:
+            files = batch.column(SOURCE_FILE).dictionary_encode()
+            columns = [
+                batch.column(name).to_numpy(zero_copy_only=False)
+                for name in (SOURCE_ROW, *self._modalities)
+            ]
+            bounds = np.searchsorted(files.indices.to_numpy(), np.arange(len(files.dictionary) + 1))
             for path, first, last in zip(
                 files.dictionary.to_pylist(), bounds[:-1], bounds[1:], strict=True
-            )
-        ]
+            ):
+                some = parts.setdefault(path, [])
+                some.append([column[first:last].copy() for column in columns])
+        due = []
+        for path, of_path in parts.items():
+            rows, *wanted = (np.concatenate(column) for column in zip(*of_path, strict=True))
+            flags_of = dict(zip(self._modalities, wanted, strict=True))
+            due.append(DueRows(path=path, rows=rows, wanted=flags_of))
+        return due
 
     def copies(self, *, max_rows: int) -> Iterator[pa.Table]:
         """Due rows whose content is stored: `key`, `modality`, and the `path` and `position` of it.
@@ -248,12 +255,31 @@ class Ledger:
         rows = self._db.sql("SELECT path, count(*) FROM live GROUP BY path").fetchall()
         return {str(path): int(count) for path, count in rows}
 
-    def live_positions(self, path: str) -> NDArray[np.int64]:
-        """Ascending positions of a stored file's live rows."""
-        found = self._db.sql(
-            "SELECT position FROM live WHERE path = ? ORDER BY position", params=[path]
-        ).fetchnumpy()
-        return np.asarray(found["position"], dtype=np.int64)
+    def live_positions(self, paths: Sequence[str]) -> Iterator[NDArray[np.int64]]:
+        """Ascending positions of the live rows of each of some stored files.
+
+        Args:
+            paths: Different ones; until the last is answered, the ledger is not to be asked for
+                anything else.
+        """
+        num_live = self.num_live_by_path()
+        asked = pa.table({"path": pa.array(paths, pa.string()), "place": np.arange(len(paths))})
+        self._db.execute("CREATE OR REPLACE TABLE asked (path VARCHAR, place BIGINT)")
+        self._insert("asked", asked, columns="path, place")
+        # Sorted once: to look for each file by itself would read all rows as often as there are
+        # files.
+        batches = self._db.sql(
+            "SELECT position FROM live JOIN asked USING (path) ORDER BY place, position"
+        ).to_arrow_reader(ROWS_PER_BATCH)
+        left = np.empty(0, dtype=np.int64)
+        for path in paths:
+            num = num_live.get(path, 0)
+            parts = [left]
+            while sum(map(len, parts)) < num:
+                parts.append(next(batches)["position"].to_numpy())
+            positions = np.concatenate(parts)
+            left = positions[num:]
+            yield positions[:num]
 
     def whole_row_rejects(self, *, key_type: pa.DataType) -> pa.Table:
         """Rejects of rows that have no key or a key that an earlier row has, as `rejects_schema`.

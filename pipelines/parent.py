@@ -3,7 +3,12 @@
 Knows nothing of how rows are embedded.
 """
 
+import io
+from collections.abc import Iterator
 from typing import Literal, get_args
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from engine.backends.choice import Wanted
 from pipelines.catalog import Catalog
@@ -46,8 +51,9 @@ def check_parent(
     """
     if parent is None:
         return
+    is_renewed = engine_change == "re-embed" and is_other_engine(engine, parent)
     faults = []
-    if engine_change == "refuse" or not is_other_engine(engine, parent):
+    if not is_renewed:
         faults += _mixing_faults(
             parent,
             engine=engine,
@@ -55,23 +61,24 @@ def check_parent(
             wanted_backend=wanted_backend,
             wanted_decoder=wanted_decoder,
         )
-    if parent.key_type != str(catalog.key_type):
-        faults.append(f"keys of type {parent.key_type}, the catalog's are {catalog.key_type}")
-    carried = catalog_columns(catalog)["carry"]
-    if parent.catalog.columns["carry"] != carried:
-        faults.append(
-            f"carried columns {parent.catalog.columns['carry']}, {carried} were asked for"
-        )
-    if parent.modalities != catalog.modalities:
-        faults.append(f"{parent.modalities} of each key, the catalog has {catalog.modalities}")
+    of_model = len(faults)
+    faults += _catalog_faults(parent, catalog=catalog)
+    if not is_renewed:
+        faults += _carried_faults(parent, catalog=catalog, store=store)
+    of_catalog = len(faults) - of_model
     if parent.embedding_dtype != dtype:
-        faults.append(f"{parent.embedding_dtype} embeddings, {dtype} was asked for")
+        faults.append(
+            f"{parent.embedding_dtype} embeddings, {dtype} was asked for "
+            f"(--dtype {parent.embedding_dtype})"
+        )
     if faults:
-        another = engine_change == "refuse" and is_other_engine(engine, parent)
-        nightly = "; or run `clipmill nightly`, which embeds all rows anew" if another else ""
+        ways = ["name another --store"]
+        ways += ["mend the catalog"] if of_catalog else []
+        ways += ["embed with what this one was made with (--engine ID)"] if of_model else []
+        if engine_change == "refuse" and is_other_engine(engine, parent):
+            ways.append("run `clipmill nightly`, which embeds all rows anew")
         raise StoreError(
-            f"store {store.uri} holds {'; '.join(faults)}. They never mix: name another --store, "
-            f"or embed with what this one was made with (--engine ID){nightly}"
+            f"store {store.uri} holds {'; '.join(faults)}. They never mix: {', or '.join(ways)}"
         )
 
 
@@ -110,6 +117,42 @@ def _mixing_faults(
             "that one back under --engines)"
         )
     return faults
+
+
+def _catalog_faults(parent: Snapshot, *, catalog: Catalog) -> Iterator[str]:
+    """Why rows of a catalog may not stand beside those of the snapshot before."""
+    if parent.key_type != str(catalog.key_type):
+        yield f"keys of type {parent.key_type}, the catalog's are {catalog.key_type}"
+    carried = catalog_columns(catalog)["carry"]
+    if parent.catalog.columns["carry"] != carried:
+        yield f"carried columns {parent.catalog.columns['carry']}, {carried} were asked for"
+    if parent.modalities != catalog.modalities:
+        come = [name for name in catalog.modalities if name not in parent.modalities]
+        gone = [name for name in parent.modalities if name not in catalog.modalities]
+        ways = [f"--{name}-column none leaves the {name} out" for name in come]
+        ways += [f"its {name} column is gone, or --{name}-column names another" for name in gone]
+        yield (
+            f"{' and '.join(parent.modalities)} of each key, the catalog has "
+            f"{' and '.join(catalog.modalities)} ({', '.join(ways)})"
+        )
+
+
+def _carried_faults(parent: Snapshot, *, catalog: Catalog, store: Store) -> Iterator[str]:
+    """Carried columns that have another type than in the store: readers take one of all files."""
+    stored = parent.files_of("embeddings")
+    if not catalog.carried or not stored:
+        return
+    with store.open(stored[0].path) as file:
+        before = pq.read_schema(file)
+    # As they would be read again: Parquet does not have all types of Arrow.
+    written = io.BytesIO()
+    pq.write_table(pa.schema(catalog.carried).empty_table(), written)
+    for field in pq.read_schema(written):
+        if field.name in before.names and before.field(field.name).type != field.type:
+            yield (
+                f"carried column {field.name!r} of type {before.field(field.name).type}, in the "
+                f"catalog it is {field.type}"
+            )
 
 
 def same_state(snapshot: Snapshot, parent: Snapshot) -> bool:

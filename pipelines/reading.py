@@ -24,6 +24,8 @@ from pipelines.progress import StageMeter, metered
 from pipelines.schema import MODALITIES, Modality
 
 ROWS_PER_READ = 256
+# Of keys and versions alone, which are short.
+KEYS_PER_READ = 65_536
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,7 +140,9 @@ def _tables(
         with catalog.fs.open(piece.path, "rb") as file:
             row = piece.first_row
             for batch in pq.ParquetFile(file).iter_batches(
-                ROWS_PER_READ, row_groups=[piece.row_group], columns=list(dict.fromkeys(columns))
+                ROWS_PER_READ if content else KEYS_PER_READ,
+                row_groups=[piece.row_group],
+                columns=list(dict.fromkeys(columns)),
             ):
                 first, row = row, row + batch.num_rows
                 table = pa.Table.from_batches([batch])

@@ -17,6 +17,9 @@ from pipelines.snapshots import Kind, StoredFile
 from pipelines.store import Store
 
 COMPRESSION = "zstd"
+# 32 MiB of embeddings of 512 float32: a reader holds one at a time. Only files of more than
+# --rows-per-file's default have several.
+ROWS_PER_GROUP = 16_384
 
 
 def staging_dir(kind: Kind, *, plan_id: str) -> str:
@@ -33,6 +36,7 @@ def write_table(
         table,
         buffer,
         compression=COMPRESSION,
+        row_group_size=ROWS_PER_GROUP,
         # Floats of an embedding do not repeat; a dictionary of them is only overhead.
         use_dictionary=[name for name in table.column_names if name != schema.EMBEDDING],
     )

@@ -1,9 +1,14 @@
 """Tests of pipelines/assembly.py, with a real ledger and real files."""
 
+import tempfile
+from collections.abc import Iterator
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipelines import schema
 from pipelines.assembly import count_rejects, next_files
@@ -11,12 +16,22 @@ from pipelines.errors import StoreError
 from pipelines.ledger import Ledger
 from pipelines.store import Store
 from pipelines.writing import write_table
+from tests.object_store import s3_bucket
 from tests.stored import PLAN_ID, embeddings_file, fingerprint
 
 
 @pytest.fixture
 def store(tmp_path) -> Store:
     return Store(str(tmp_path))
+
+
+@pytest.fixture(params=["local", "s3"])
+def any_store(request, tmp_path) -> Iterator[Store]:
+    if request.param == "local":
+        yield Store(str(tmp_path))
+        return
+    with s3_bucket() as uri:
+        yield Store(uri)
 
 
 def vectors(*keys):
@@ -51,8 +66,11 @@ def rows_of(store, file):
         return pq.read_table(opened)
 
 
-def assembled(store, keys, files, *, modalities=("image",)):
-    """The next files, of a catalog with these keys in one file that is trusted."""
+def assembled(store, keys, files, *, modalities=("image",), committed=None, rows_per_file=2):
+    """The next files, of a catalog with these keys in one file that is trusted.
+
+    All of `files` are committed if nothing else is said; with 2 rows for each no file is small.
+    """
     with Ledger(key_type=pa.string(), modalities=modalities) as ledger:
         columns = {
             "source_file": ["a"] * len(keys),
@@ -66,7 +84,15 @@ def assembled(store, keys, files, *, modalities=("image",)):
                 rows = rows_of(store, file).select(["key", "fingerprint"])
                 ledger.add_stored_rows(rows, file=file)
         ledger.settle()
-        return next_files(files, ledger=ledger, key_type=pa.string(), plan_id="next", store=store)
+        return next_files(
+            files,
+            committed=files if committed is None else committed,
+            ledger=ledger,
+            key_type=pa.string(),
+            rows_per_file=rows_per_file,
+            plan_id="next",
+            store=store,
+        )
 
 
 def test_files_of_live_rows_only_are_taken_as_they_are(store):
@@ -108,6 +134,87 @@ def test_a_row_stored_twice_is_kept_once(store):
     assert sorted(keys) == ["a", "b"]
 
 
+def small_files(store):
+    """Nine files of two rows, and their keys."""
+    names = [[f"{chr(97 + file)}{row}" for row in range(2)] for file in range(9)]
+    files = [embeddings_file(store, vectors(*of_file)) for of_file in names]
+    return files, [key for of_file in names for key in of_file]
+
+
+def test_small_files_become_one_with_the_same_rows(any_store):
+    store = any_store
+    files, keys = small_files(store)
+    keys.remove("c1")
+    before = {file.path: rows_of(store, file) for file in files}
+    (new,) = assembled(store, keys, files, rows_per_file=100)
+    assert new.path.startswith("embeddings/next/image-")
+    rows = rows_of(store, new)
+    assert rows.schema == before[files[0].path].schema
+    expected = pa.concat_tables(before.values())
+    expected = expected.filter(np.array(expected["key"].to_pylist()) != "c1")
+    assert rows.sort_by("key").equals(expected.sort_by("key"))
+    assert all(rows_of(store, file).equals(before[file.path]) for file in files)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    num_nights=st.integers(1, 12),
+    rows_per_file=st.sampled_from([2, 20, 64]),
+)
+@settings(max_examples=8, deadline=None)
+def test_over_random_nights_every_row_stays_bit_for_bit(seed, num_nights, rows_per_file):
+    rng = np.random.default_rng(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(folder)
+        expected: dict[str, list[float]] = {}
+        files = []
+        before: dict[str, pa.Table] = {}
+        for _ in range(num_nights):
+            gone = [key for key in expected if rng.random() < rng.choice([0.02, 0.3])]
+            expected = {key: row for key, row in expected.items() if key not in gone}
+            # Under keys that may have been there: those of dead rows come again.
+            names = {f"k{rng.integers(200)}" for _ in range(rng.integers(1, 25))}
+            new = {key: rng.random(3).tolist() for key in sorted(names.difference(expected))}
+            written = [embeddings_file(store, new)] if new else []
+            expected |= new
+            # What changed has the fingerprint of its key as all have: it must be out before.
+            left = sorted(set(expected) - set(new))
+            files = assembled(store, left, files, committed=[], rows_per_file=rows_per_file)
+            files = assembled(
+                store,
+                sorted(expected),
+                [*files, *written],
+                committed=files,
+                rows_per_file=rows_per_file,
+            )
+            found = [row for file in files for row in rows_of(store, file).to_pylist()]
+            assert {row["key"]: row["embedding"] for row in found} == {
+                key: np.float32(row).tolist() for key, row in expected.items()
+            }
+            assert len(found) == len(expected)
+            assert {row["fingerprint"] for row in found} == set(map(fingerprint, expected))
+            assert all(file.num_rows <= max(rows_per_file, 25) for file in files)
+            # Readers of earlier snapshots have what they had.
+            assert all(pq.read_table(path).equals(rows) for path, rows in before.items())
+            before |= {f"{folder}/{file.path}": rows_of(store, file) for file in files}
+
+
+def test_if_no_row_came_or_went_small_files_stay(store):
+    files, keys = small_files(store)
+    assert assembled(store, keys, files, rows_per_file=100) == files
+    assert len(assembled(store, keys, files, committed=files[1:], rows_per_file=100)) == 1
+
+
+def test_files_of_other_columns_are_not_merged(store):
+    """Of a Clipmill that let carried columns change."""
+    files, keys = small_files(store)
+    table = rows_of(store, files[0]).append_column("price", pa.array([1, 2]))
+    priced = write_table(table, kind="embeddings", modality="image", plan_id=PLAN_ID, store=store)
+    new = assembled(store, keys, [priced, *files[1:]], committed=[], rows_per_file=100)
+    assert sorted(file.num_rows for file in new) == [2, 16]
+    assert {"price" in rows_of(store, file).column_names for file in new} == {True, False}
+
+
 def test_rejects_of_whole_rows_are_written_once_and_taken_on_while_they_are_the_same(store):
     file = embeddings_file(store, vectors("a"))
     keys = ["a", None, "a"]
@@ -134,7 +241,15 @@ def test_a_damaged_file_is_named(store, tmp_path):
         ledger.settle()
         (tmp_path / file.path).write_bytes(b"PAR1 damaged PAR1")
         with pytest.raises(StoreError, match=f"{file.path} is damaged"):
-            next_files([file], ledger=ledger, key_type=pa.string(), plan_id="next", store=store)
+            next_files(
+                [file],
+                committed=[file],
+                ledger=ledger,
+                key_type=pa.string(),
+                rows_per_file=2,
+                plan_id="next",
+                store=store,
+            )
 
 
 def test_rejects_are_counted_by_reason_the_most_frequent_first(store):

@@ -7,8 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.bench import main
+from jobs.benches.nights import NightFigures, nights_lines
 from jobs.benches.pipeline import PipelineConfig, measure_pipeline
 from jobs.benches.repeated_images import ROWS_PER_FILE, RepeatedImages, write_images
+from pipelines.counts import KeyCounts
 from pipelines.engines import EngineChoice
 from tests import image_files
 from tests.catalogs import scene_rows, write_rows
@@ -61,9 +63,27 @@ def test_a_plan_finds_what_was_changed(changed: str, num_due: int, capsys):
         num_due,
     )
     assert figures["seconds"] > 0
+    assert figures["core_seconds"] > 0
     assert figures["peak_memory_bytes"] > 2**25
     assert main(["plan", "--keys", "1000", "--changed", changed]) == 0
     assert capsys.readouterr().out.startswith(f"1,000 keys, {num_due} due, {num_due} dead: ")
+
+
+def test_nights_are_measured_by_what_changed_before_them(engines_dir: Path, capsys):
+    words = ["nights", "--keys", "400", "--changed", "0.05", "--engines", str(engines_dir)]
+    assert main([*words, "--json"]) == 0
+    nights = json.loads(capsys.readouterr().out)
+    assert [night["num_encoded"] for night in nights] == [400, 20, 0, 0]
+    assert [night["plan"]["num_changed"] for night in nights] == [0, 20, 0, 0]
+    # The catalog's files are other ones in the last, which the store then knows.
+    assert [night["committed"] for night in nights] == [True, True, False, True]
+    assert nights[0]["encoding_share"] == 1
+    assert 0 < nights[1]["encoding_share"] < 1
+    assert nights[2]["encoding_seconds"] == nights[3]["encoding_seconds"] == 0
+    assert all(night["num_files"] > 0 and night["seconds"] > 1 for night in nights)
+    shown = nights_lines([NightFigures(**{**n, "plan": KeyCounts(**n["plan"])}) for n in nights])
+    assert shown[1].startswith("first ")
+    assert "some rows changed: 0 new, 20 changed, 0 moved, 380 unchanged, 0 deleted" in shown
 
 
 def test_the_pipeline_is_measured_in_a_process_of_its_own(checkpoint_dir: Path, engines_dir: Path):
@@ -125,7 +145,7 @@ def test_what_to_measure_must_be_named(what: str, option: str, capsys):
 def test_what_there_is_to_measure(capsys):
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    names = ("encode", "decode", "pipeline", "query", "agreement")
+    names = ("encode", "decode", "pipeline", "plan", "nights", "query", "agreement")
     assert all(f"\n  {name} " in shown for name in names)
     assert main([]) == 0
     assert main(["speed"]) == 2

@@ -113,7 +113,9 @@ def due(ledger: Ledger) -> dict[tuple[str, int], set[str]]:
 
 def live(ledger: Ledger, stored: Iterable[Stored]) -> dict[str, list[int]]:
     """Path -> positions of live rows; paths without any are left out."""
-    positions = {file.path: ledger.live_positions(file.path).tolist() for file in stored}
+    paths = [file.path for file in stored]
+    found = dict(zip(paths, ledger.live_positions(paths), strict=True))
+    positions = {path: rows.tolist() for path, rows in found.items()}
     positions = {path: rows for path, rows in positions.items() if rows}
     assert ledger.num_live_by_path() == {path: len(rows) for path, rows in positions.items()}
     return positions
@@ -409,6 +411,31 @@ def test_copies_come_in_tables_of_bounded_size_in_the_order_of_files():
         places = list(copies(ledger, max_rows=5).values())
         assert places == sorted(places)
         assert len(places) == 24
+
+
+def test_due_rows_come_file_by_file_however_they_are_read(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pipelines.ledger.ROWS_PER_BATCH", 3)
+    rows = [Row(file, row, f"{file}{row}", "x") for file in "cab" for row in range(7)]
+    stored = [Stored("s", "image", [("a3", "x"), ("b6", "x")])]
+    with settled(rows, stored) as ledger:
+        found = {file.path: file.rows.tolist() for file in ledger.due()}
+        assert found == {"a": [0, 1, 2, 4, 5, 6], "b": [*range(6)], "c": [*range(7)]}
+        assert list(found) == ["a", "b", "c"]
+        assert len(due(ledger)) == 19
+
+
+def test_live_positions_come_in_the_order_asked_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pipelines.ledger.ROWS_PER_BATCH", 3)
+    stored = [
+        Stored(f"s{file}", "image", [(f"{file}-{row}", "x") for row in range(8)])
+        for file in range(4)
+    ]
+    rows = [Row("a", row, f"{row % 3}-{row // 3}", "x") for row in range(3 * 6)]
+    with settled(rows, stored) as ledger:
+        paths = ["s2", "s3", "s0"]
+        found = [positions.tolist() for positions in ledger.live_positions(paths)]
+        assert found == [[*range(6)], [], [*range(6)]]
+        assert list(ledger.live_positions([])) == []
 
 
 def test_temporary_files_are_gone_at_the_end():

@@ -8,7 +8,7 @@ import pytest
 from pipelines import schema
 from pipelines.snapshots import StoredFile
 from pipelines.store import Store
-from pipelines.writing import staging_dir, stored_files, write_batch, write_table
+from pipelines.writing import ROWS_PER_GROUP, staging_dir, stored_files, write_batch, write_table
 from tests.meters import ListMeter
 from tests.stored import fingerprint
 
@@ -173,3 +173,11 @@ def test_a_report_of_several_batches_names_all_files():
         ]
     )
     assert stored_files(report) == files
+
+
+def test_row_groups_are_of_a_size_that_a_reader_can_hold(store, tmp_path):
+    table = pa.table({"key": pa.array(range(ROWS_PER_GROUP + 1))})
+    file = write_table(table, kind="rejects", modality=None, plan_id="plan", store=store)
+    metadata = pq.read_metadata(tmp_path / file.path)
+    groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    assert groups == [ROWS_PER_GROUP, 1]

@@ -3,19 +3,15 @@
 Knows nothing of how to make it faster.
 """
 
-import json
 import shutil
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from engine.errors import ClipmillError
-from jobs.benches.memory import MemoryWatch
+from jobs.benches.programs import run_watched
 from jobs.benches.repeated_images import RepeatedImages, write_images
 from jobs.demo.catalog import sample_rows, write_catalog
 from pipelines.engines import EngineChoice
@@ -126,7 +122,7 @@ def _measured(
     command: Callable[[Path], list[str]],
     num_contents: Callable[[dict[str, Any]], int],
 ) -> tuple[PipelineFigures, dict[str, Any]]:
-    """Run a program of this project in processes of its own, and watch all their children."""
+    """Run a program over a catalog made for it, as often as is asked for."""
     folder = Path(tempfile.mkdtemp(prefix="clipmill-bench-"))
     num_rows = config.num_rows
     try:
@@ -136,44 +132,30 @@ def _measured(
             write_catalog(folder / CATALOG, rows)
         else:
             write_images(folder / CATALOG, config.images, num_rows=num_rows)
-        words = [sys.executable, *command(folder)]
-        runs = sorted(
-            (_run(words, folder=folder) for _ in range(config.num_runs)), key=lambda run: run[0]
-        )
+        runs = []
+        for _ in range(config.num_runs):
+            runs.append(run_watched(command(folder)))
+            for output in OUTPUTS:
+                shutil.rmtree(folder / output, ignore_errors=True)
     finally:
         shutil.rmtree(folder)
-    seconds, peak_bytes, report = runs[config.num_runs // 2]
-    steady_rates = [_steady_rate(report.get("samples", [])) for _, _, report in runs]
+    median = sorted(runs, key=lambda run: run.seconds)[config.num_runs // 2]
     figures = PipelineFigures(
         name=name,
         num_rows=num_rows,
-        seconds=seconds,
-        all_seconds=tuple(run[0] for run in runs),
-        rows_per_second=num_contents(report) / report["seconds"],
-        steady_rows_per_second=steady_rates[config.num_runs // 2],
-        all_steady=tuple(sorted(steady_rates)),
-        peak_memory_bytes=peak_bytes,
+        seconds=median.seconds,
+        all_seconds=tuple(sorted(run.seconds for run in runs)),
+        rows_per_second=num_contents(median.report) / median.report["seconds"],
+        steady_rows_per_second=_steady_rate(median.report),
+        all_steady=tuple(sorted(_steady_rate(run.report) for run in runs)),
+        peak_memory_bytes=median.peak_memory_bytes,
     )
-    return figures, report
+    return figures, median.report
 
 
-def _run(words: Sequence[str], *, folder: Path) -> tuple[float, int, dict[str, Any]]:
-    """Seconds, peak memory and report of one run, whose outputs are removed."""
-    started = time.perf_counter()
-    process = subprocess.Popen(words, stdout=subprocess.PIPE)
-    with MemoryWatch(process.pid) as watch:
-        output, _ = process.communicate()
-    seconds = time.perf_counter() - started
-    if process.returncode:
-        raise ClipmillError(f"{' '.join(words)} ended with {process.returncode}")
-    for name in OUTPUTS:
-        shutil.rmtree(folder / name, ignore_errors=True)
-    report: dict[str, Any] = json.loads(output)
-    return seconds, watch.peak_bytes, report
-
-
-def _steady_rate(samples: Sequence[tuple[float, int]]) -> float:
+def _steady_rate(report: Mapping[str, Any]) -> float:
     """Rows a second after the first sample with any, to the last with new ones."""
+    samples: Sequence[tuple[float, int]] = report.get("samples", [])
     busy = [sample for sample in samples if sample[1]]
     if not busy:
         return 0.0

@@ -59,6 +59,8 @@ class PlanFigures:
     """Stored, and changed or gone."""
     seconds: float
     """From two folders of files to the rows to be read."""
+    core_seconds: float
+    """Of all its threads: what it takes of cores, whatever else runs on them."""
     peak_memory_bytes: int
     """Of the process, what made the folders included."""
 
@@ -75,7 +77,7 @@ def measure_plan(config: PlanConfig) -> PlanFigures:
         folder = Path(scratch)
         _make(folder, num_keys=config.num_keys, num_changed=num_changed, num_gone=num_gone)
         with MemoryWatch(os.getpid()) as watch:
-            started = time.perf_counter()
+            started, core_started = time.perf_counter(), time.process_time()
             store = Store(str(folder / "store"))
             catalog = open_catalog(_catalog_config(folder))
             parent = current_snapshot(store)
@@ -86,11 +88,13 @@ def measure_plan(config: PlanConfig) -> PlanFigures:
                 num_due = sum(len(rows.rows) for rows in ledger.due())
                 num_live = sum(ledger.num_live_by_path().values())
             seconds = time.perf_counter() - started
+            core_seconds = time.process_time() - core_started
     figures = PlanFigures(
         num_keys=config.num_keys,
         num_due=num_due,
         num_dead=parent.num_rows("embeddings") - num_live,
         seconds=seconds,
+        core_seconds=core_seconds,
         peak_memory_bytes=watch.peak_bytes,
     )
     is_counted = (counts.num_changed, counts.num_new, counts.num_deleted) == (
@@ -109,7 +113,8 @@ def plan_line(figures: PlanFigures) -> str:
     """The figures in one line."""
     return (
         f"{figures.num_keys:,} keys, {figures.num_due:,} due, {figures.num_dead:,} dead: "
-        f"{figures.seconds:.1f} s, {figures.peak_memory_bytes / 2**30:.2f} GiB at most"
+        f"{figures.seconds:.1f} s ({figures.core_seconds:.1f} s of a core), "
+        f"{figures.peak_memory_bytes / 2**30:.2f} GiB at most"
     )
 
 
