@@ -94,6 +94,10 @@ class Folder:
     def create(self, relative: str, content: bytes) -> None:
         """Write a file that must not exist yet; of two writers exactly one succeeds.
 
+        On an object store what exists with this very content counts as written by this call: its
+        answer may have been lost, and asked again the store says that the object exists. Writers
+        that have to know which of them was first write contents that differ.
+
         Raises:
             FileExistsError: The file exists.
             error: It cannot be written.
@@ -109,7 +113,7 @@ class Folder:
                 else:
                     os.link(aside, path)  # unlike a rename, refuses to replace
             except FileExistsError:
-                exists = True
+                exists = aside is not None or self.read_if_there(relative) != content
             finally:
                 if aside is not None:
                     os.unlink(aside)
