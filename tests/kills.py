@@ -225,7 +225,9 @@ def _write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     columns = pa.schema(
         {"key": pa.string(), "image": pa.binary(), "text": pa.string(), "price": pa.float64()}
     )
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=columns), path, row_group_size=ROWS_PER_GROUP)
+    pq.write_table(
+        pa.Table.from_pylist(list(rows), schema=columns), path, row_group_size=ROWS_PER_GROUP
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,18 +253,28 @@ class Killed:
 class KilledNights:
     """One night after another from the same state, each killed once."""
 
-    def __init__(self, folder: Path, *, num_rows: int, nodes: RayNodes, log: Path) -> None:
-        """Embed yesterday's catalog, and today's undisturbed; `log`: of `encoded_rows`."""
+    def __init__(
+        self, folder: Path, *, names: Sequence[str], num_rows: int, nodes: RayNodes, log: Path
+    ) -> None:
+        """Embed yesterday's catalog, and today's undisturbed.
+
+        Args:
+            folder: For all that is written.
+            names: Of OPTIONS, those to be run with.
+            num_rows: Of yesterday's catalog.
+            nodes: Where it is done.
+            log: Of `encoded_rows`.
+        """
         self._folder, self._nodes, self._log = folder, nodes, log
         self._num_nights = 0
         change = write_catalogs(folder / "catalog", num_rows=num_rows)
-        for name in OPTIONS:
+        for name in names:
             self._finish(self._base(name), name=name)
         change()
         self.seconds: dict[str, float] = {}
         self.num_due: dict[str, int] = {}
         self.expected: dict[str, State] = {}
-        for name in OPTIONS:
+        for name in names:
             store_dir = self._copy(name)
             with encoded_rows.counted(log) as batches:
                 started = time.monotonic()
@@ -428,7 +440,9 @@ def _workers(raylets: Sequence[int]) -> Iterator[tuple[psutil.Process, str]]:
 
 
 @contextmanager
-def killed_nights(folder: Path, *, num_rows: int) -> Iterator[KilledNights]:
+def killed_nights(
+    folder: Path, *, num_rows: int, names: Sequence[str] = tuple(OPTIONS)
+) -> Iterator[KilledNights]:
     """Three nodes, and nights on them that can be killed."""
     log = folder / "encoded-rows"
     environment = {
@@ -444,4 +458,4 @@ def killed_nights(folder: Path, *, num_rows: int) -> Iterator[KilledNights]:
         "RAY_prestart_worker_first_driver": "0",
     }
     with ray_nodes(3, takes_jobs=False, environment=environment) as nodes:
-        yield KilledNights(folder, num_rows=num_rows, nodes=nodes, log=log)
+        yield KilledNights(folder, names=names, num_rows=num_rows, nodes=nodes, log=log)

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CPUS_PER_NODE = 1
 START_SECONDS = 60
 OBJECT_STORE_BYTES = 256 * 2**20
+NUM_START_TRIES = 5
 
 
 class RayNodes:
@@ -88,9 +89,6 @@ def ray_nodes(
             # A submitted job's `python` is the one with the packages, as on a real node.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "RAY_USAGE_STATS_ENABLED": "0",
-            # Beside other programs a node takes longer than Ray would wait.
-            "RAY_raylet_start_wait_time_s": "300",
-            "RAY_agent_register_timeout_ms": "300000",
             **(environment or {}),
         },
     )
@@ -128,19 +126,12 @@ def _serve(num_nodes: int, *, takes_jobs: bool) -> None:
     printed = os.dup(1)
     os.dup2(2, 1)  # Ray prints to stdout as it starts
     port = _free_port()
-    jobs = {
-        "include_dashboard": True,
-        "dashboard_port": port,
-        "dashboard_agent_listen_port": _free_port(),
-    }
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={
-            "num_cpus": CPUS_PER_NODE,
-            "object_store_memory": OBJECT_STORE_BYTES,
-            **(jobs if takes_jobs else {"include_dashboard": False}),
-        },
-    )
+    cluster = Cluster()
+    if takes_jobs:
+        _add_node(cluster, include_dashboard=True, dashboard_port=port)
+    else:
+        # Each further process of the head takes seconds to start.
+        _add_node(cluster, include_dashboard=False, include_log_monitor=False, no_monitor=True)
     for _ in range(num_nodes - 1):
         _add_node(cluster)
     cluster.wait_for_nodes()
@@ -165,13 +156,22 @@ def _serve(num_nodes: int, *, takes_jobs: bool) -> None:
     cluster.shutdown()
 
 
-def _add_node(cluster: Cluster) -> None:
-    cluster.add_node(
-        num_cpus=CPUS_PER_NODE,
-        object_store_memory=OBJECT_STORE_BYTES,
-        # The default port can be taken: by another node, or by a test's own Ray.
-        dashboard_agent_listen_port=_free_port(),
-    )
+def _add_node(cluster: Cluster, **options: Any) -> None:
+    """Start a node, the first one as the head; again if it took longer than Ray waits for one."""
+    for num_left in reversed(range(NUM_START_TRIES)):
+        try:
+            cluster.add_node(
+                num_cpus=CPUS_PER_NODE,
+                object_store_memory=OBJECT_STORE_BYTES,
+                # The default port can be taken: by another node, or by a test's own Ray.
+                dashboard_agent_listen_port=_free_port(),
+                **options,
+            )
+        except Exception as error:
+            if not num_left or "timed out during startup" not in str(error):
+                raise
+        else:
+            return
 
 
 def _raylet_pid(node: Any) -> int:

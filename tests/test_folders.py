@@ -200,6 +200,14 @@ def test_files_are_listed_with_sizes_and_times(folder: Folder):
     assert folder.files("gone") == folder.files("a/b/c/d") == []
 
 
+def test_hidden_files_are_those_of_one_folder(folder: Folder):
+    for name in (".a", "b", "c/.d", "c/e/.f", "c/.g/h"):
+        folder.publish(name, b"12345")
+    assert [(file.path, file.num_bytes) for file in folder.hidden_files("")] == [(".a", 5)]
+    assert [file.path for file in folder.hidden_files("c")] == ["c/.d"]
+    assert folder.hidden_files("gone") == []
+
+
 @pytest.mark.parametrize("folder", ["local"], indirect=True)
 def test_links_are_no_files_but_lead_to_them(folder: Folder, tmp_path: Path):
     folder.publish("elsewhere/file", b"x")

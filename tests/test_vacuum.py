@@ -198,6 +198,12 @@ def test_what_a_killed_writer_left_goes_and_so_do_empty_folders(local: Store):
     commit(local, make_snapshot([kept]))
     local.publish("embeddings/plan/.image-0.parquet.0123", b"half")
     local.publish("embeddings/other/.image-0.parquet.0123", b"half")
+    for probe in (".probe-0123", "..clock-0123.4567", "snapshots/.00000002.json.0123"):
+        local.publish(probe, b"half")
+    day = vacuum(local, Retention(num_snapshots=1))
+    assert (sum(day.num_files.values()), day.snapshots) == (0, ())
+    found = find_garbage(local, ONE_NOW)
+    assert (found.num_files["snapshots"], found.snapshots) == (3, ())
     assert vacuum(local, ONE_NOW).num_files["embeddings"] == 2
     assert local.names("embeddings") == ["plan"]
     assert paths(local) == {kept.path, "snapshots/00000001.json"}
