@@ -270,6 +270,20 @@ def test_ages_are_by_the_clock_of_the_file_system(local: Store, monkeypatch: pyt
     assert vacuum(local, Retention(num_snapshots=1)).snapshots == (1, 2)
 
 
+def test_the_clocks_of_those_who_commit_do_not_matter(store: Store):
+    """Which snapshot is current goes by number, what is old by the clock of the file system."""
+    times = ("2036-01-01T00:00:00+00:00", "1999-01-01T00:00:00+00:00", "2017-01-01T00:00:00+00:00")
+    files = [write(store, f"plan{number}", seed=number) for number in range(len(times))]
+    for number, (file, time_) in enumerate(zip(files, times, strict=True), 1):
+        commit(store, dataclasses.replace(make_snapshot([file], number=number), created_at=time_))
+    assert read_snapshot(store, None).created_at == times[-1]
+    assert vacuum(store, Retention(num_snapshots=1)).snapshots == ()
+    restored = rollback(store, 1)
+    assert (restored.number, read_snapshot(store, None).files) == (4, (files[0],))
+    assert vacuum(store, ONE_NOW).snapshots == (1, 2, 3)
+    assert paths(store) == {restored.path, files[0].path}
+
+
 class NotedStore(Store):
     """A store that remembers what was removed, and is killed before a certain removal."""
 
