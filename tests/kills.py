@@ -303,13 +303,14 @@ class KilledNights:
                     where, victim = self._kill(kind, night, store_dir, at=at, rng=rng)
                 finally:
                     codes, errors = self._until_done(night, store_dir, name=name)
+            took = time.monotonic() - started
+            is_over = took < at - started
+            # On a shared machine nights take now more, now less.
+            self.seconds[name] = took if len(codes) == 1 else self.seconds[name]
             if victim is not None:
                 break
-            # Over before, since on a shared machine nights take now more, now less; or there was no
-            # worker any more.
-            took = time.monotonic() - started
-            share = share if took < at - started else float(rng.uniform())
-            self.seconds[name] = took
+            # Where the night was not over, it had no worker any more.
+            share = share if is_over else float(rng.uniform())
             shutil.rmtree(store_dir)
         check_same(state_of(store_dir), self.expected[name])
         left = orphans_after_vacuum(store_dir)
