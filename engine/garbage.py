@@ -1,13 +1,13 @@
 """What a registry can do without: leftovers, damage, and old engines that nobody promoted.
 
 Knows nothing of who uses an engine: one that is in use, and not built from a checkpoint alone,
-should be promoted.
+should be promoted. All ages are by the clock of the root's file system.
 """
 
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Literal
 
 from engine.errors import DamagedError, EngineError
@@ -29,7 +29,7 @@ from engine.registry import (
 )
 
 # Off disks, what a builder has uploaded is no engine yet, and its lease the only sign of life. A
-# beat comes every few seconds and an upload ends within a day, whatever the clocks say.
+# beat comes every few seconds and an upload ends within a day.
 BUILDING_SECONDS = 24 * 3600
 _NOT_WHOLE = "damaged or never finished"
 
@@ -196,7 +196,7 @@ def _unlisted(
 
 
 def _old(registry: Registry, engine_id: str, retention: Retention) -> str | None:
-    age = datetime.now(UTC) - published_at(registry, engine_id)
+    age = registry.root.current_time() - published_at(registry, engine_id)
     if age < timedelta(days=retention.max_age_days):
         return None
     manifest = registry.manifest(engine_id)
@@ -207,5 +207,5 @@ def _old(registry: Registry, engine_id: str, retention: Retention) -> str | None
 
 def _is_recent(registry: Registry, path: str) -> bool:
     """Whether somebody may still be at work on what lies at a path on the root."""
-    age = datetime.now(UTC) - registry.root.modified_at(path)
+    age = registry.root.current_time() - registry.root.modified_at(path)
     return age < timedelta(seconds=BUILDING_SECONDS)

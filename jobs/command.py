@@ -12,13 +12,31 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from ray.exceptions import RayTaskError
+from ray.exceptions import (
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from engine.errors import ClipmillError
 from engine.images import ImageRejected
 from pipelines.json_text import json_text
 
 Main = Callable[[Sequence[str] | None], int]
+# What Ray raises once processes or nodes of the cluster are gone, more often than it tries again.
+_LOSSES = (
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    WorkerCrashedError,
+)
 Actions = Mapping[str, tuple[Callable[[Sequence[str]], int], str]]
 
 
@@ -128,9 +146,14 @@ def run(main: Main, argv: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         code = _fail("stopped; run the same command again to go on", code=130)
     except RayTaskError as error:
-        if not isinstance(error.cause, ClipmillError):
+        if isinstance(error.cause, _LOSSES):
+            code = _fail(_lost(error.cause), code=1)
+        elif isinstance(error.cause, ClipmillError):
+            code = _fail(str(error.cause), code=1)
+        else:
             raise
-        code = _fail(str(error.cause), code=1)
+    except _LOSSES as error:
+        code = _fail(_lost(error), code=1)
     except ClipmillError as error:
         code = _fail(str(error), code=1)
     except ValueError as error:
@@ -144,6 +167,11 @@ def run(main: Main, argv: Sequence[str] | None = None) -> NoReturn:
 def print_result(result: Any, *, as_json: bool, text: str) -> None:
     """Print a dataclass (or list of them) as JSON, or the text."""
     print(json_text(result) if as_json else text)
+
+
+def _lost(error: RayError) -> str:
+    what = str(error).strip().splitlines()[0]
+    return f"the cluster lost a worker or a node ({what}); run the same command again to go on"
 
 
 def _fail(text: str, *, code: int) -> int:

@@ -17,7 +17,7 @@ from pipelines.catalog import Catalog
 from pipelines.fingerprints import plan_id as fingerprint_plan
 from pipelines.fingerprints import row_fingerprints
 from pipelines.ledger import Ledger
-from pipelines.reading import CatalogDatasource, all_rows
+from pipelines.reading import CatalogDatasource, all_rows, num_blocks
 from pipelines.schema import Modality
 from pipelines.snapshots import CatalogRecord, EngineRecord, Kind, Snapshot, StoredFile
 from pipelines.store import Store
@@ -208,7 +208,9 @@ def _hash(catalog: Catalog, *, paths: Sequence[str], num_cpus: float) -> Iterato
     pieces = list(all_rows(catalog, paths=paths))
     if pieces:
         source = CatalogDatasource(catalog, pieces=pieces, content=catalog.modalities)
-        hashed = ray.data.read_datasource(source, num_cpus=num_cpus).map_batches(
+        hashed = ray.data.read_datasource(
+            source, num_cpus=num_cpus, override_num_blocks=num_blocks(pieces)
+        ).map_batches(
             partial(_with_fingerprints, modalities=catalog.modalities),
             batch_format="pyarrow",
             num_cpus=num_cpus,

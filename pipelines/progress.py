@@ -46,7 +46,8 @@ class Progress:
     """(seconds, rows encoded) about once a second, for the plot of the rate."""
 
 
-@ray.remote(num_cpus=0)
+# Killed, it starts again from nothing: a run need not end for the sake of its counts.
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class ProgressBoard:
     """The actor that workers report to."""
 

@@ -26,6 +26,8 @@ from pipelines.schema import MODALITIES, Modality
 ROWS_PER_READ = 256
 # Of keys and versions alone, which are short.
 KEYS_PER_READ = 65_536
+# Ray's own bound, from which on it thinks that a number of blocks was chosen by mistake.
+MANY_READ_TASKS = 5_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +57,11 @@ def all_rows(catalog: Catalog, *, paths: Sequence[str]) -> Iterator[RowGroupRows
                     path=file.path, row_group=row_group, first_row=first_row, rows=None, wanted=None
                 )
                 first_row += num_rows
+
+
+def num_blocks(pieces: Sequence[RowGroupRows]) -> int | None:
+    """One for each piece, or None, as Ray likes; it would cut a small catalog into 200 of them."""
+    return len(pieces) if len(pieces) < MANY_READ_TASKS else None
 
 
 class CatalogDatasource(Datasource):

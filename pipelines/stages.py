@@ -23,7 +23,7 @@ from pipelines.encode import EncodeStage
 from pipelines.engines import Execution
 from pipelines.ledger import DueRows
 from pipelines.progress import StageMeter
-from pipelines.reading import CatalogDatasource, RowGroupRows
+from pipelines.reading import CatalogDatasource, RowGroupRows, num_blocks
 from pipelines.snapshots import EngineRecord, StoredFile
 from pipelines.store import Store
 from pipelines.writing import stored_files, write_batch
@@ -32,8 +32,6 @@ from pipelines.writing import stored_files, write_batch
 # costs little, and small enough that few rows are in flight. Texts are short.
 IMAGE_BLOCK_BYTES = 16 * 2**20
 TEXT_BLOCK_BYTES = 2**20
-# Ray's own bound, from which on it thinks that a number of blocks was chosen by mistake.
-MANY_READ_TASKS = 5_000
 # Where GPUs decode: one batch is decoded, another encoded, and two come or go.
 CALLS_OF_GPU_ENCODER = 4
 
@@ -131,10 +129,10 @@ def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Iterator[l
     )
     # Where GPUs decode, Ray Data reads and prepares in one task, for which both must ask alike.
     read_cpus = resources.decode_cpus if on_gpus else resources.io_cpus
-    # Ray would cut the blocks of a small catalog, to have some for every CPU, and then could not
-    # read and prepare in one task.
-    num_blocks = len(pieces) if len(pieces) < MANY_READ_TASKS else None
-    read = ray.data.read_datasource(source, num_cpus=read_cpus, override_num_blocks=num_blocks)
+    # One for each piece, or Ray could not read and prepare in one task.
+    read = ray.data.read_datasource(
+        source, num_cpus=read_cpus, override_num_blocks=num_blocks(pieces)
+    )
     decoded = read.map_batches(
         partial(
             decode_batch,

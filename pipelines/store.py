@@ -35,7 +35,8 @@ class Store(Folder):
     def check_writable(self) -> None:
         """Write and remove a probe; StoreError if the store cannot be written."""
         probe = f".probe-{uuid.uuid4().hex}"
-        self.create(probe, b"")  # what a commit will do, hours later
+        # What a commit will do, hours later. (Of an empty object s3fs does not ask if it is new.)
+        self.create(probe, b"probe")
         self.remove(probe)
 
     def create(self, relative: str, content: bytes) -> None:

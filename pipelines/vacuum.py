@@ -114,6 +114,9 @@ def _garbage(store: Store, retention: Retention) -> Iterator[tuple[Place, list[L
             doomed.append(manifest)
     for manifest in doomed:
         yield "snapshots", [manifest]
+    # Beside manifests, or as probes in the root; those of other folders go with these.
+    for folder in ("", SNAPSHOTS_DIR):
+        yield "snapshots", [file for file in store.hidden_files(folder) if is_old(file)]
     newest = numbers[-1]
     for places in _GROUPED:
         for name in sorted({name for place in places for name in store.names(place)}):
@@ -144,7 +147,8 @@ def _counted(garbage: Iterable[tuple[Place, list[ListedFile]]]) -> Vacuumed:
         num_files[place] += len(files)
         num_bytes[place] += sum(file.num_bytes for file in files)
         if place == "snapshots":
-            snapshots += [int(PurePosixPath(file.path).stem) for file in files]
+            names = [PurePosixPath(file.path).stem for file in files]
+            snapshots += [int(name) for name in names if name.isdecimal()]
     return Vacuumed(
         snapshots=tuple(snapshots),
         num_files={place: num_files[place] for place in get_args(Place)},

@@ -36,11 +36,11 @@ def test_a_job_submitted_to_three_nodes_gives_what_one_machine_gives(
         cwd=ROOT,
         check=True,
     )
-    with ray_nodes(3) as addresses:
+    with ray_nodes(3) as nodes:
         submitted = subprocess.run(
             [
                 *(str(Path(sys.executable).parent / "ray"), "job", "submit"),
-                *("--address", addresses["jobs"], "--working-dir", str(ROOT), "--"),
+                *("--address", nodes.jobs, "--working-dir", str(ROOT), "--"),
                 *("python", "-m", "jobs.embed"),
                 *embed_options(catalog_dir, far, **common),
             ],
@@ -71,9 +71,9 @@ for _ in range(2):
 
 
 def test_an_address_is_joined_and_left_running():
-    with ray_nodes(1) as addresses:
+    with ray_nodes(1, takes_jobs=False) as nodes:
         joined = subprocess.run(
-            [sys.executable, "-c", JOIN_AND_LEAVE, addresses["gcs"]],
+            [sys.executable, "-c", JOIN_AND_LEAVE, nodes.gcs],
             cwd=ROOT,
             capture_output=True,
             text=True,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from ray.exceptions import RayTaskError
+from ray.exceptions import ActorDiedError, RayTaskError, WorkerCrashedError
 
 from engine.errors import CheckpointError
 from jobs.command import CommandParser, print_result, run
@@ -18,6 +18,9 @@ def parser() -> CommandParser:
     made.add_argument("--dtype", choices=("float32", "float16"), default="float32")
     made.add_argument("--carry", nargs="*", default=[])
     return made
+
+
+LOST = "clipmill: the cluster lost a worker or a node ({}); run the same command again to go on\n"
 
 
 def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path: Path):
@@ -85,6 +88,13 @@ def test_a_missing_option_is_a_usage_error(capsys):
             1,
             "clipmill: gone\n",
         ),
+        (WorkerCrashedError(), 1, LOST.format(WorkerCrashedError())),
+        (
+            RayTaskError("write", "trace", WorkerCrashedError()),
+            1,
+            LOST.format(WorkerCrashedError()),
+        ),
+        (ActorDiedError(), 1, LOST.format(ActorDiedError())),
         (KeyboardInterrupt(), 130, "clipmill: stopped; run the same command again to go on\n"),
     ],
 )

@@ -2,7 +2,7 @@
 
 import pickle
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from s3fs.errors import translate_boto_error
 from engine.errors import ClipmillError
 from engine.publishing import folders
 from engine.publishing.folders import Folder
-from tests.object_store import s3_bucket
+from tests.object_store import FAULTS, Unreliable, s3_bucket, unreliable_bucket
 
 
 class ShelfError(ClipmillError):
@@ -70,7 +70,65 @@ def test_who_is_told_to_try_again_does(
     folder.create("file", b"content")
     assert folder.read("file") == b"content"
     with pytest.raises(FileExistsError):
-        folder.create("file", b"content")
+        folder.create("file", b"another")
+
+
+@pytest.fixture
+def unreliable(tmp_path: Path) -> Iterator[tuple[Folder, Unreliable]]:
+    """A folder of an object store, and what can be planned to happen to requests."""
+    with unreliable_bucket(seed=0) as (uri, faults):
+        yield Folder(f"{uri}/shelf", called="shelf", error=ShelfError), faults
+
+
+def first(fault: str, *, method: str = "PUT") -> Callable[[str, str], str | None]:
+    """Happens to the first such request alone."""
+    faults = iter([fault])
+    return lambda method_, path: next(faults, None) if method_ == method else None
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_who_created_a_file_is_told_so_even_if_the_first_answer_is_lost(
+    unreliable: tuple[Folder, Unreliable], fault: str
+):
+    folder, faults = unreliable
+    faults.planned = first(fault)
+    folder.create("file", b"mine")
+    with pytest.raises(FileExistsError):
+        folder.create("file", b"another's")
+    assert folder.read("file") == b"mine"
+
+
+def test_an_answer_that_is_lost_does_not_give_us_what_another_created(
+    unreliable: tuple[Folder, Unreliable],
+):
+    folder, faults = unreliable
+    folder.create("file", b"another's")
+    faults.planned = first("lost after")
+    with pytest.raises(FileExistsError):
+        folder.create("file", b"mine")
+    assert folder.read("file") == b"another's"
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_request_that_fails_is_made_again(unreliable: tuple[Folder, Unreliable], fault: str):
+    folder, faults = unreliable
+    for method in ("PUT", "GET", "HEAD", "POST", "DELETE"):
+        faults.planned = first(fault, method=method)
+        folder.publish("deep/file", b"content")
+        assert folder.read("deep/file") == b"content"
+        assert folder.names("deep") == ["file"]
+        folder.remove("deep")
+        folder.publish("deep/file", b"content")
+        folder.remove_files(["deep/file"])
+        assert folder.files("") == []
+
+
+def test_a_store_that_refuses_is_an_error_that_says_so(unreliable: tuple[Folder, Unreliable]):
+    folder, faults = unreliable
+    faults.planned = lambda method, path: "access denied" if method == "PUT" else None
+    for write in (folder.publish, folder.create):
+        with pytest.raises(ShelfError, match=r"cannot be written: Access Denied\. Check the p"):
+            write("file", b"content")
 
 
 def test_what_is_not_there_is_none_or_an_error_of_the_chosen_kind(folder: Folder):
@@ -140,6 +198,14 @@ def test_files_are_listed_with_sizes_and_times(folder: Folder):
     assert (itself.path, itself.num_bytes) == ("ab/e", 5)
     assert abs(itself.modified_at - folder.modified_at("ab/e")) < timedelta(seconds=1)
     assert folder.files("gone") == folder.files("a/b/c/d") == []
+
+
+def test_hidden_files_are_those_of_one_folder(folder: Folder):
+    for name in (".a", "b", "c/.d", "c/e/.f", "c/.g/h"):
+        folder.publish(name, b"12345")
+    assert [(file.path, file.num_bytes) for file in folder.hidden_files("")] == [(".a", 5)]
+    assert [file.path for file in folder.hidden_files("c")] == ["c/.d"]
+    assert folder.hidden_files("gone") == []
 
 
 @pytest.mark.parametrize("folder", ["local"], indirect=True)

@@ -4,6 +4,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -169,6 +170,15 @@ def test_malformed_records_on_a_root_stop_nothing(
     remove_garbage(remote, WEEK)
     assert remote.engine_ids() == ["fp32-a"]
     assert remote.plan_ids("fp32-a") == []
+
+
+def test_ages_are_by_the_clock_of_the_root(registry: Registry, monkeypatch: pytest.MonkeyPatch):
+    obtain(registry)
+    now = registry.root.current_time()
+    monkeypatch.setattr(Folder, "current_time", lambda _: now + timedelta(days=6.9))
+    assert FP32_ID not in paths(find_garbage(registry, WEEK))
+    monkeypatch.setattr(Folder, "current_time", lambda _: now + timedelta(days=7.1))
+    assert FP32_ID in paths(find_garbage(registry, WEEK))
 
 
 def test_what_killed_builders_left_on_a_node_goes(registry: Registry):

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from engine.errors import EngineError
 from engine.publishing.folders import Folder
 from engine.publishing.leases import LeaseQueue, LeaseTiming, is_released
+from tests.object_store import s3_bucket
 
 TIMING = LeaseTiming(beat_seconds=0.05, expiry_seconds=0.4)
 
@@ -105,3 +107,13 @@ def test_bounds_are_checked():
         LeaseTiming(beat_seconds=0)
     with pytest.raises(ValueError, match=r"expiry_seconds=9: expected at least two beats of 5"):
         LeaseTiming(expiry_seconds=9)
+
+
+def test_two_of_one_process_that_ask_an_object_store_at_once_do_not_both_hold_it():
+    """Whose answer is lost takes what is there for its own if it is of the same content."""
+    with s3_bucket() as uri:
+        shared = Folder(f"{uri}/engines", called="engines", error=EngineError)
+        queues = [LeaseQueue(shared, "engine", timing=TIMING) for _ in range(8)]
+        with ThreadPoolExecutor(len(queues)) as threads:
+            taken = list(threads.map(LeaseQueue.take, queues))
+    assert sum(lease is not None for lease in taken) == 1

@@ -59,6 +59,13 @@ def board(local_ray: None):
     ray.kill(made)
 
 
+def test_a_board_whose_process_is_killed_starts_again_from_nothing(board):
+    ray.get(board.add.remote("encode", 5, 0, 1.0))
+    ray.kill(board, no_restart=False)
+    ray.get(board.add.remote("encode", 3, 0, 1.0))
+    assert ray.get(board.progress.remote()).stages["encode"].num_rows == 3
+
+
 def test_meters_add_up_across_workers(board):
     @ray.remote(num_cpus=0.1)
     def work(meter: StageMeter) -> None:

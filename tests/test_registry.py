@@ -482,9 +482,9 @@ for answer in ray.get([ask.remote(registry, start) for _ in range(3)]):
 
 def test_of_three_nodes_of_a_cluster_one_builds(remote_uri: str, tmp_path: Path):
     log = tmp_path / "log"
-    with ray_nodes(3) as addresses:
+    with ray_nodes(3) as cluster:
         done = subprocess.run(
-            [sys.executable, "-c", ASK_CLUSTER, addresses["gcs"], remote_uri, log, tmp_path],
+            [sys.executable, "-c", ASK_CLUSTER, cluster.gcs, remote_uri, log, tmp_path],
             cwd=REPOSITORY_DIR,
             capture_output=True,
             text=True,

@@ -198,6 +198,12 @@ def test_what_a_killed_writer_left_goes_and_so_do_empty_folders(local: Store):
     commit(local, make_snapshot([kept]))
     local.publish("embeddings/plan/.image-0.parquet.0123", b"half")
     local.publish("embeddings/other/.image-0.parquet.0123", b"half")
+    for probe in (".probe-0123", "..clock-0123.4567", "snapshots/.00000002.json.0123"):
+        local.publish(probe, b"half")
+    day = vacuum(local, Retention(num_snapshots=1))
+    assert (sum(day.num_files.values()), day.snapshots) == (0, ())
+    found = find_garbage(local, ONE_NOW)
+    assert (found.num_files["snapshots"], found.snapshots) == (3, ())
     assert vacuum(local, ONE_NOW).num_files["embeddings"] == 2
     assert local.names("embeddings") == ["plan"]
     assert paths(local) == {kept.path, "snapshots/00000001.json"}
@@ -262,6 +268,20 @@ def test_ages_are_by_the_clock_of_the_file_system(local: Store, monkeypatch: pyt
     now = local.current_time()
     monkeypatch.setattr(Store, "current_time", lambda _: now + timedelta(hours=25))
     assert vacuum(local, Retention(num_snapshots=1)).snapshots == (1, 2)
+
+
+def test_the_clocks_of_those_who_commit_do_not_matter(store: Store):
+    """Which snapshot is current goes by number, what is old by the clock of the file system."""
+    times = ("2036-01-01T00:00:00+00:00", "1999-01-01T00:00:00+00:00", "2017-01-01T00:00:00+00:00")
+    files = [write(store, f"plan{number}", seed=number) for number in range(len(times))]
+    for number, (file, time_) in enumerate(zip(files, times, strict=True), 1):
+        commit(store, dataclasses.replace(make_snapshot([file], number=number), created_at=time_))
+    assert read_snapshot(store, None).created_at == times[-1]
+    assert vacuum(store, Retention(num_snapshots=1)).snapshots == ()
+    restored = rollback(store, 1)
+    assert (restored.number, read_snapshot(store, None).files) == (4, (files[0],))
+    assert vacuum(store, ONE_NOW).snapshots == (1, 2, 3)
+    assert paths(store) == {restored.path, files[0].path}
 
 
 class NotedStore(Store):

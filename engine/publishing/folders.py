@@ -94,6 +94,10 @@ class Folder:
     def create(self, relative: str, content: bytes) -> None:
         """Write a file that must not exist yet; of two writers exactly one succeeds.
 
+        On an object store what exists with this very content counts as written by this call: its
+        answer may have been lost, and asked again the store says that the object exists. Writers
+        that have to know which of them was first write contents that differ.
+
         Raises:
             FileExistsError: The file exists.
             error: It cannot be written.
@@ -109,7 +113,7 @@ class Folder:
                 else:
                     os.link(aside, path)  # unlike a rename, refuses to replace
             except FileExistsError:
-                exists = True
+                exists = aside is not None or self.read_if_there(relative) != content
             finally:
                 if aside is not None:
                     os.unlink(aside)
@@ -154,15 +158,21 @@ class Folder:
         with self._errors(folder, "listed"):
             self._fs.invalidate_cache()
             found = self._fs.find(self.full_path(folder), detail=True)
-        return [
-            ListedFile(
-                path=str(path).removeprefix(self.full_path("")),
-                num_bytes=int(info["size"]),
-                modified_at=self._modified_at(info),
-            )
-            for path, info in found.items()
-            if info["type"] == "file"
-        ]
+        return [self._listed(info) for info in found.values() if info["type"] == "file"]
+
+    def hidden_files(self, folder: str) -> list[ListedFile]:
+        """Hidden files directly in a folder: probes, and what killed writers left half-written.
+
+        Empty if there is no such folder; `error` as of `files`.
+        """
+        with self._errors(folder, "listed"):
+            self._fs.invalidate_cache()
+            try:
+                found = self._fs.ls(self.full_path(folder), detail=True)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        infos = [info for info in found if str(info["name"]).rsplit("/", 1)[-1].startswith(".")]
+        return [self._listed(info) for info in infos if info["type"] == "file"]
 
     def list(self, folder: str, *, suffix: str) -> list[str]:
         """The files directly in a folder, by name; empty if there is no such folder."""
@@ -235,6 +245,13 @@ class Folder:
     def _remove_file(self, path: str) -> None:
         with suppress(FileNotFoundError):
             self._fs.rm_file(path)
+
+    def _listed(self, info: Mapping[str, Any]) -> ListedFile:
+        return ListedFile(
+            path=str(info["name"]).removeprefix(self.full_path("")),
+            num_bytes=int(info["size"]),
+            modified_at=self._modified_at(info),
+        )
 
     def _modified_at(self, info: Mapping[str, Any]) -> datetime:
         for name in TIME_FIELDS:

@@ -16,6 +16,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -51,10 +52,11 @@ class LeaseTiming:
 class Lease:
     """A lease that this process holds; renewed by a thread for the length of a `with` block."""
 
-    def __init__(self, root: Folder, path: str, *, timing: LeaseTiming) -> None:
-        """Name a lease that has just been created."""
+    def __init__(self, root: Folder, path: str, *, holder: str, timing: LeaseTiming) -> None:
+        """Name a lease that `holder` has just created."""
         self._root = root
         self._path = path
+        self._holder = holder
         self._timing = timing
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name=f"lease {path}", daemon=True)
@@ -72,7 +74,7 @@ class Lease:
         self._ended.set()
         self._thread.join()
         with suppress(EngineError):  # out of reach: the lease runs out by itself
-            self._root.publish(self._path, _state(beat=0, is_released=True))
+            self._root.publish(self._path, self._state(beat=0, is_released=True))
 
     def _beat(self) -> None:
         beat = 1
@@ -80,8 +82,11 @@ class Lease:
             # A beat that fails costs at most a second build; a root that stays out of reach is
             # what the publication reports.
             with suppress(EngineError):
-                self._root.publish(self._path, _state(beat=beat, is_released=False))
+                self._root.publish(self._path, self._state(beat=beat, is_released=False))
             beat += 1
+
+    def _state(self, *, beat: int, is_released: bool) -> bytes:
+        return _state(self._holder, beat=beat, is_released=is_released)
 
 
 class LeaseQueue:
@@ -112,11 +117,13 @@ class LeaseQueue:
             return None
         number = int(leases[-1].rsplit("/", 1)[-1].removesuffix(".json")) if leases else 0
         path = f"{self._folder}/{number + 1:08d}.json"
+        # For people, where to look; and by lot, since no two may create a lease of one content.
+        holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex}"
         try:
-            self._root.create(path, _state(beat=0, is_released=False))
+            self._root.create(path, _state(holder, beat=0, is_released=False))
         except FileExistsError:
             return None
-        return Lease(self._root, path, timing=self._timing)
+        return Lease(self._root, path, holder=holder, timing=self._timing)
 
     def _is_held(self, path: str) -> bool:
         state = self._root.read(path)
@@ -128,8 +135,7 @@ class LeaseQueue:
         return now - self._seen_seconds < self._timing.expiry_seconds
 
 
-def _state(*, beat: int, is_released: bool) -> bytes:
-    holder = f"{socket.gethostname()}:{os.getpid()}"
+def _state(holder: str, *, beat: int, is_released: bool) -> bytes:
     return json.dumps({"holder": holder, "beat": beat, "is_released": is_released}).encode()
 
 

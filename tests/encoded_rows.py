@@ -1,0 +1,70 @@
+"""Counts the rows that workers of a cluster begin to encode, whatever becomes of them."""
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
+
+LOG = "CLIPMILL_TEST_ENCODED_ROWS"
+MODULE = "pipelines.encode"
+
+
+def environment(log: Path) -> dict[str, str]:
+    """Variables for a cluster's processes: each worker calls `note_rows` as it starts."""
+    return {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{__name__}.{note_rows.__name__}", LOG: str(log)}
+
+
+def note_rows() -> None:
+    """From here on, each batch that this process begins to encode adds a line to the log."""
+    sys.meta_path.insert(0, _NotingFinder())
+
+
+class _NotingFinder(importlib.abc.MetaPathFinder):
+    """Finds the encode stage when a worker imports it; most never do, and it takes a second."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != MODULE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        assert spec.loader is not None
+        load = spec.loader.exec_module
+
+        def load_and_note(module: ModuleType) -> None:
+            load(module)
+            _note(module.EncodeStage)
+
+        spec.loader.exec_module = load_and_note  # type: ignore[method-assign]
+        return spec
+
+
+def _note(stage: Any) -> None:
+    encode = stage.__call__
+
+    def noted(self: Any, table: Any) -> Any:
+        with open(os.environ[LOG], "a") as log:
+            log.write(f"{table.num_rows}\n")
+        return encode(self, table)
+
+    stage.__call__ = noted
+
+
+@contextmanager
+def counted(log: Path) -> Iterator[list[int]]:
+    """Rows of each batch that is begun in a block; complete when it ends."""
+    before = len(log.read_text()) if log.exists() else 0
+    batches: list[int] = []
+    yield batches
+    if log.exists():
+        batches += [int(line) for line in log.read_text()[before:].split()]
