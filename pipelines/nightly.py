@@ -102,7 +102,10 @@ def run_night(
 
 
 def _embed_config(config: NightlyConfig) -> EmbedConfig:
-    return replace(config.embed, engine_change="re-embed")
+    limits = config.embed.limits
+    if "rejects" in config.accepted:
+        limits = replace(limits, max_reject_share=1.0)
+    return replace(config.embed, engine_change="re-embed", limits=limits)
 
 
 def _num_missing(store: Store, snapshot: Snapshot) -> int:

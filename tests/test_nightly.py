@@ -330,6 +330,39 @@ def test_rejects_are_tried_again_when_asked_for(night: Night, tmp_path: Path):
     assert due(report["lineage"], "image") == 3, "the null is none that another try heals"
     assert rejects() == {"never": "fetch_failed", "null": "null_image"}
     assert night.done()["outcome"] == "unchanged"
+    before = current(night)
+    said = night.run("--retry-rejects").out
+    assert "nothing changed: 1 rejects were tried again, all in vain; snapshot 2 stays" in said
+    assert current(night) == before
+
+
+def test_rejects_that_stop_a_night_are_let_pass_by_the_name_of_the_guard(night: Night):
+    rows = text_rows(85)
+    was = current(night)
+    write_rows(night.catalog_dir, [*rows[:60], *({**row, "text": " "} for row in rows[60:])])
+    for _ in range(2):
+        done = night.run()
+        assert done.code == 1
+        assert "25 of 25 rows rejected" in done.err
+        assert "--accept rejects" in done.err
+        assert current(night) == was
+    report = night.done("--accept", "rejects")
+    assert report["run"]["rejects_by_reason"] == {"empty_text": 25}
+    assert report["lineage"]["accepted"] == ["rejects"]
+
+
+def test_a_night_that_was_rolled_back_comes_back_without_embedding_anew(night: Night):
+    """Its files are of this very catalog; who does not want them mends the catalog."""
+    write_rows(night.catalog_dir, text_rows(70)[5:])
+    assert night.done()["run"]["num_embedded"] == {"text": 10}
+    answers, bad = night.answers(), stored_embeddings(night.store_dir, modality="text")
+    assert command(snapshots.main, ["rollback", "1", "--store", str(night.store_dir)]).code == 0
+    report = night.done()
+    assert (report["snapshot"], report["run"]["num_embedded"]) == (4, {"text": 0})
+    after = stored_embeddings(night.store_dir, modality="text")
+    assert after.keys() == bad.keys()
+    assert all(np.array_equal(after[key], bad[key]) for key in bad)
+    assert night.answers() == answers
 
 
 def test_an_index_that_is_missing_is_built(night: Night):
