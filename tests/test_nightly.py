@@ -400,6 +400,28 @@ def test_an_index_with_faults_is_not_promoted(night: Night, monkeypatch: pytest.
     done = night.run()
     assert (done.code, current(night)) == (1, was)
     assert "recall of text: 0.0000, at least 0.95 is allowed" in done.err
+    # Nobody shall find it later: that of snapshot 1 is the only one, and stays whatever is found.
+    (index,) = Store(str(night.store_dir)).names("indexes")
+    write_rows(night.catalog_dir, text_rows(60), num_files=3)
+    assert "recall of text: 0.0000" in night.run().err
+    assert Store(str(night.store_dir)).names("indexes") == [index]
+
+
+def test_an_index_with_faults_is_not_put_in_the_place_of_a_missing_one(
+    night: Night, monkeypatch: pytest.MonkeyPatch
+):
+    shutil.rmtree(night.store_dir / "indexes")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "pipelines.guards.search_among",
+            lambda *_, num_hits, **__: np.full((60, num_hits), -1),
+        )
+        for _ in range(2):
+            done = night.run()
+            assert done.code == 1
+            assert "Snapshot 1 is current, and stays without this index" in done.err
+    assert Store(str(night.store_dir)).names("indexes") == []
+    assert "indexes: 1 built, 1 there" in night.run().out
 
 
 def test_of_two_nights_at_once_one_commits_and_the_other_goes_on(
