@@ -200,6 +200,12 @@ def _night_report(result: NightResult, *, config: NightlyConfig) -> NightReport:
 def _night_text(report: NightReport) -> str:
     indexes = f"indexes: {report.num_indexes_built} built, {len(report.indexes)} there"
     if report.lineage is None:
+        num_retried = sum(keys.num_retried for keys in report.run.plan.values())
+        if num_retried:
+            return (
+                f"nothing changed: {num_retried:,} rejects were tried again, all in vain; snapshot "
+                f"{report.snapshot} stays; {indexes}"
+            )
         return f"nothing to do: snapshot {report.snapshot} is that of the catalog; {indexes}"
     accepted = report.lineage.accepted
     lines = [summary(report.run), *map(measurement_line, report.lineage.measurements)]

@@ -83,7 +83,8 @@ def key_counts(
     # What the store has of keys that are due is found from their side, which is the shorter.
     due = db.sql(
         f"""WITH known AS (
-          SELECT d.{KEY}, d.modality, bool_or(s.retried AND {same_content("d")}) AS is_retried,
+          SELECT d.{KEY}, d.modality,
+            bool_or(s.retried AND NOT s.staged AND {same_content("d")}) AS is_retried,
             bool_or(NOT s.staged) AS is_committed
           FROM stored s JOIN due d ON s.{KEY} = d.{KEY} AND s.modality = d.modality
           GROUP BY d.{KEY}, d.modality

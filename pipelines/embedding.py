@@ -25,7 +25,7 @@ from pipelines.parent import ENGINE_CHANGES, EngineChange, same_state
 from pipelines.planning import catalog_record, fill, modalities_by_content, staged_files
 from pipelines.preparing import Preparation, built_manifest, prepare, ready_manifest
 from pipelines.progress import Progress
-from pipelines.rounds import Written, write_due
+from pipelines.rounds import Written, check_rejects, write_due
 from pipelines.schema import EmbeddingDtype, Modality
 from pipelines.snapshots import (
     EngineRecord,
@@ -37,6 +37,7 @@ from pipelines.snapshots import (
 )
 from pipelines.stages import Pass, Resources, num_workers, ray_data_settings
 from pipelines.store import Store
+from pipelines.writing import staging_dir
 
 # Looks at what a run would commit and at the snapshot before it. Gives it back, with what it has to
 # say in the lineage, or raises: then nothing is committed, and what was embedded stays staged.
@@ -191,6 +192,13 @@ def embed(
     with _ledger(config, setting) as ledger:
         staged = _fill(config, setting, ledger=ledger)
         counts = ledger.counts()
+        # Who was stopped by them is stopped again, though nothing may be left to do.
+        check_rejects(
+            ledger.num_rejected(),
+            counts=counts,
+            max_share=config.limits.max_reject_share,
+            folder=store.full_path(staging_dir("rejects", plan_id=setting.plan_id)),
+        )
         if any(counts.num_due.values()) or base is None:
             manifest = manifest_of()
             embedding_dim = manifest.embedding_dim
@@ -209,9 +217,7 @@ def embed(
                 limits=config.limits,
                 resources=config.resources,
             )
-            written = write_due(
-                pass_, ledger=ledger, counts=counts, staged=staged, on_progress=on_progress
-            )
+            written = write_due(pass_, ledger=ledger, counts=counts, on_progress=on_progress)
         files = next_files(
             [*setting.before, *staged, *written.files],
             committed=setting.before,

@@ -141,6 +141,13 @@ def find_index(store: Store, snapshot: Snapshot, *, modality: Modality) -> Index
         ) from error
 
 
+def remove_index(store: Store, snapshot: Snapshot, *, modality: Modality) -> None:
+    """Remove an index, its manifest first: nobody finds half of it. StoreError if it fails."""
+    folder = index_dir(snapshot, modality=modality)
+    store.remove(f"{folder}/{MANIFEST_FILE}")
+    store.remove(folder)
+
+
 def load_index(store: Store, snapshot: Snapshot, *, modality: Modality) -> tuple[Any, pa.Array]:
     """Load an index and its keys.
 

@@ -26,7 +26,16 @@ from numpy.typing import NDArray
 from pipelines import schema
 from pipelines.counts import TRUSTED, Counts, key_counts, num_by_modality, same_content
 from pipelines.database import open_database, sql_type
-from pipelines.schema import FINGERPRINT, KEY, SOURCE_FILE, SOURCE_ROW, Modality, Reason, Stage
+from pipelines.schema import (
+    FINGERPRINT,
+    KEY,
+    REASON,
+    SOURCE_FILE,
+    SOURCE_ROW,
+    Modality,
+    Reason,
+    Stage,
+)
 from pipelines.snapshots import StoredFile
 
 ROWS_PER_BATCH = 1_000_000
@@ -73,7 +82,8 @@ class Ledger:
         )
         self._db.execute(
             f"CREATE TABLE stored (path VARCHAR, position BIGINT, modality VARCHAR, {KEY} {key}, "
-            f"{FINGERPRINT} BLOB, staged BOOLEAN, retried BOOLEAN, embedded BOOLEAN)"
+            f"{FINGERPRINT} BLOB, staged BOOLEAN, retried BOOLEAN, embedded BOOLEAN, "
+            f"{REASON} VARCHAR)"
         )
 
     def __enter__(self) -> Self:
@@ -113,7 +123,7 @@ class Ledger:
         """Add all rows of one stored file.
 
         Args:
-            rows: `key` and `fingerprint`.
+            rows: `key` and `fingerprint`; of rejects `reason` too.
             file: Where they lie; files of whole-row rejects do not belong here.
             retried: For each row, whether it is a reject that is due again; None: none is.
             staged: Written for this very catalog and not yet committed: the key alone tells.
@@ -129,6 +139,7 @@ class Ledger:
                 "staged": np.full(num_rows, staged),
                 "retried": np.zeros(num_rows, dtype=np.bool_) if retried is None else retried,
                 "embedded": np.full(num_rows, file.kind == "embeddings"),
+                REASON: rows[REASON] if file.kind == "rejects" else pa.nulls(num_rows, pa.string()),
             }
         )
         self._insert("stored", table, columns=", ".join(table.column_names))
@@ -146,12 +157,20 @@ class Ledger:
             for modality in self._modalities
         )
         self._db.execute(f"CREATE OR REPLACE VIEW wanted AS {wanted}")
+        # Tried again, and rejected for the same reason: then the reject that was there stays.
+        self._db.execute(
+            f"""UPDATE stored SET retried = false WHERE retried AND EXISTS (
+              FROM stored s WHERE s.{KEY} = stored.{KEY} AND s.modality = stored.modality
+                AND s.{REASON} = stored.{REASON} AND s.staged AND NOT s.retried
+            )"""
+        )
         # Of two stored copies (a task that was run twice) the committed one is kept.
         self._db.execute(
             f"""CREATE OR REPLACE TABLE live AS
-            SELECT path, position, {KEY}, modality, staged FROM (
-              SELECT s.path, s.position, s.{KEY}, s.modality, s.staged, row_number() OVER
-                (PARTITION BY s.{KEY}, s.modality ORDER BY s.staged, s.path, s.position) AS copy
+            SELECT path, position, {KEY}, modality, staged, embedded FROM (
+              SELECT s.path, s.position, s.{KEY}, s.modality, s.staged, s.embedded,
+                row_number() OVER (PARTITION BY s.{KEY}, s.modality
+                  ORDER BY s.staged, s.path, s.position) AS copy
               FROM stored s JOIN wanted w ON s.{KEY} = w.{KEY} AND s.modality = w.modality
                 AND NOT s.retried AND {same_content("w")}
             ) WHERE copy = 1"""
@@ -198,6 +217,10 @@ class Ledger:
     def num_due(self) -> dict[Modality, int]:
         """Rows still to be embedded or copied."""
         return num_by_modality(self._db, "FROM due", modalities=self._modalities)
+
+    def num_rejected(self) -> int:
+        """Rejects of this very catalog that no snapshot has yet."""
+        return self._one("SELECT count(*) FROM live WHERE staged AND NOT embedded")
 
     def num_waiting(self) -> dict[Modality, int]:
         """Of them, twins of rows that are still to be embedded."""

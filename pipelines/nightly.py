@@ -4,16 +4,17 @@ Knows nothing of the command line or of schedules. Readers see a night whole or 
 index is there before the commit, which is the promotion.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from pipelines.counts import Counts
 from pipelines.embedding import EmbedConfig, EmbedResult, Plan, embed, plan
 from pipelines.guards import GuardLimits, check, measure, measure_index
-from pipelines.indexing import IndexManifest, find_index, index_snapshot
+from pipelines.indexing import IndexManifest, find_index, index_snapshot, remove_index
 from pipelines.lineage import GUARDS, GuardName, Measurement
 from pipelines.progress import Progress
+from pipelines.schema import Modality
 from pipelines.snapshots import Snapshot
 from pipelines.store import Store
 
@@ -75,39 +76,55 @@ def run_night(
         PipelineError, EngineError, CheckpointError: As of `embed` and `index_snapshot`.
     """
     store = Store(config.embed.store_uri)
-    num_built = 0
+    built: list[Modality] = []
 
     def approve(candidate: Snapshot, parent: Snapshot | None) -> Snapshot:
-        nonlocal num_built
+        nonlocal built
         outcome = "Nothing was committed, and what was embedded is kept."
         found = measure(store, candidate, parent, limits=config.limits)
         check(found, accepted=config.accepted, outcome=outcome)
-        num_built = _num_missing(store, candidate)
+        built = _missing(store, candidate)
         index_snapshot(store, candidate, max_memory_bytes=config.max_memory_bytes)
-        found += measure_index(store, candidate, limits=config.limits)
+        found += _measured_index(store, candidate, config=config, built=built)
         check(found, accepted=config.accepted, outcome=outcome)
         return _with_verdict(candidate, found)
 
     result = embed(_embed_config(config), on_progress=on_progress, approve=approve)
     if not result.committed:
-        num_built = _num_missing(store, result.snapshot)
+        built = _missing(store, result.snapshot)
     indexes = index_snapshot(store, result.snapshot, max_memory_bytes=config.max_memory_bytes)
-    if num_built and not result.committed:
+    if built and not result.committed:
         check(
-            measure_index(store, result.snapshot, limits=config.limits),
+            _measured_index(store, result.snapshot, config=config, built=built),
             accepted=config.accepted,
-            outcome=f"Snapshot {result.snapshot.number} is current, and this is its index.",
+            outcome=f"Snapshot {result.snapshot.number} is current, and stays without this index.",
         )
-    return NightResult(embedded=result, indexes=indexes, num_indexes_built=num_built)
+    return NightResult(embedded=result, indexes=indexes, num_indexes_built=len(built))
 
 
 def _embed_config(config: NightlyConfig) -> EmbedConfig:
-    return replace(config.embed, engine_change="re-embed")
+    limits = config.embed.limits
+    if "rejects" in config.accepted:
+        limits = replace(limits, max_reject_share=1.0)
+    return replace(config.embed, engine_change="re-embed", limits=limits)
 
 
-def _num_missing(store: Store, snapshot: Snapshot) -> int:
+def _missing(store: Store, snapshot: Snapshot) -> list[Modality]:
+    """Modalities without an index."""
     find = partial(find_index, store, snapshot)
-    return sum(find(modality=modality) is None for modality in snapshot.modalities)
+    return [modality for modality in snapshot.modalities if find(modality=modality) is None]
+
+
+def _measured_index(
+    store: Store, snapshot: Snapshot, *, config: NightlyConfig, built: Collection[Modality]
+) -> list[Measurement]:
+    """Measure the indexes, and remove those just built that trip: nobody shall find them later."""
+    found = measure_index(store, snapshot, limits=config.limits)
+    tripped = {measurement.modality for measurement in found if measurement.is_tripped}
+    for modality in built:
+        if modality in tripped and "recall" not in config.accepted:
+            remove_index(store, snapshot, modality=modality)
+    return found
 
 
 def _with_verdict(candidate: Snapshot, measurements: list[Measurement]) -> Snapshot:

@@ -114,11 +114,14 @@ def fill(
         staged: Files that an earlier run of this very plan left.
         store: Where all that is stored lies.
         num_cpus: For a task of the cluster that reads contents, where keys cannot tell.
-        retried: Reject reasons: rows that were rejected for them are due again.
+        retried: Reject reasons: rows that were rejected for them are due again, and then all that
+            an unfinished run rejected.
     """
     committed = () if parent is None else parent.files
     add_stored(ledger, committed, store=store, staged=False, retried=retried)
-    add_stored(ledger, staged, store=store, staged=True, retried=retried)
+    # What is tried again is not to be settled by a reject of an earlier try.
+    again = schema.REASONS if retried else ()
+    add_stored(ledger, staged, store=store, staged=True, retried=again)
     _add_catalog(ledger, catalog, parent=parent, store=store, num_cpus=num_cpus)
     ledger.settle()
 
@@ -151,7 +154,7 @@ def add_stored(
         for file, rows in threads.map(read, [file for file in files if file.modality is not None]):
             due_again = None
             if file.kind == "rejects" and retried:
-                reasons = pa.array(retried, pa.string())
+                reasons = pa.array(sorted(retried), pa.string())
                 due_again = pc.is_in(rows[schema.REASON], reasons).to_numpy()
             ledger.add_stored_rows(rows, file=file, retried=due_again, staged=staged)
 

@@ -23,6 +23,7 @@ from pipelines.progress import GPU_STAGES, STAGES, Progress, ProgressBoard, poll
 from pipelines.schema import Modality
 from pipelines.snapshots import StoredFile
 from pipelines.stages import Pass, run_stages
+from pipelines.writing import staging_dir
 
 # Fewer rejects than this never stop a run: a share of a handful of rows says nothing.
 MIN_REJECTS_TO_STOP = 20
@@ -58,7 +59,6 @@ def write_due(
     *,
     ledger: Ledger,
     counts: Counts,
-    staged: Sequence[StoredFile],
     on_progress: Callable[[Counts, Progress], None] | None,
 ) -> Written:
     """Write an embedding or a reject for everything that is due.
@@ -67,7 +67,6 @@ def write_due(
         pass_: From where, with what, to where.
         ledger: Settled; at the end it knows what was written, and nothing is due.
         counts: Of the ledger.
-        staged: Files that an earlier run of this very plan left.
         on_progress: Called about twice a second while the stages run, from another thread.
 
     Raises:
@@ -76,8 +75,7 @@ def write_due(
     """
     written = Written()
     board: Any = None
-    num_planned = sum(counts.num_due.values()) + sum(file.num_rows for file in staged)
-    num_rejected = _num_rejects(staged)
+    num_rejected = ledger.num_rejected()
     shown = partial(on_progress, counts) if on_progress else None
     while any(ledger.num_due().values()):
         waiting = ledger.num_waiting()
@@ -96,7 +94,12 @@ def write_due(
                 for files in run_stages(pass_, due=due, board=board):
                     encoded += files
                     num_rejected += _num_rejects(files)
-                    _check_rejects(num_rejected, pass_=pass_, num_planned=num_planned)
+                    check_rejects(
+                        num_rejected,
+                        counts=counts,
+                        max_share=pass_.limits.max_reject_share,
+                        folder=pass_.store.full_path(staging_dir("rejects", plan_id=pass_.plan_id)),
+                    )
         written.copied += copied
         written.encoded += encoded
         add_stored(ledger, [*copied, *encoded], store=pass_.store, staged=True)
@@ -111,6 +114,28 @@ def write_due(
         written.progress = ray.get(board.progress.remote())
         ray.kill(board)
     return written
+
+
+def check_rejects(num_rejected: int, *, counts: Counts, max_share: float, folder: str) -> None:
+    """Raise TooManyRejectsError if so many rejects of a plan are too many.
+
+    Args:
+        num_rejected: By this run, and by those of the same plan that did not finish.
+        counts: Of the plan.
+        max_share: `RowLimits.max_reject_share`.
+        folder: Where the rejects lie, for the message.
+    """
+    # Against all rows of the plan, not those seen so far: the bad ones may come first.
+    num_planned = sum(keys.num_due + keys.num_staged for keys in counts.keys.values())
+    # Those that are tried again were let pass before: that they fail again is no news.
+    num_retried = sum(keys.num_retried for keys in counts.keys.values())
+    if num_rejected > max(max_share * num_planned, MIN_REJECTS_TO_STOP - 1) + num_retried:
+        raise TooManyRejectsError(
+            f"{num_rejected} of {num_planned} rows rejected: more than {max_share:.1%}. Nothing "
+            f"was committed; the rejects with their reasons are in {folder}. Mend the catalog, or "
+            "accept more with --max-reject-share, or all with `clipmill nightly --accept rejects`; "
+            "what was embedded is kept"
+        )
 
 
 def _board(pass_: Pass) -> Any:
@@ -130,15 +155,3 @@ def _num_embeddings(files: Iterable[StoredFile], modality: Modality) -> int:
 
 def _num_rejects(files: Sequence[StoredFile]) -> int:
     return sum(file.num_rows for file in files if file.kind == "rejects")
-
-
-def _check_rejects(num_rejected: int, *, pass_: Pass, num_planned: int) -> None:
-    bound = pass_.limits.max_reject_share
-    # Against all rows of the plan, not those seen so far: the bad ones may come first.
-    if num_rejected > max(bound * num_planned, MIN_REJECTS_TO_STOP - 1):
-        folder = pass_.store.full_path(f"rejects/{pass_.plan_id}")
-        raise TooManyRejectsError(
-            f"{num_rejected} of {num_planned} rows rejected: more than {bound:.1%}. Nothing was "
-            f"committed; the rejects with their reasons are in {folder}. Mend the catalog, or "
-            "accept more with --max-reject-share; what was embedded is kept"
-        )

@@ -81,7 +81,8 @@ def assembled(store, keys, files, *, modalities=("image",), committed=None, rows
         ledger.add_catalog_rows(pa.table(columns), trusted=True)
         for file in files:
             if file.modality:
-                rows = rows_of(store, file).select(["key", "fingerprint"])
+                reason = ["reason"] if file.kind == "rejects" else []
+                rows = rows_of(store, file).select(["key", "fingerprint", *reason])
                 ledger.add_stored_rows(rows, file=file)
         ledger.settle()
         return next_files(

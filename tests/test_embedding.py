@@ -223,6 +223,22 @@ def test_a_failed_fetch_is_tried_again_when_asked_for(run, tmp_path: Path):
     assert set(stored_embeddings(store_dir, modality="image")) == {"late", "there"}
 
 
+def test_what_is_tried_again_is_not_settled_by_an_earlier_try(run, tmp_path: Path):
+    picture = tmp_path / "picture.png"
+    rows = [{"key": "a", "image": str(picture)}]
+    catalog_dir, store_dir = write_rows(tmp_path / "catalog", rows), tmp_path / "store"
+    limits = RowLimits(max_reject_share=1.0)
+    assert run(catalog_dir, store_dir, limits=limits).rejects_by_reason == {"fetch_failed": 1}
+    picture.write_bytes(b"not an image")
+    night = run(catalog_dir, store_dir, limits=limits, retry=("fetch_failed",))
+    assert night.rejects_by_reason == {"not_an_image": 1}
+    picture.write_bytes(image_files.png())
+    # The first reject, of another reason, is still where unfinished runs leave theirs.
+    night = run(catalog_dir, store_dir, limits=limits, retry=("not_an_image",))
+    assert night.rejects_by_reason == {}
+    assert set(stored_embeddings(store_dir, modality="image")) == {"a"}
+
+
 def test_a_duplicate_steps_in_when_the_first_row_of_its_key_goes(run, tmp_path: Path):
     rows = scene_rows(3)
     twin = {**rows[1], "key": "k0000"}
@@ -276,10 +292,21 @@ def test_too_many_rejects_stop_the_run_and_keep_its_work(run, tmp_path: Path):
     assert not (store_dir / "snapshots").exists()
     saved = [pq.read_table(path) for path in (store_dir / "rejects").rglob("*.parquet")]
     assert sum(table.num_rows for table in saved) == 40
+    # Nothing is left to do, and what stopped it is still there.
+    with pytest.raises(TooManyRejectsError, match=r"40 of 120 rows rejected: more than 10\.0%"):
+        run(catalog_dir, store_dir)
+    with pytest.raises(TooManyRejectsError, match="40 of 120"):
+        run(catalog_dir, store_dir, retry=("not_an_image",))
+    assert not (store_dir / "snapshots").exists()
     accepted = run(catalog_dir, store_dir, limits=RowLimits(max_reject_share=0.5))
     assert accepted.num_embedded == {"image": 0, "text": 0}
     assert accepted.snapshot.num_rows("embeddings") == 80
     assert accepted.rejects_by_reason == {"not_an_image": 40}
+    # Those that were let pass may fail again, and nothing has changed then.
+    again = run(catalog_dir, store_dir, retry=("not_an_image",))
+    assert again.counts.keys["image"].num_retried == 40
+    assert again.num_embedded == {"image": 0, "text": 0}
+    assert not again.committed
 
 
 def test_a_run_whose_leftovers_are_vacuumed_meanwhile_commits_nothing(

@@ -20,6 +20,7 @@ from pipelines.indexing import (
     index_snapshot,
     load_index,
     read_embeddings,
+    remove_index,
 )
 from pipelines.snapshots import Snapshot, commit, current_snapshot, rollback
 from pipelines.store import Store
@@ -112,6 +113,15 @@ def test_an_index_that_is_there_is_kept(store, tmp_path):
     (folder / "manifest.json").unlink()
     build_index(IndexConfig(store_uri=store.uri))
     assert path.stat().st_ino != before
+
+
+def test_of_two_indexes_one_is_removed(store):
+    snapshot = commit_vectors(store, image=[{"a": [1.0, 0.0]}], text=[{"a": [0.0, 1.0]}])
+    index_snapshot(store, snapshot)
+    remove_index(store, snapshot, modality="image")
+    assert find_index(store, snapshot, modality="image") is None
+    assert store.names("indexes") == [index_dir(snapshot, modality="text").split("/")[1]]
+    remove_index(store, snapshot, modality="image")
 
 
 def test_a_new_snapshot_has_a_new_index_and_the_old_one_stays(store):

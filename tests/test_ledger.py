@@ -43,6 +43,8 @@ class Stored:
     staged: bool = False
     kind: Kind = "embeddings"
     retried: Sequence[Key] = ()
+    reason: str = "not_an_image"
+    """Of rejects."""
 
 
 def as_blob(content: str | None) -> bytes | None:
@@ -83,6 +85,8 @@ def settled(
                 ),
             }
         )
+        if file.kind == "rejects":
+            table = table.append_column(schema.REASON, pa.repeat(file.reason, len(file.rows)))
         retried = np.array([key in file.retried for key, _ in file.rows], dtype=np.bool_)
         ledger.add_stored_rows(table, file=stored_file(file), staged=file.staged, retried=retried)
     ledger.settle()
@@ -399,6 +403,33 @@ def test_rejects_that_are_tried_again_are_due():
         }
 
 
+@pytest.mark.parametrize(
+    ("kind", "reason", "expected"),
+    [
+        ("rejects", "fetch_failed", {"old": [0]}),
+        ("rejects", "not_an_image", {"now": [0]}),
+        ("embeddings", "", {"now": [0]}),
+    ],
+)
+def test_a_reject_stays_if_another_try_gives_the_same_reason(kind, reason, expected):
+    old = Stored("old", "image", [("k0", "x")], kind="rejects", retried=["k0"])
+    old = dataclasses.replace(old, reason="fetch_failed")
+    now = Stored("now", "image", [("k0", "x")], kind=kind, staged=True, reason=reason)
+    with settled([A], [old], by_content=["image"]) as ledger:
+        assert due(ledger) == {("a", 0): {"image"}}
+        assert ledger.num_rejected() == 0
+    with settled([A], [old, now], by_content=["image"]) as ledger:
+        assert due(ledger) == {}
+        assert live(ledger, [old, now]) == expected
+        assert ledger.num_rejected() == (reason == "not_an_image")
+
+
+def test_a_staged_reject_that_is_tried_again_was_never_let_pass():
+    staged = Stored("s", "image", [("k0", "x")], kind="rejects", retried=["k0"], staged=True)
+    with settled([A], [staged]) as ledger:
+        assert counted(ledger) == {"new": 1}
+
+
 def test_copies_come_in_tables_of_bounded_size_in_the_order_of_files():
     stored = [
         Stored(f"s{file}", "image", [(f"o{file}-{row}", f"{file}-{row}") for row in range(4)])
@@ -468,6 +499,7 @@ def stores(draw: st.DrawFn) -> list[Stored]:
             draw(st.sampled_from(MODALITIES)),
             draw(st.lists(st.tuples(keys, CONTENTS), min_size=1, max_size=4)),
             staged=draw(st.booleans()),
+            reason=draw(st.sampled_from(["not_an_image", "fetch_failed"])),
             **draw(
                 st.sampled_from(
                     [{}, {"kind": "rejects"}, {"kind": "rejects", "retried": ("k0", "k1", "gone")}]
@@ -486,6 +518,16 @@ def stores(draw: st.DrawFn) -> list[Stored]:
 )
 @settings(max_examples=40, deadline=None)
 def test_agrees_with_a_model_in_plain_python(rows, stored, trusted, by_content):
+    def is_due_again(file: Stored, key: Key) -> bool:
+        """If it is to be tried again, and was not rejected for the same reason meanwhile."""
+        return key in file.retried and not any(
+            (other.kind, other.modality, other.reason) == ("rejects", file.modality, file.reason)
+            and other.staged
+            and key not in other.retried
+            and any(key == of for of, _ in other.rows)
+            for other in stored
+        )
+
     first: dict[Key, Row] = {}
     expected_rejects = []
     for row in sorted(rows, key=lambda row: (row.file, row.row)):
@@ -514,7 +556,7 @@ def test_agrees_with_a_model_in_plain_python(rows, stored, trusted, by_content):
                 for position, (stored_key, content) in enumerate(file.rows)
                 if file.modality == modality
                 and stored_key == key
-                and key not in file.retried
+                and not is_due_again(file, key)
                 and (file.staged or row.file in trusted or content == getattr(row, modality))
             ]
             if found:
@@ -531,14 +573,16 @@ def test_agrees_with_a_model_in_plain_python(rows, stored, trusted, by_content):
                 if file.modality == modality
                 and modality in by_content
                 and stored_content == content is not None
-                and stored_key not in file.retried
+                and not is_due_again(file, stored_key)
             ]
             if same and not min(same)[0]:
                 expected_copies[key, modality] = min(same)[2:]
                 expected[modality]["moved"] += 1
                 continue
             is_retried = any(
-                key in file.retried and (file.staged or row.file in trusted or of == content)
+                is_due_again(file, key)
+                and not file.staged
+                and (row.file in trusted or of == content)
                 for file, of in of_key
             )
             is_changed = any(not file.staged for file, _ in of_key)

@@ -330,6 +330,39 @@ def test_rejects_are_tried_again_when_asked_for(night: Night, tmp_path: Path):
     assert due(report["lineage"], "image") == 3, "the null is none that another try heals"
     assert rejects() == {"never": "fetch_failed", "null": "null_image"}
     assert night.done()["outcome"] == "unchanged"
+    before = current(night)
+    said = night.run("--retry-rejects").out
+    assert "nothing changed: 1 rejects were tried again, all in vain; snapshot 2 stays" in said
+    assert current(night) == before
+
+
+def test_rejects_that_stop_a_night_are_let_pass_by_the_name_of_the_guard(night: Night):
+    rows = text_rows(85)
+    was = current(night)
+    write_rows(night.catalog_dir, [*rows[:60], *({**row, "text": " "} for row in rows[60:])])
+    for _ in range(2):
+        done = night.run()
+        assert done.code == 1
+        assert "25 of 25 rows rejected" in done.err
+        assert "--accept rejects" in done.err
+        assert current(night) == was
+    report = night.done("--accept", "rejects")
+    assert report["run"]["rejects_by_reason"] == {"empty_text": 25}
+    assert report["lineage"]["accepted"] == ["rejects"]
+
+
+def test_a_night_that_was_rolled_back_comes_back_without_embedding_anew(night: Night):
+    """Its files are of this very catalog; who does not want them mends the catalog."""
+    write_rows(night.catalog_dir, text_rows(70)[5:])
+    assert night.done()["run"]["num_embedded"] == {"text": 10}
+    answers, bad = night.answers(), stored_embeddings(night.store_dir, modality="text")
+    assert command(snapshots.main, ["rollback", "1", "--store", str(night.store_dir)]).code == 0
+    report = night.done()
+    assert (report["snapshot"], report["run"]["num_embedded"]) == (4, {"text": 0})
+    after = stored_embeddings(night.store_dir, modality="text")
+    assert after.keys() == bad.keys()
+    assert all(np.array_equal(after[key], bad[key]) for key in bad)
+    assert night.answers() == answers
 
 
 def test_an_index_that_is_missing_is_built(night: Night):
@@ -367,6 +400,28 @@ def test_an_index_with_faults_is_not_promoted(night: Night, monkeypatch: pytest.
     done = night.run()
     assert (done.code, current(night)) == (1, was)
     assert "recall of text: 0.0000, at least 0.95 is allowed" in done.err
+    # Nobody shall find it later: that of snapshot 1 is the only one, and stays whatever is found.
+    (index,) = Store(str(night.store_dir)).names("indexes")
+    write_rows(night.catalog_dir, text_rows(60), num_files=3)
+    assert "recall of text: 0.0000" in night.run().err
+    assert Store(str(night.store_dir)).names("indexes") == [index]
+
+
+def test_an_index_with_faults_is_not_put_in_the_place_of_a_missing_one(
+    night: Night, monkeypatch: pytest.MonkeyPatch
+):
+    shutil.rmtree(night.store_dir / "indexes")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "pipelines.guards.search_among",
+            lambda *_, num_hits, **__: np.full((60, num_hits), -1),
+        )
+        for _ in range(2):
+            done = night.run()
+            assert done.code == 1
+            assert "Snapshot 1 is current, and stays without this index" in done.err
+    assert Store(str(night.store_dir)).names("indexes") == []
+    assert "indexes: 1 built, 1 there" in night.run().out
 
 
 def test_of_two_nights_at_once_one_commits_and_the_other_goes_on(
