@@ -1,9 +1,11 @@
 """Counts of the stages on a real Ray, and how they are shown."""
 
+import os
 import re
 import threading
 import time
 
+import psutil
 import pytest
 import ray
 
@@ -61,7 +63,9 @@ def board(local_ray: None):
 
 def test_a_board_whose_process_is_killed_starts_again_from_nothing(board):
     ray.get(board.add.remote("encode", 5, 0, 1.0))
-    ray.kill(board, no_restart=False)
+    process = psutil.Process(ray.get(board.__ray_call__.remote(lambda board: os.getpid())))
+    process.kill()
+    process.wait()
     ray.get(board.add.remote("encode", 3, 0, 1.0))
     assert ray.get(board.progress.remote()).stages["encode"].num_rows == 3
 
