@@ -1,14 +1,18 @@
 """`clipmill bench`: figures that are measured, and options that must be given."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
 from jobs.bench import main
+from jobs.benches import pipeline
 from jobs.benches.nights import NightFigures, nights_lines
 from jobs.benches.pipeline import PipelineConfig, measure_pipeline
+from jobs.benches.programs import Watched
 from jobs.benches.repeated_images import ROWS_PER_FILE, RepeatedImages, write_images
 from pipelines.counts import KeyCounts
 from pipelines.engines import EngineChoice
@@ -150,3 +154,44 @@ def test_what_there_is_to_measure(capsys):
     assert main([]) == 0
     assert main(["speed"]) == 2
     assert "no action 'speed'" in capsys.readouterr().err
+
+
+def test_of_several_runs_the_one_of_median_time_counts(monkeypatch: pytest.MonkeyPatch):
+    def report(steady: int) -> dict[str, Any]:
+        samples = [(0.0, 0), (1.0, 10), (2.0, 10 + steady)]
+        stored = {"image": 4, "text": 4}
+        return {
+            "num_embedded": stored,
+            "num_stored": stored,
+            "rejects_by_reason": {},
+            "bottleneck": "",
+            "seconds": 2.0,
+            "samples": samples,
+        }
+
+    runs = [
+        Watched(report=report(steady), seconds=seconds, peak_memory_bytes=memory)
+        for seconds, steady, memory in [(9.0, 5, 1), (7.0, 8, 2), (8.0, 6, 3)]
+    ]
+    left: list[bool] = []
+
+    def run_watched(words: Sequence[str]) -> Watched:
+        store = Path(words[words.index("--store") + 1])
+        left.append(store.exists())
+        store.mkdir()
+        return runs[len(left) - 1]
+
+    monkeypatch.setattr(pipeline, "run_watched", run_watched)
+    engine = EngineChoice(checkpoint="any")
+    figures = measure_pipeline(PipelineConfig(num_rows=4, engine=engine, num_runs=3))
+    assert left == [False, False, False]
+    assert (figures.seconds, figures.peak_memory_bytes) == (8.0, 3)
+    assert figures.steady_rows_per_second == 6.0
+    assert figures.all_seconds == (7.0, 8.0, 9.0)
+    assert figures.all_steady == (5.0, 6.0, 8.0)
+
+
+@pytest.mark.parametrize("num_runs", [0, 2])
+def test_a_number_of_runs_without_a_middle_is_refused(num_runs: int):
+    with pytest.raises(ValueError, match=f"num_runs={num_runs}: expected an odd number"):
+        PipelineConfig(num_rows=4, engine=EngineChoice(checkpoint="any"), num_runs=num_runs)

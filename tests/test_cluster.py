@@ -1,5 +1,6 @@
 """The same job on this machine and, submitted, on a Ray cluster of three nodes."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,31 @@ def test_an_address_is_joined_and_left_running():
         )
     assert joined.returncode == 0, joined.stderr
     assert joined.stdout.split() == ["1", "1"]
+
+
+ON_ONE_CPU = """
+import os
+import ray
+from jobs.cluster import ray_cluster
+
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+with ray_cluster(None):
+    print(int(ray.cluster_resources()["CPU"]))
+"""
+
+
+def test_a_ray_of_its_own_has_the_cpus_that_the_process_may_use():
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    started = subprocess.run(
+        [sys.executable, "-c", ON_ONE_CPU],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert started.returncode == 0, started.stderr
+    assert started.stdout.split() == ["1"]
 
 
 @pytest.mark.parametrize(
