@@ -4,6 +4,7 @@ Knows nothing of where rows come from or go to. Where GPUs decode, JPEGs come he
 for PyTorch's encoder their pixels never leave the card.
 """
 
+import os
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -50,6 +51,9 @@ class EncodeStage:
         What goes wrong is raised by the first call: Ray reports an actor that fails to start only
         as dead, without its error.
         """
+        # Streams that share one of the card's channels wait for each other: nvJPEG has 14, and
+        # CUDA by itself 8 channels. Read when it starts.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
         self._error: ClipmillError | None = None
         self._decoder: Any = None
         try:

@@ -39,9 +39,9 @@ class FakeNvjpeg:
         self.num_rows: list[int] = []
         """Of each batch that was asked for."""
         self.collided = False
-        """Whether two threads called at once."""
-        self._batch_rows = 0
-        self._busy = threading.Lock()
+        """Whether two threads called with one state at once."""
+        self._batch_rows: dict[int, int] = {}
+        self._busy: dict[int, threading.Lock] = {}
 
     def nvjpegCreateEx(  # noqa: N802
         self, backend: int, device: Any, pinned: Any, flags: int, handle: Any
@@ -69,7 +69,7 @@ class FakeNvjpeg:
     ) -> int:
         assert {handle.value, state.value} <= self.live
         assert (max_threads, output) == (1, RGBI)
-        self._batch_rows = batch_rows
+        self._batch_rows[state.value] = batch_rows
         return SUCCESS
 
     def nvjpegDecodeBatched(  # noqa: N802
@@ -77,11 +77,12 @@ class FakeNvjpeg:
     ) -> int:
         assert {handle.value, state.value} <= self.live
         assert isinstance(stream, ctypes.c_void_p)
-        if not self._busy.acquire(blocking=False):
+        busy = self._busy.setdefault(state.value, threading.Lock())
+        if not busy.acquire(blocking=False):
             self.collided = True
             return BAD_JPEG
         time.sleep(0.002)
-        count = self._batch_rows
+        count = self._batch_rows[state.value]
         self.num_rows.append(count)
         addresses = (ctypes.c_size_t * count).from_address(sources.value)
         lengths = (ctypes.c_size_t * count).from_address(num_bytes.value)
@@ -98,7 +99,7 @@ class FakeNvjpeg:
                 for row, line in enumerate(pixels):
                     place = target.channel[0] + row * target.pitch[0]
                     view(place, line.nbytes)[:] = line.reshape(-1)
-        self._busy.release()
+        busy.release()
         return status
 
     def _make(self, reference: Any) -> int:

@@ -33,6 +33,8 @@ from tests.ray_nodes import RayNodes, ray_nodes
 ROOT = Path(__file__).resolve().parent.parent
 MAX_RUNS = 5
 RUN_SECONDS = 300
+# From when a night begins to index until its process is gone, on two cores.
+LATE_SECONDS = 4.0
 NUM_HITS = 10
 ROWS_PER_GROUP = 64
 # Of an index's answers: its products are summed in the order of its rows, which is that of files.
@@ -237,7 +239,7 @@ class Killed:
     kind: Kind
     """Of what."""
     share: float
-    """Of an undisturbed run's time, at which it was to be."""
+    """Of an undisturbed run's time, at which it was to be; of LATE_SECONDS, if late."""
     where: str
     """What the store had by then."""
     victim: str
@@ -284,7 +286,15 @@ class KilledNights:
             self.expected[name] = state_of(store_dir)
             assert orphans_after_vacuum(store_dir) == []
 
-    def kill(self, kind: Kind, *, name: str, share: float, rng: np.random.Generator) -> Killed:
+    def kill(
+        self,
+        kind: Kind,
+        *,
+        name: str,
+        share: float,
+        rng: np.random.Generator,
+        is_late: bool = False,
+    ) -> Killed:
         """Kill one night at a share of its time, finish it, and compare it with an undisturbed one.
 
         Args:
@@ -292,6 +302,7 @@ class KilledNights:
             name: Of OPTIONS.
             share: 0 to 1, of an undisturbed run's time.
             rng: Chooses among workers and nodes.
+            is_late: The share is of LATE_SECONDS, from when it begins to index.
         """
         while True:
             store_dir = self._copy(name)
@@ -300,6 +311,10 @@ class KilledNights:
                 night = self._start(store_dir, name=name)
                 try:
                     at = started + share * self.seconds[name]
+                    if is_late:
+                        while night.poll() is None and not _is_late(store_dir):
+                            time.sleep(0.01)
+                        at = time.monotonic() + share * LATE_SECONDS
                     where, victim = self._kill(kind, night, store_dir, at=at, rng=rng)
                 finally:
                     codes, errors = self._until_done(night, store_dir, name=name)
@@ -310,7 +325,7 @@ class KilledNights:
             if victim is not None:
                 break
             # Where the night was not over, it had no worker any more.
-            share = share if is_over else float(rng.uniform())
+            share = share if is_over and not is_late else float(rng.uniform())
             shutil.rmtree(store_dir)
         check_same(state_of(store_dir), self.expected[name])
         left = orphans_after_vacuum(store_dir)
@@ -427,6 +442,10 @@ def _where(store_dir: Path) -> str:
         return "indexing"
     plans = len(list(store_dir.glob("embeddings/*")))
     return "embedding or guards" if plans > 1 else "start and plan"
+
+
+def _is_late(store_dir: Path) -> bool:
+    return _where(store_dir) in ("indexing", "committed")
 
 
 def _workers(raylets: Sequence[int]) -> Iterator[tuple[psutil.Process, str]]:

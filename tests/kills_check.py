@@ -3,7 +3,7 @@
     PYTHONPATH=. python3 tests/kills_check.py --kills 50 --seed 0
 
 Drivers, workers and raylets in turn; each night is then run again until it is done. Prints a line
-for each kill, and a table.
+for each kill, and a table. With --late they are killed while they index, commit and report.
 """
 
 import argparse
@@ -47,6 +47,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=int, default=400)
+    parser.add_argument("--late", action="store_true", help="while indexing or afterwards")
     options = parser.parse_args()
     rng = np.random.default_rng(options.seed)
     kills: list[Killed] = []
@@ -61,11 +62,13 @@ def main() -> int:
                 f"undisturbed, {name}: {nights.seconds[name]:.1f} s, "
                 f"{nights.num_due[name]} rows to encode"
             )
-        turns = itertools.cycle(itertools.product(OPTIONS, KINDS))
+        # Workers are gone by then.
+        kinds = [kind for kind in KINDS if not (options.late and kind == "worker")]
+        turns = itertools.cycle(itertools.product(OPTIONS, kinds))
         for number, (name, kind) in enumerate(itertools.islice(turns, options.kills), 1):
             share = float(rng.uniform())
             try:
-                killed = nights.kill(kind, name=name, share=share, rng=rng)
+                killed = nights.kill(kind, name=name, share=share, rng=rng, is_late=options.late)
             except Exception:
                 faults += 1
                 say(f"{number:>3} {name} {kind} at {share:.3f} FAILED\n{traceback.format_exc()}")

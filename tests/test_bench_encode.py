@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,10 @@ def test_the_table_says_all_of_it(figures: EncodeFigures) -> None:
     lines = encode_lines(figures)
     assert figures.engine_id in lines[0]
     assert re.search(r"CPU cores$", lines[0])
+    assert not figures.pixels_on_gpu
+    assert (
+        lines[0] + ", pixels in its memory" == encode_lines(replace(figures, pixels_on_gpu=True))[0]
+    )
     assert lines[1].startswith("large matrix products here: float32 ")
     rows = [line for line in lines if line.startswith(("fp32 onnxruntime  ", "transformers float"))]
     assert len(rows) == 2 * 2 * len(BATCH_SIZES) + 1  # and what transformers needs to be ready

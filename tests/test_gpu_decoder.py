@@ -230,7 +230,7 @@ class Stream:
 
     cuda_stream = 0
 
-    def __init__(self, device: object = None) -> None:
+    def __init__(self, device: object = None, *, priority: int = 0) -> None:
         pass
 
     def synchronize(self) -> None:
@@ -276,8 +276,24 @@ def test_rows_of_a_batch_whoever_decodes_them(without_card):
     assert decoder.decode(jpegs([])).pixels.shape == (0, 64, 64, 3)
 
 
-def test_a_batch_with_one_that_is_none_is_decoded_again_by_halves(without_card):
+def all_whole(_: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+    """In place of `find_early_ends`."""
+    return torch.zeros(len(bounds)).bool()
+
+
+def test_what_ends_early_does_not_come_to_the_library(without_card):
     decoder, library = without_card
+    photo = jpeg(image_files.photo(17, 16))
+    decoded = decoder.decode(jpegs([photo, photo[:-20] + b"\xff\xd9", b"nonsense"]))
+    assert library.num_rows == [1]
+    assert (decoded.rows.tolist(), set(decoded.rejected)) == ([0], {1, 2})
+
+
+def test_a_batch_with_one_that_is_none_is_decoded_again_by_halves(
+    without_card, monkeypatch: pytest.MonkeyPatch
+):
+    decoder, library = without_card
+    monkeypatch.setattr(gpu_decoder, "find_early_ends", all_whole)
     photo = jpeg(image_files.photo(17, 16))
     decoder.decode(jpegs([photo] * 3 + [b"nonsense"]))
     assert library.num_rows == [3, 1]
@@ -318,9 +334,7 @@ def test_batches_of_several_threads_take_turns(without_card, monkeypatch: pytest
     monkeypatch.setattr(
         gpu_decoder, "resample", lambda sources, **_: torch.zeros((len(sources), 64, 64, 3))
     )
-    monkeypatch.setattr(
-        gpu_decoder, "find_early_ends", lambda _, bounds: torch.zeros(len(bounds)).bool()
-    )
+    monkeypatch.setattr(gpu_decoder, "find_early_ends", all_whole)
     photos = [jpeg(image_files.photo(20, 16 + row)) for row in range(4)]
     batches = [photos[: 1 + number % 4] + [b"nonsense"] * (number % 2) for number in range(12)]
     with ThreadPoolExecutor(3) as threads:

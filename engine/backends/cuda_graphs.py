@@ -64,9 +64,11 @@ class CudaGraphRunner:
         largest = (max_rows, *row_shape)
         with self._on_device():
             self._pool = torch.cuda.graph_pool_handle()
-            self._compute = torch.cuda.Stream()
-            self._upload = torch.cuda.Stream()
-            self._download = torch.cuda.Stream()
+            # Of another priority than nvJPEG's, which then shares none of the card's channels
+            # with them: in one, nothing overtakes a batch that is computed.
+            self._compute, self._upload, self._download = (
+                torch.cuda.Stream(priority=-1) for _ in range(3)
+            )
             with torch.cuda.stream(self._compute):
                 self._input = torch.zeros(math.prod(largest), dtype=dtype, device=device)
                 self._output = self._tower(self._input.view(largest))

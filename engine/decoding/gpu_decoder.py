@@ -7,13 +7,14 @@ What the card cannot decode, and what ends early, Pillow gets, which is also wha
 
 import ctypes
 import io
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from queue import SimpleQueue
 
 import numpy as np
 import torch
@@ -34,6 +35,8 @@ from engine.preprocess import Preprocessing, decode_pixels
 # Of one call of nvJPEG: what images are decoded to has to fit beside the engine, and does so for
 # each thread that calls, until it has resized them.
 _CALL_BYTES = 2**30
+# Calls of nvJPEG at once: one thread of this machine hands its images to the card one by one.
+_NUM_NVJPEGS = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +52,7 @@ class Decoded:
     num_by_cpu: int
     """Rows that the card could not decode, and Pillow looked at."""
     card_seconds: float
-    """For which the batch had the card's decoder for itself."""
+    """What the card's decoder took for it; it takes several batches at once, each a share."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,10 +94,10 @@ class GpuDecoder:
         self._device = torch.device("cuda", device_index)
         self._by_cpu = partial(decode_pixels, preprocessing=preprocessing, limits=limits)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+        self._idle_nvjpegs: SimpleQueue[tuple[NvJpeg, torch.cuda.Stream]] = SimpleQueue()
         with typed_errors(self._device), torch.cuda.device(self._device):
-            self._stream = torch.cuda.Stream(self._device)
-            self._nvjpeg = NvJpeg()
-        self._turn = threading.Lock()
+            for _ in range(_NUM_NVJPEGS):
+                self._idle_nvjpegs.put((NvJpeg(), torch.cuda.Stream(self._device)))
         # As many as threads that call: the memory of a stream stays with it.
         self._idle_streams: deque[torch.cuda.Stream] = deque()
 
@@ -109,22 +112,20 @@ class GpuDecoder:
             try:
                 stream = self._idle_streams.popleft()
             except IndexError:
-                stream = torch.cuda.Stream(self._device)
+                # As the encoder's (engine/backends/cuda_graphs.py).
+                stream = torch.cuda.Stream(self._device, priority=-1)
             with torch.cuda.stream(stream):
-                ends_early = self._ends_early(jpegs)
-                parts = list(self._by_card(jpegs))
+                parts = list(self._by_card(jpegs, self._whole(jpegs)))
                 rows = np.concatenate([part.rows for part in parts])
-                is_whole = ~ends_early.cpu().numpy()[rows]
-                missing = np.setdiff1d(np.arange(len(jpegs)), rows[is_whole])
+                missing = np.setdiff1d(np.arange(len(jpegs)), rows)
                 by_pillow, rejected = self._by_pillow(jpegs, missing)
                 pixels = torch.cat([part.pixels for part in parts])
-                if len(missing):
-                    rows = np.array([*rows[is_whole], *by_pillow], dtype=np.int64)
+                if by_pillow:
+                    rows = np.array([*rows, *by_pillow], dtype=np.int64)
                     order = rows.argsort()
                     rows = rows[order]
                     more = [self._on_card(image)[None] for image in by_pillow.values()]
-                    pixels = torch.cat([pixels[self._on_card(is_whole)], *more])
-                    pixels = pixels[self._on_card(order)]
+                    pixels = torch.cat([pixels, *more])[self._on_card(order)]
                 stream.synchronize()
             self._idle_streams.append(stream)
         return Decoded(
@@ -138,22 +139,24 @@ class GpuDecoder:
     def close(self) -> None:
         """End the threads, and free nvJPEG's memory."""
         self._threads.shutdown()
-        with self._turn:
-            self._nvjpeg.close()
+        for _ in range(_NUM_NVJPEGS):
+            nvjpeg, _ = self._idle_nvjpegs.get()
+            nvjpeg.close()
 
-    def _ends_early(self, jpegs: Jpegs) -> Tensor:
-        """Which end early: bool [N] on the card, once the current stream is there."""
+    def _whole(self, jpegs: Jpegs) -> NDArray[np.int64]:
+        """Rows that do not end early, ascending."""
         first = int(jpegs.bounds[0, 0]) if len(jpegs) else 0
         last = int(jpegs.bounds[-1, 1]) if len(jpegs) else 0
         content = _tensor_over(jpegs.content[first:last]).to(self._device)
-        return find_early_ends(content, self._on_card(jpegs.bounds - first))
+        bounds = self._on_card(jpegs.bounds - first)
+        return np.flatnonzero(~find_early_ends(content, bounds).cpu().numpy())
 
-    def _by_card(self, jpegs: Jpegs) -> Iterator["_Part"]:
-        """Decode what the card decodes, in ascending rows."""
+    def _by_card(self, jpegs: Jpegs, rows: NDArray[np.int64]) -> Iterator["_Part"]:
+        """Decode those of the rows that the card decodes, in this order."""
         num_bytes = 3 * jpegs.geometries[:, 0] * jpegs.geometries[:, 1]
         yield self._nothing(card_seconds=0.0)
-        for rows in _calls(num_bytes):
-            yield from self._decodable(jpegs, rows, num_bytes)
+        for chosen in _calls(num_bytes[rows]):
+            yield from self._decodable(jpegs, rows[chosen], num_bytes)
 
     def _decodable(
         self, jpegs: Jpegs, rows: NDArray[np.int64], num_bytes: NDArray[np.int64]
@@ -169,22 +172,22 @@ class GpuDecoder:
         """Decode and resize all rows; none, if nvJPEG does not take them all."""
         bounds, geometries, ends = jpegs.bounds[rows], jpegs.geometries[rows], num_bytes[rows]
         ends = ends.cumsum()
-        with self._turn, torch.cuda.stream(self._stream):
+        with self._turn() as (nvjpeg, stream), torch.cuda.stream(stream):
             started = time.perf_counter()
             decoded = torch.empty(int(ends[-1]), dtype=torch.uint8, device=self._device)
             targets = decoded.data_ptr() + ends - num_bytes[rows]
             try:
-                is_done = self._nvjpeg.decode(
+                is_done = nvjpeg.decode(
                     jpegs.content.ctypes.data + bounds[:, 0],
                     num_bytes=bounds[:, 1] - bounds[:, 0],
                     targets=targets,
                     row_bytes=3 * geometries[:, 0],
-                    stream=self._stream.cuda_stream,
+                    stream=stream.cuda_stream,
                 )
             finally:
                 # Also of a call that failed, what had begun still reads and writes.
-                self._stream.synchronize()
-            card_seconds = time.perf_counter() - started
+                stream.synchronize()
+            card_seconds = (time.perf_counter() - started) / _NUM_NVJPEGS
         if not is_done:
             return self._nothing(card_seconds=card_seconds)
         sources = upright(targets, size=geometries[:, :2], orientations=geometries[:, 2])
@@ -192,6 +195,15 @@ class GpuDecoder:
         # `decoded` is another stream's memory, which it may give to others from here on.
         torch.cuda.current_stream().synchronize()
         return _Part(rows=rows, pixels=pixels, card_seconds=card_seconds)
+
+    @contextmanager
+    def _turn(self) -> Iterator[tuple[NvJpeg, torch.cuda.Stream]]:
+        """Wait for an nvJPEG, and have it within the block."""
+        turn = self._idle_nvjpegs.get()
+        try:
+            yield turn
+        finally:
+            self._idle_nvjpegs.put(turn)
 
     def _nothing(self, *, card_seconds: float) -> "_Part":
         shape = (0, self._preprocessing.height, self._preprocessing.width, 3)
@@ -257,7 +269,7 @@ def _missing(preprocessing: Preprocessing) -> str | None:
 
 
 def _calls(num_bytes: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    """Rows that nvJPEG gets at once: so many that what they are decoded to fits."""
+    """What nvJPEG gets at once, by position: so many that what they are decoded to fits."""
     first, total = 0, 0
     for row, size in enumerate(num_bytes.tolist()):
         if row > first and total + size > _CALL_BYTES:

@@ -3,8 +3,8 @@
 Knows nothing of where the pixels came from: arrays of bytes in, arrays of bytes out.
 
 Pillow resamples one axis after the other, and rounds to 8 bit in between; so do two launches of
-one kernel here, each for all images of a batch. Weights are computed as in Pillow's `Resample.c`:
-in float64, normalized, then rounded to fixed point.
+one kernel here, each for all images of a batch. Weights are computed before, as in Pillow's
+`Resample.c`: in float64, normalized, then rounded to fixed point.
 """
 
 from dataclasses import dataclass
@@ -27,8 +27,9 @@ FILTERS = frozenset(_SUPPORT)
 # Of weights in fixed point: 32 bit, less 8 for a pixel and 2 for sums beyond 1.
 _NUM_BITS = tl.constexpr(32 - 8 - 2)
 _ONE, _HALF = tl.constexpr(1 << _NUM_BITS.value), tl.constexpr(1 << (_NUM_BITS.value - 1))
-_NUM_FIELDS = tl.constexpr(11)
-_BLOCK_OUT, _BLOCK_LINES = 16, 64
+_NUM_FIELDS = tl.constexpr(15)
+_BLOCK_OUT = 64
+_BLOCK_ROWS, _BLOCK_LEVELS = 4, 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,35 +87,18 @@ def _weight(distance: tl.tensor, is_bicubic: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _resample_kernel(
-    jobs_ptr: tl.tensor,
-    support: tl.constexpr,
-    is_bicubic: tl.constexpr,
-    block_out: tl.constexpr,
-    block_lines: tl.constexpr,
+def _weights_kernel(
+    jobs_ptr: tl.tensor, support: tl.constexpr, is_bicubic: tl.constexpr, block_out: tl.constexpr
 ) -> None:
-    """Resample one axis of one image: a tile of output positions by lines across them.
-
-    A line is one channel of a row, or of a column.
-    """
+    """Store for one axis of one image: the first source pixel of each output pixel, and weights."""
     job_ptr = jobs_ptr + tl.program_id(0) * _NUM_FIELDS
-    num_lines = tl.load(job_ptr + 0).to(tl.int32)
-    num_out = tl.load(job_ptr + 1).to(tl.int32)
-    first_line = tl.program_id(2) * block_lines
-    first_out = tl.program_id(1) * block_out
-    if first_line >= num_lines or first_out >= num_out:
-        return
-    in_size = tl.load(job_ptr + 2).to(tl.int32)
-    full_size = tl.load(job_ptr + 3)  # of the whole axis after the resize; a crop keeps a part
-    offset = tl.load(job_ptr + 4).to(tl.int32)
-    source_ptr = tl.load(job_ptr + 5).to(tl.pointer_type(tl.uint8))
-    source_line = tl.load(job_ptr + 6)
-    source_step = tl.load(job_ptr + 7)
-    target_ptr = tl.load(job_ptr + 8).to(tl.pointer_type(tl.uint8))
-    target_line = tl.load(job_ptr + 9)
-    target_step = tl.load(job_ptr + 10)
-
-    out = first_out + tl.arange(0, block_out)
+    num_out = tl.load(job_ptr + 3).to(tl.int32)
+    in_size = tl.load(job_ptr + 4).to(tl.int32)
+    full_size = tl.load(job_ptr + 5)  # of the whole axis after the resize; a crop keeps a part
+    offset = tl.load(job_ptr + 6).to(tl.int32)
+    num_taps = tl.load(job_ptr + 7).to(tl.int32)
+    weights_ptr = tl.load(job_ptr + 8).to(tl.pointer_type(tl.int32))
+    out = tl.program_id(1) * block_out + tl.arange(0, block_out)
     position = out + offset  # within the resized axis; beyond it a crop pads with black
     is_inside = (position >= 0) & (position < full_size)
     scale = in_size.to(tl.float64) / full_size.to(tl.float64)
@@ -124,37 +108,67 @@ def _resample_kernel(
     centre = (position.to(tl.float64) + 0.5) * scale
     first = tl.maximum((centre - reach + 0.5).to(tl.int32), 0)
     last = tl.minimum((centre + reach + 0.5).to(tl.int32), in_size)
-    num_taps = 2 * tl.ceil(reach).to(tl.int32) + 1
+    tl.store(weights_ptr + out, first, mask=out < num_out)
 
     total = tl.where(is_inside, 0.0, 1.0).to(tl.float64)
     for tap in range(num_taps):
         weight = _weight((first + tap - centre + 0.5) * inverse, is_bicubic)
         total += tl.where(first + tap < last, weight, 0.0)
-
-    lines = first_line + tl.arange(0, block_lines)
-    is_line = lines < num_lines
-    line_offsets = (lines // 3) * source_line + lines % 3
-    values = tl.full([block_out, block_lines], _HALF, tl.int32)
     for tap in range(num_taps):
         pixel = first + tap
-        is_pixel = is_inside & (pixel < last)
         weight = _weight((pixel - centre + 0.5) * inverse, is_bicubic) / total
         fixed = weight * _ONE
         fixed = (fixed + tl.where(fixed < 0.0, -0.5, 0.5)).to(tl.int32)
-        level = tl.load(
-            source_ptr + (pixel * source_step)[:, None] + line_offsets[None, :],
-            mask=is_pixel[:, None] & is_line[None, :],
-            other=0,
-        )
-        values += level.to(tl.int32) * fixed[:, None]
+        fixed = tl.where(is_inside & (pixel < last), fixed, 0)
+        tl.store(weights_ptr + (tap + 1) * num_out + out, fixed, mask=out < num_out)
+
+
+@triton.jit
+def _resample_kernel(
+    jobs_ptr: tl.tensor, block_rows: tl.constexpr, block_levels: tl.constexpr
+) -> None:
+    """Resample one axis of one image: a tile of rows by levels, three of each pixel."""
+    job_ptr = jobs_ptr + tl.program_id(0) * _NUM_FIELDS
+    width = tl.load(job_ptr).to(tl.int32)
+    height = tl.load(job_ptr + 1).to(tl.int32)
+    first_row = tl.program_id(1) * block_rows
+    first_level = tl.program_id(2) * block_levels
+    if first_row >= height or first_level >= 3 * width:
+        return
+    is_height = tl.load(job_ptr + 2) > 0
+    num_out = tl.load(job_ptr + 3).to(tl.int32)
+    in_size = tl.load(job_ptr + 4).to(tl.int32)
+    num_taps = tl.load(job_ptr + 7).to(tl.int32)
+    weights_ptr = tl.load(job_ptr + 8).to(tl.pointer_type(tl.int32))
+    source_ptr = tl.load(job_ptr + 9).to(tl.pointer_type(tl.uint8))
+    source_column = tl.load(job_ptr + 10)
+    source_row = tl.load(job_ptr + 11)
+    target_ptr = tl.load(job_ptr + 12).to(tl.pointer_type(tl.uint8))
+    target_column = tl.load(job_ptr + 13)
+    target_row = tl.load(job_ptr + 14)
+
+    row = (first_row + tl.arange(0, block_rows))[:, None]
+    level = (first_level + tl.arange(0, block_levels))[None, :]
+    column = level // 3
+    is_target = (row < height) & (column < width)
+    out = tl.where(is_height, row, column)
+    first = tl.load(weights_ptr + out, mask=is_target, other=0)
+    across = tl.where(is_height, column * source_column, row * source_row)
+    pixel_ptr = source_ptr + across + level % 3
+    step = tl.where(is_height, source_row, source_column)
+    pixel_ptr += first * step
+    weight_ptr = weights_ptr + out
+    num_pixels = tl.where(is_target, in_size - first, 0)
+    values = tl.full([block_rows, block_levels], _HALF, tl.int32)
+    for tap in range(num_taps):
+        weight_ptr += num_out
+        weight = tl.load(weight_ptr, mask=is_target, other=0)
+        source = tl.load(pixel_ptr, mask=tap < num_pixels, other=0)
+        values += source.to(tl.int32) * weight
+        pixel_ptr += step
     values = tl.minimum(tl.maximum(values >> _NUM_BITS, 0), 255)
-    values = tl.where(is_inside[:, None], values, 0)
-    target_offsets = (lines // 3) * target_line + lines % 3
-    tl.store(
-        target_ptr + (out * target_step)[:, None] + target_offsets[None, :],
-        values.to(tl.uint8),
-        mask=(out < num_out)[:, None] & is_line[None, :],
-    )
+    target = target_ptr + row * target_row + column * target_column + level % 3
+    tl.store(target, values.to(tl.uint8), mask=is_target)
 
 
 def resample(sources: Sources, *, preprocessing: Preprocessing, device: torch.device) -> Tensor:
@@ -191,25 +205,42 @@ def resample(sources: Sources, *, preprocessing: Preprocessing, device: torch.de
             np.broadcast_to(output, between_size.shape),
         ),
     ]
+    is_bicubic, support = preprocessing.resample == _BICUBIC, _SUPPORT[preprocessing.resample]
+    axes_of_passes = first_axis, 1 - first_axis
+    num_taps = [axes.num_taps(axis, support=support) for axis in axes_of_passes]
+    # For each output pixel of an axis where its source starts, and then its weights.
+    num_weights = np.stack(
+        [(taps + 1) * output[axis] for taps, axis in zip(num_taps, axes_of_passes, strict=True)]
+    )
+    weights = torch.empty(int(num_weights.sum()), dtype=torch.int32, device=device)
+    weight_ends = num_weights.cumsum().reshape(num_weights.shape)
+    weight_addresses = weights.data_ptr() + weights.itemsize * (weight_ends - num_weights)
     passes = [
-        axes.jobs(axis, source=source, target=target, num_lines=3 * _chosen(between_size, 1 - axis))
-        for axis, source, target in zip(
-            (first_axis, 1 - first_axis), buffers, buffers[1:], strict=False
+        axes.jobs(
+            axis,
+            source=source,
+            target=target,
+            num_taps=taps,
+            weights=addresses,
+        )
+        for axis, source, target, taps, addresses in zip(
+            axes_of_passes, buffers, buffers[1:], num_taps, weight_addresses, strict=False
         )
     ]
-    for jobs in torch.from_numpy(np.stack(passes)).to(device):
-        max_lines, max_out = 3 * int(between_size.max()), int(output.max())
+    jobs = torch.from_numpy(np.stack(passes)).to(device)
+    _weights_kernel[2 * len(sources), triton.cdiv(int(output.max()), _BLOCK_OUT)](
+        jobs,
+        support=support,
+        is_bicubic=is_bicubic,
+        block_out=_BLOCK_OUT,
+        # A fused multiplication and addition rounds once, Pillow's C twice.
+        enable_fp_fusion=False,
+    )
+    for jobs_of_pass, target in zip(jobs, buffers[1:], strict=True):
+        width, height = target.size.max(axis=0).tolist()
         _resample_kernel[
-            len(sources), triton.cdiv(max_out, _BLOCK_OUT), triton.cdiv(max_lines, _BLOCK_LINES)
-        ](
-            jobs,
-            support=_SUPPORT[preprocessing.resample],
-            is_bicubic=preprocessing.resample == _BICUBIC,
-            block_out=_BLOCK_OUT,
-            block_lines=_BLOCK_LINES,
-            # A fused multiplication and addition rounds once, Pillow's C twice.
-            enable_fp_fusion=False,
-        )
+            len(sources), triton.cdiv(height, _BLOCK_ROWS), triton.cdiv(3 * width, _BLOCK_LEVELS)
+        ](jobs_of_pass, block_rows=_BLOCK_ROWS, block_levels=_BLOCK_LEVELS)
     return pixels
 
 
@@ -235,22 +266,27 @@ class _Axes:
         is_height = (shrink[:, 1] > 0) & (shrink[:, 1] > 2 * shrink[:, 0])
         return is_height.astype(np.int64)
 
+    def num_taps(self, axis: NDArray[np.int64], *, support: float) -> NDArray[np.int64]:
+        """Source pixels [N] of an output pixel along `axis` [N], at most."""
+        scale = np.maximum(_chosen(self.in_size, axis) / _chosen(self.full_size, axis), 1)
+        return 2 * np.ceil(scale * support).astype(np.int64) + 1
+
     def jobs(
         self,
         axis: NDArray[np.int64],
         *,
         source: Sources,
         target: Sources,
-        num_lines: NDArray[np.int64],
+        num_taps: NDArray[np.int64],
+        weights: NDArray[np.int64],
     ) -> NDArray[np.int64]:
-        """One pass, along `axis` [N]: int64 [N, fields], in the order in which the kernel reads."""
+        """One pass, along `axis` [N]: int64 [N, fields], in the order in which kernels read."""
         in_size, full_size = _chosen(self.in_size, axis), _chosen(self.full_size, axis)
         num_out = self.output[axis]
         offset = (full_size - num_out) // 2
-        fields = [num_lines, num_out, in_size, full_size, offset]
+        fields = [*target.size.T, axis, num_out, in_size, full_size, offset, num_taps, weights]
         for images in (source, target):
-            along, across = (_chosen(images.step_bytes, one) for one in (axis, 1 - axis))
-            fields += [images.addresses, across, along]
+            fields += [images.addresses, *images.step_bytes.T]
         return np.stack(fields, axis=1).astype(np.int64)
 
 

@@ -76,13 +76,13 @@ class TransformersEncoder:
         self._images = torch.compile(self._images, mode="max-autotune-no-cudagraphs")
         return self
 
-    def encode_images(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Pixels uint8 [N, H, W, 3], RGB, HWC -> float32 [N, D], unit norm.
+    def encode_images(self, pixels: NDArray[np.uint8] | Tensor) -> NDArray[np.float32]:
+        """Pixels uint8 [N, H, W, 3], RGB, HWC, anywhere -> float32 [N, D], unit norm.
 
         They are copied as bytes and normalized where the model is, which is the faster way.
         """
         with torch.inference_mode():
-            uploaded = torch.from_numpy(pixels).to(self._device)
+            uploaded = torch.as_tensor(pixels).to(self._device)
             x = (uploaded.permute(0, 3, 1, 2) - self._mean) / self._std
             return self._unit(self._images(x.to(self._dtype)))
 

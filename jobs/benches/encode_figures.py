@@ -65,6 +65,8 @@ class EncodeFigures:
     """Rate of large matrix products here, measured, by number type."""
     product_type: str
     """That of the engine's products."""
+    pixels_on_gpu: bool
+    """Images are there before a call begins; or else in host memory, as texts are."""
     encoders: tuple[EncoderFigures, ...]
     """The engine's first."""
 
@@ -73,7 +75,8 @@ def encode_lines(figures: EncodeFigures) -> list[str]:
     """The figures as a table for a terminal."""
     rates = ", ".join(f"{name} {rate:,.3g}" for name, rate in figures.product_tflops.items())
     lines = [
-        f"engine {figures.engine_id} of {figures.checkpoint} on {figures.device}",
+        f"engine {figures.engine_id} of {figures.checkpoint} on {figures.device}"
+        f"{', pixels in its memory' if figures.pixels_on_gpu else ''}",
         f"large matrix products here: {rates} TFLOP/s",
         f"{'':<34} {'batch':>6} {'rows/s':>9} {'stream':>9} {'p50 ms':>9} {'p95':>9} {'p99':>9} "
         f"{'TFLOP/s':>9} {'of rate':>7}",
