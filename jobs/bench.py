@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _encode(argv: Sequence[str]) -> int:
     # torch and transformers are heavy; other benches do without.
     from jobs.benches.encode import BATCH_SIZES, EncodeConfig, measure_encode
-    from jobs.benches.encode_figures import encode_lines
+    from jobs.benches.encode_figures import encode_lines, timing_lines
     from jobs.benches.encode_page import render_encode_page
 
     parser = CommandParser(
@@ -44,7 +44,11 @@ def _encode(argv: Sequence[str]) -> int:
         seconds=options.seconds,
     )
     with shown_steps() as on_progress:
-        figures = measure_encode(config, on_progress=on_progress)
+        figures = measure_encode(
+            config,
+            on_progress=on_progress,
+            on_encoder=lambda encoder: _say("\n".join(timing_lines(encoder))),
+        )
     lines = encode_lines(figures)
     if options.page:
         Path(options.page).write_text(render_encode_page(figures), encoding="utf-8")
@@ -72,6 +76,36 @@ def _decode(argv: Sequence[str]) -> int:
     )
     figures = measure_decode(config)
     print_result(figures, as_json=options.json, text="\n".join(decode_lines(figures)))
+    return 0
+
+
+def _stage(argv: Sequence[str]) -> int:
+    from jobs.benches.stage import StageConfig, measure_stage, stage_line
+    from pipelines.stages import CALLS_OF_GPU_ENCODER
+
+    parser = CommandParser(
+        "bench stage", description="Speed of decoding and encoding side by side, in one process."
+    )
+    parser.add_argument("--catalog", required=True, metavar="URI", help="images")
+    _add_engine(parser)
+    parser.add_argument("--decode", default="auto", choices=WANTED_DECODERS)
+    parser.add_argument("--images", type=int, default=512, metavar="N", help="distinct ones")
+    parser.add_argument("--batch-rows", type=int, default=1024)
+    parser.add_argument("--calls", type=int, default=CALLS_OF_GPU_ENCODER, help="at once")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each run")
+    parser.add_argument("--runs", type=int, default=5)
+    options = parser.parse_options(argv)
+    config = StageConfig(
+        catalog_uri=options.catalog,
+        engine=replace(_engine_choice(options), decoder=options.decode),
+        num_images=options.images,
+        batch_rows=options.batch_rows,
+        num_calls=options.calls,
+        seconds=options.seconds,
+        num_runs=options.runs,
+    )
+    figures = measure_stage(config)
+    print_result(figures, as_json=options.json, text=stage_line(figures))
     return 0
 
 
@@ -108,7 +142,10 @@ def _pipeline(argv: Sequence[str]) -> int:
     programs = [measure_pipeline, *([measure_baseline] if options.baseline else [])]
     engine = replace(_engine_choice(options), decoder=options.decode)
     figures = [
-        measure(PipelineConfig(num_rows=rows, engine=engine, images=images, num_runs=options.runs))
+        measure(
+            PipelineConfig(num_rows=rows, engine=engine, images=images, num_runs=options.runs),
+            on_run=_say,
+        )
         for rows in options.rows
         for measure in programs
     ]
@@ -208,6 +245,12 @@ def _agreement(argv: Sequence[str]) -> int:
     return 0
 
 
+def _say(line: str) -> None:
+    """On stderr, at once: a long bench that ends early has then said what it had."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
 def _add_engine(parser: CommandParser) -> None:
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--checkpoint", metavar="ID_OR_DIR", help="its promoted engine, or fp32")
@@ -229,6 +272,7 @@ def _engine_choice(options: Namespace) -> EngineChoice:
 BENCHES: Actions = {
     "encode": (_encode, "an engine over batch sizes, beside transformers"),
     "decode": (_decode, "images to pixels, by CPU cores and by a GPU"),
+    "stage": (_stage, "decoding and encoding side by side, in one process"),
     "pipeline": (_pipeline, "speed and memory of embed over catalog sizes"),
     "plan": (_plan, "time and memory to find what changed in a catalog"),
     "nights": (_nights, "time and memory of nights, by what changed"),

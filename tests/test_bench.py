@@ -16,6 +16,8 @@ from jobs.benches.programs import Watched
 from jobs.benches.repeated_images import ROWS_PER_FILE, RepeatedImages, write_images
 from pipelines.counts import KeyCounts
 from pipelines.engines import EngineChoice
+from pipelines.errors import CatalogError
+from pipelines.stages import CALLS_OF_GPU_ENCODER
 from tests import image_files
 from tests.catalogs import scene_rows, write_rows
 
@@ -55,6 +57,36 @@ def test_decoding_is_measured_on_all_cores(tmp_path: Path, engines_dir: Path, ca
     assert names[1].startswith("is it for a GPU? on ")
     assert all(timing["num_calls"] >= 5 for timing in figures["timings"])
     assert (figures["device"] is None) == (figures["cosine_p1"] is None) == (len(names) == 2)
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)],
+)
+def test_the_encode_stage_is_measured_by_itself(
+    decoder: str, tmp_path: Path, engines_dir: Path, capsys
+):
+    catalog_dir = write_rows(tmp_path / "catalog", scene_rows(12), num_files=2)
+    options = ["--catalog", str(catalog_dir), "--engines", str(engines_dir), "--decode", decoder]
+    options += ["--batch-rows", "5", "--seconds", "0.1", "--runs", "3"]
+    assert main(["stage", *options, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["decoder"], figures["batch_rows"]) == (decoder, 5)
+    lowest, median, highest = figures["all_runs"]
+    assert 0 < lowest <= median == figures["images_per_second"] <= highest
+    # It does nothing else, and it does that one batch at a time.
+    assert figures["encode_per_second"] >= median
+    assert (figures["decode_per_second"] > 0) == (decoder == "gpu")
+    assert figures["num_calls"] == (CALLS_OF_GPU_ENCODER if decoder == "gpu" else 1)
+
+
+def test_a_stage_needs_images(tmp_path: Path, engines_dir: Path):
+    catalog_dir = write_rows(tmp_path / "catalog", [{"key": "a", "text": "a cat"}])
+    options = ["--catalog", str(catalog_dir), "--engines", str(engines_dir)]
+    with pytest.raises(CatalogError, match="has no image column"):
+        main(["stage", *options])
+    with pytest.raises(ValueError, match="num_runs=0: expected at least 1"):
+        main(["stage", *options, "--runs", "0"])
 
 
 @pytest.mark.parametrize(("changed", "num_due"), [("0.1", 110), ("0", 0)])
@@ -183,7 +215,12 @@ def test_of_several_runs_the_one_of_median_time_counts(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(pipeline, "run_watched", run_watched)
     engine = EngineChoice(checkpoint="any")
-    figures = measure_pipeline(PipelineConfig(num_rows=4, engine=engine, num_runs=3))
+    said: list[str] = []
+    config = PipelineConfig(num_rows=4, engine=engine, num_runs=3)
+    figures = measure_pipeline(config, on_run=said.append)
+    assert [line.partition(":")[0] for line in said] == [
+        f"clipmill, 4 rows, run {number} of 3" for number in (1, 2, 3)
+    ]
     assert left == [False, False, False]
     assert (figures.seconds, figures.peak_memory_bytes) == (8.0, 3)
     assert figures.steady_rows_per_second == 6.0

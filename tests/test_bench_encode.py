@@ -113,7 +113,9 @@ def test_the_command_prints_json_and_writes_the_page(
     options = ["--checkpoint", str(checkpoint_dir), "--engines", str(engines_dir)]
     options += ["--batch-sizes", "2", "--seconds", "0", "--page", str(page), "--json"]
     assert main(["encode", *options]) == 0
-    printed: dict[str, Any] = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr()
+    printed: dict[str, Any] = json.loads(said.out)
+    assert said.err.count("fp32 onnxruntime  ") == said.err.count("transformers float32  ") == 2
     assert [timing["batch_rows"] for timing in printed["encoders"][0]["timings"]] == [2, 2]
     assert printed["product_tflops"]["float32"] > 0
     assert printed["engine_id"] in page.read_text()

@@ -81,12 +81,18 @@ class _Task:
     is_timed: bool = True
 
 
-def measure_encode(config: EncodeConfig, *, on_progress: OnProgress) -> EncodeFigures:
+def measure_encode(
+    config: EncodeConfig,
+    *,
+    on_progress: OnProgress,
+    on_encoder: Callable[[EncoderFigures], None] = lambda encoder: None,
+) -> EncodeFigures:
     """Time an engine and its baselines, one after the other.
 
     Args:
         config: What.
         on_progress: Called with the encoder's name, and how many of how many are done.
+        on_encoder: Called with the figures of each, without its cosines, once it is measured.
 
     Raises:
         CheckpointError, EngineError, DeviceError: The engine cannot be had or run here.
@@ -106,6 +112,7 @@ def measure_encode(config: EncodeConfig, *, on_progress: OnProgress) -> EncodeFi
     for number, task in enumerate(tasks):
         on_progress(_name(task, manifest), number, len(tasks))
         measured.append(_in_process(_measure, task))
+        on_encoder(measured[-1][0])
     on_progress("product rate", len(tasks), len(tasks))
     rates = _in_process(product_rate, "cuda" if on_gpu else "cpu")
     exact = measured[1][1]

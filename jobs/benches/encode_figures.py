@@ -71,6 +71,17 @@ class EncodeFigures:
     """The engine's first."""
 
 
+def timing_lines(encoder: EncoderFigures) -> list[str]:
+    """What one encoder did, a line for each timing."""
+    return [
+        f"{encoder.name:<28} {timing.modality:<5} {timing.batch_rows:>6,} "
+        f"{timing.rows_per_second:>9,.0f} {timing.stream_rows_per_second:>9,.0f} "
+        f"{timing.p50_ms:>9,.2f} {timing.p95_ms:>9,.2f} {timing.p99_ms:>9,.2f} "
+        f"{timing.tflops:>9.3g}"
+        for timing in encoder.timings
+    ]
+
+
 def encode_lines(figures: EncodeFigures) -> list[str]:
     """The figures as a table for a terminal."""
     rates = ", ".join(f"{name} {rate:,.3g}" for name, rate in figures.product_tflops.items())
@@ -83,12 +94,9 @@ def encode_lines(figures: EncodeFigures) -> list[str]:
     ]
     rate = figures.product_tflops.get(figures.product_type, math.nan)
     lines += [
-        f"{encoder.name:<28} {timing.modality:<5} {timing.batch_rows:>6,} "
-        f"{timing.rows_per_second:>9,.0f} {timing.stream_rows_per_second:>9,.0f} "
-        f"{timing.p50_ms:>9,.2f} {timing.p95_ms:>9,.2f} {timing.p99_ms:>9,.2f} "
-        f"{timing.tflops:>9.3g} {timing.tflops / rate:>7.0%}"
+        f"{line} {timing.tflops / rate:>7.0%}"
         for encoder in figures.encoders
-        for timing in encoder.timings
+        for line, timing in zip(timing_lines(encoder), encoder.timings, strict=True)
     ]
     for encoder in figures.encoders:
         cosines = "; ".join(

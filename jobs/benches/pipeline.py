@@ -20,6 +20,12 @@ CATALOG, STORE, OUT = "catalog", "store", "out"
 OUTPUTS = (STORE, OUT)
 NUM_SCENES = 1_000  # distinct ones; beyond, they come again under other keys
 
+OnRun = Callable[[str], None]
+
+
+def _unheard(line: str) -> None:
+    pass
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PipelineConfig:
@@ -67,8 +73,8 @@ class PipelineFigures:
     """What limited, and what would help."""
 
 
-def measure_pipeline(config: PipelineConfig) -> PipelineFigures:
-    """Time `clipmill embed`.
+def measure_pipeline(config: PipelineConfig, *, on_run: OnRun = _unheard) -> PipelineFigures:
+    """Time `clipmill embed`; says what each run took as it ends.
 
     Raises:
         ClipmillError: It failed, or a key is in neither embeddings nor rejects.
@@ -85,6 +91,7 @@ def measure_pipeline(config: PipelineConfig) -> PipelineFigures:
             *(*words, "--catalog", str(folder / CATALOG), "--store", str(folder / STORE)),
         ],
         num_contents=lambda report: sum(report["num_embedded"].values()),
+        on_run=on_run,
     )
     accounted = sum(report["num_stored"].values()) + sum(report["rejects_by_reason"].values())
     if accounted != config.num_rows * len(report["num_stored"]):
@@ -94,7 +101,7 @@ def measure_pipeline(config: PipelineConfig) -> PipelineFigures:
     )
 
 
-def measure_baseline(config: PipelineConfig) -> PipelineFigures:
+def measure_baseline(config: PipelineConfig, *, on_run: OnRun = _unheard) -> PipelineFigures:
     """Time Ray Data with Pillow and transformers on the same catalog; it takes no damaged images.
 
     Raises:
@@ -111,6 +118,7 @@ def measure_baseline(config: PipelineConfig) -> PipelineFigures:
             *(str(folder / CATALOG), str(folder / OUT)),
         ],
         num_contents=lambda report: config.num_rows * (1 if config.images else 2),
+        on_run=on_run,
     )
     return figures
 
@@ -121,6 +129,7 @@ def _measured(
     config: PipelineConfig,
     command: Callable[[Path], list[str]],
     num_contents: Callable[[dict[str, Any]], int],
+    on_run: OnRun,
 ) -> tuple[PipelineFigures, dict[str, Any]]:
     """Run a program over a catalog made for it, as often as is asked for."""
     folder = Path(tempfile.mkdtemp(prefix="clipmill-bench-"))
@@ -133,8 +142,12 @@ def _measured(
         else:
             write_images(folder / CATALOG, config.images, num_rows=num_rows)
         runs = []
-        for _ in range(config.num_runs):
+        for number in range(config.num_runs):
             runs.append(run_watched(command(folder)))
+            on_run(
+                f"{name}, {num_rows:,} rows, run {number + 1} of {config.num_runs}: "
+                f"{runs[-1].seconds:.1f} s, steady {_steady_rate(runs[-1].report):,.0f}/s"
+            )
             for output in OUTPUTS:
                 shutil.rmtree(folder / output, ignore_errors=True)
     finally:
