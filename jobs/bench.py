@@ -47,7 +47,7 @@ def _encode(argv: Sequence[str]) -> int:
         figures = measure_encode(
             config,
             on_progress=on_progress,
-            on_encoder=lambda encoder: _say("\n".join(timing_lines(encoder))),
+            on_encoder=lambda encoder: _say(*timing_lines(encoder)),
         )
     lines = encode_lines(figures)
     if options.page:
@@ -90,7 +90,7 @@ def _stage(argv: Sequence[str]) -> int:
     _add_engine(parser)
     parser.add_argument("--decode", default="auto", choices=WANTED_DECODERS)
     parser.add_argument("--images", type=int, default=512, metavar="N", help="distinct ones")
-    parser.add_argument("--batch-rows", type=int, default=1024)
+    parser.add_argument("--batch-rows", type=int, help="of a call; by itself as embed has them")
     parser.add_argument("--calls", type=int, default=CALLS_OF_GPU_ENCODER, help="at once")
     parser.add_argument("--seconds", type=float, default=3.0, help="of each run")
     parser.add_argument("--runs", type=int, default=5)
@@ -245,9 +245,9 @@ def _agreement(argv: Sequence[str]) -> int:
     return 0
 
 
-def _say(line: str) -> None:
+def _say(*lines: str) -> None:
     """On stderr, at once: a long bench that ends early has then said what it had."""
-    sys.stderr.write(f"{line}\n")
+    sys.stderr.write("".join(f"{line}\n" for line in lines))
     sys.stderr.flush()
 
 

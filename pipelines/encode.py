@@ -4,7 +4,6 @@ Knows nothing of where rows come from or go to. Where GPUs decode, JPEGs come he
 for PyTorch's encoder their pixels never leave the card.
 """
 
-import os
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from engine.backends.choice import Backend, load_encoder
 from engine.backends.encoder import Encoder
+from engine.decoding.channels import use_all_channels
 from engine.decoding.jpegs import Jpegs
 from engine.errors import ClipmillError
 from engine.images import ImageLimits, ImageRejected
@@ -51,11 +51,10 @@ class EncodeStage:
         What goes wrong is raised by the first call: Ray reports an actor that fails to start only
         as dead, without its error.
         """
-        # Streams that share one of the card's channels wait for each other: nvJPEG has 14, and
-        # CUDA by itself 8 channels. Read when it starts.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
         self._error: ClipmillError | None = None
         self._decoder: Any = None
+        if decoder == "gpu":
+            use_all_channels()  # before anything starts CUDA
         try:
             self._encoder: Encoder = load_encoder(
                 ready_engine(engine, registry=registry),

@@ -32,6 +32,9 @@ class StageCount:
     """Bytes read, decoded to, or written; 0 where a stage has no such measure."""
     busy_seconds: float = 0.0
     """Summed over all workers."""
+    core_seconds: float = 0.0
+    """What their processes took of their cores meanwhile; twice where two batches ran side by side
+    in one process, 0 where it was not measured."""
 
 
 @dataclass(slots=True)
@@ -58,12 +61,20 @@ class ProgressBoard:
         self._samples: list[tuple[float, int]] = [(0.0, 0)]
         self._sample_seconds = SAMPLE_SECONDS
 
-    def add(self, stage: str, num_rows: int, num_bytes: int, busy_seconds: float) -> None:
+    def add(
+        self,
+        stage: str,
+        num_rows: int,
+        num_bytes: int,
+        busy_seconds: float,
+        core_seconds: float = 0.0,
+    ) -> None:
         """Count one batch."""
         count = self._stages[stage]
         count.num_rows += num_rows
         count.num_bytes += num_bytes
         count.busy_seconds += busy_seconds
+        count.core_seconds += core_seconds
         seconds = time.monotonic() - self._started
         if stage == "encode" and seconds - self._samples[-1][0] >= self._sample_seconds:
             self._samples.append((seconds, count.num_rows))
@@ -95,13 +106,16 @@ class StageMeter:
             nonlocal sizes
             sizes = (num_rows, num_bytes)
 
-        started = time.perf_counter()
+        started, started_core = time.perf_counter(), time.process_time()
         yield size
-        self.count(*sizes, time.perf_counter() - started)
+        core_seconds = time.process_time() - started_core
+        self.count(*sizes, time.perf_counter() - started, core_seconds)
 
-    def count(self, num_rows: int, num_bytes: int, busy_seconds: float) -> None:
+    def count(
+        self, num_rows: int, num_bytes: int, busy_seconds: float, core_seconds: float = 0.0
+    ) -> None:
         """Count a batch that was timed otherwise."""
-        self._board.add.remote(self._stage, num_rows, num_bytes, busy_seconds)
+        self._board.add.remote(self._stage, num_rows, num_bytes, busy_seconds, core_seconds)
 
 
 @contextmanager

@@ -34,6 +34,8 @@ class StageReport:
     """Bytes read, decoded to, or written; 0 for encode."""
     busy_seconds: float
     """Summed over all workers."""
+    core_seconds: float
+    """See `StageCount`."""
     workers: int
     """How many could work at once."""
     busy_share: float
@@ -157,6 +159,7 @@ def stage_reports(progress: Progress, *, workers: dict[str, int]) -> list[StageR
                 num_rows=count.num_rows,
                 num_bytes=count.num_bytes,
                 busy_seconds=count.busy_seconds,
+                core_seconds=count.core_seconds,
                 workers=workers[stage],
                 busy_share=min(1.0, count.busy_seconds / available) if available else 0.0,
                 rows_per_second=(

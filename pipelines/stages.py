@@ -32,7 +32,7 @@ from pipelines.writing import stored_files, write_batch
 # costs little, and small enough that few rows are in flight. Texts are short.
 IMAGE_BLOCK_BYTES = 16 * 2**20
 TEXT_BLOCK_BYTES = 2**20
-# Where GPUs decode: one batch is decoded, another encoded, and two come or go.
+# Where GPUs decode: two batches are decoded, one is encoded, and one comes or goes.
 CALLS_OF_GPU_ENCODER = 4
 
 
@@ -117,7 +117,7 @@ def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Iterator[l
     execution = pass_.execution
     on_cpus = execution.backend == "onnxruntime"
     on_gpus = execution.decoder == "gpu"
-    batch_rows = resources.batch_rows or _batch_rows(execution)
+    batch_rows = resources.batch_rows or default_batch_rows(execution)
     workers = num_workers(resources, execution=execution)
     check_room(resources, execution=execution)
     pieces = list(_pieces(catalog, due))
@@ -192,7 +192,8 @@ def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Iterator[l
         yield stored_files(report)
 
 
-def _batch_rows(execution: Execution) -> int:
+def default_batch_rows(execution: Execution) -> int:
+    """Rows that an encode stage gets at once, where nothing else was asked for."""
     if execution.backend == "onnxruntime":
         return 32
     return 1024 if execution.decoder == "gpu" else 256

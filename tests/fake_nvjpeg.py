@@ -4,6 +4,8 @@ import ctypes
 import io
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,10 @@ class FakeNvjpeg:
         """Of each batch that was asked for."""
         self.collided = False
         """Whether two threads called with one state at once."""
+        self.most_at_once = 0
+        """Calls of `nvjpegDecodeBatched`."""
+        self._num_at_once = 0
+        self._counting = threading.Lock()
         self._batch_rows: dict[int, int] = {}
         self._busy: dict[int, threading.Lock] = {}
 
@@ -77,6 +83,19 @@ class FakeNvjpeg:
     ) -> int:
         assert {handle.value, state.value} <= self.live
         assert isinstance(stream, ctypes.c_void_p)
+        with self._counted():
+            return self._decode(state, sources, num_bytes, targets)
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        with self._counting:
+            self._num_at_once += 1
+            self.most_at_once = max(self.most_at_once, self._num_at_once)
+        yield
+        with self._counting:
+            self._num_at_once -= 1
+
+    def _decode(self, state: Any, sources: Any, num_bytes: Any, targets: Any) -> int:
         busy = self._busy.setdefault(state.value, threading.Lock())
         if not busy.acquire(blocking=False):
             self.collided = True

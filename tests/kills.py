@@ -312,7 +312,9 @@ class KilledNights:
                 try:
                     at = started + share * self.seconds[name]
                     if is_late:
+                        until = started + RUN_SECONDS
                         while night.poll() is None and not _is_late(store_dir):
+                            assert time.monotonic() < until, "still not indexing"
                             time.sleep(0.01)
                         at = time.monotonic() + share * LATE_SECONDS
                     where, victim = self._kill(kind, night, store_dir, at=at, rng=rng)

@@ -30,7 +30,9 @@ class UnreadMeter(StageMeter):
     def __init__(self) -> None:
         super().__init__(None, stage="")
 
-    def count(self, num_rows: int, num_bytes: int, busy_seconds: float) -> None:
+    def count(
+        self, num_rows: int, num_bytes: int, busy_seconds: float, core_seconds: float = 0.0
+    ) -> None:
         pass
 
 

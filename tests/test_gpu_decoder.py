@@ -13,7 +13,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from engine.decoding import nvjpeg
 from engine.decoding.jpeg_header import Geometry, gpu_geometry
 from engine.decoding.jpegs import Jpegs, jpegs_of
-from engine.errors import DeviceError
+from engine.errors import DeviceError, DeviceMemoryError
 from engine.images import ImageLimits, ImageRejected
 from engine.preprocess import MAX_ORDINARY_ASPECT, Preprocessing, decode_pixels
 from tests import image_files
@@ -340,6 +340,7 @@ def test_batches_of_several_threads_take_turns(without_card, monkeypatch: pytest
     with ThreadPoolExecutor(3) as threads:
         found = list(threads.map(decoder.decode, map(jpegs, batches)))
     assert not library.collided
+    assert library.most_at_once == 2
     assert [decoded.rows.tolist() for decoded in found] == [
         [*range(1 + number % 4)] for number in range(12)
     ]
@@ -347,6 +348,36 @@ def test_batches_of_several_threads_take_turns(without_card, monkeypatch: pytest
         {1 + number % 4} if number % 2 else set() for number in range(12)
     ]
     assert 1 <= len(decoder._idle_streams) <= 3
+
+
+def test_a_failed_call_takes_nothing_from_later_ones(without_card, monkeypatch: pytest.MonkeyPatch):
+    decoder, library = without_card
+    photo = jpeg(image_files.photo(17, 16))
+    monkeypatch.setitem(library.statuses, "nvjpegDecodeBatched", 6)
+    for _ in range(3):
+        with pytest.raises(DeviceError, match="execution failed"):
+            decoder.decode(jpegs([photo]))
+    monkeypatch.delitem(library.statuses, "nvjpegDecodeBatched")
+    assert decoder.decode(jpegs([photo])).rows.tolist() == [0]
+    decoder.close()
+    assert library.live == set()
+
+
+def test_a_decoder_that_cannot_be_made_leaves_nothing(
+    without_card, monkeypatch: pytest.MonkeyPatch
+):
+    _, library = without_card
+    before = set(library.live)
+    create, calls = library.nvjpegJpegStateCreate, []
+
+    def second_fails(handle: object, state: object) -> int:
+        calls.append(handle)
+        return 5 if len(calls) == 2 else create(handle, state)
+
+    monkeypatch.setattr(library, "nvjpegJpegStateCreate", second_fails)
+    with pytest.raises(DeviceMemoryError):
+        GpuDecoder(CLIP, limits=LIMITS, num_threads=2)
+    assert library.live == before
 
 
 def test_why_a_card_may_not_decode(monkeypatch: pytest.MonkeyPatch):

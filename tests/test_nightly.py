@@ -2,13 +2,7 @@
 
 import contextlib
 import dataclasses
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -470,45 +464,3 @@ def test_a_guard_that_does_not_exist_is_refused(night: Night):
         ValueError, match=r"accepted=\['all'\]: no such guards; expected of rejects"
     ):
         NightlyConfig(embed=config.embed, accepted=("all",))  # type: ignore[arg-type]
-
-
-def test_a_killed_night_is_finished_by_the_next(night: Night, tmp_path: Path):
-    rows = scene_rows(300)
-    catalog_dir = write_rows(tmp_path / "scenes", rows, num_files=3)
-    options = ("--rows-per-file", "32", "--batch-rows", "16")
-    killed, whole = (
-        dataclasses.replace(night, catalog_dir=catalog_dir, store_dir=tmp_path / name)
-        for name in ("killed", "whole")
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jobs.nightly", *killed.words(*options)],
-        cwd=ROOT,
-        start_new_session=True,
-    )
-    wait_for(lambda: any((killed.store_dir / "embeddings").rglob("*.parquet")), process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (killed.store_dir / "snapshots").exists()
-
-    undisturbed, finished = whole.done(*options), killed.done(*options)
-    assert undisturbed["run"]["num_embedded"] == {"image": 300, "text": 300}
-    assert 0 < sum(finished["run"]["num_embedded"].values()) < 600
-    assert finished["run"]["num_stored"] == undisturbed["run"]["num_stored"]
-    assert finished["num_indexes_built"] == 2
-    for modality in ("image", "text"):
-        found = stored_embeddings(killed.store_dir, modality=modality)
-        expected = stored_embeddings(whole.store_dir, modality=modality)
-        assert found.keys() == expected.keys() == {row["key"] for row in rows}
-        assert all(np.allclose(found[key], expected[key], atol=1e-6) for key in expected)
-    hits, expected_hits = killed.answers(), whole.answers()
-    assert [[key for key, _ in of] for of in hits] == [
-        [key for key, _ in of] for of in expected_hits
-    ]
-
-
-def wait_for(is_so: Callable[[], bool], process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while not is_so():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

@@ -87,6 +87,24 @@ def test_meters_add_up_across_workers(board):
     assert counted.stages["encode"] == StageCount()
 
 
+def test_a_meter_tells_cores_from_waiting(board):
+    @ray.remote(num_cpus=0.1)
+    def work(meter: StageMeter) -> None:
+        with meter.batch() as size:
+            time.sleep(0.3)
+            started = time.process_time()
+            while time.process_time() - started < 0.2:
+                pass
+            size(1, 0)
+
+    ray.get(work.remote(StageMeter(board, stage="encode")))
+    deadline = time.monotonic() + 10
+    while ray.get(board.progress.remote()).stages["encode"].num_rows < 1:
+        assert time.monotonic() < deadline
+    counted = ray.get(board.progress.remote()).stages["encode"]
+    assert 0.2 <= counted.core_seconds <= counted.busy_seconds - 0.2
+
+
 def test_a_batch_that_fails_is_not_counted(board):
     meter = StageMeter(board, stage="encode")
     with pytest.raises(RuntimeError), meter.batch():

@@ -286,7 +286,7 @@ def test_nights_at_random_agree_with_a_model(
     columns = pa.schema(
         {"key": pa.int64() if seed else pa.string(), "image": pa.binary(), "text": pa.string()}
     )
-    for number in range(6):
+    for number in range(4):
         keys = random.choice(30, size=18, replace=False)
         rows = [
             {

@@ -7,13 +7,13 @@ The card's JPEG decoder does not tell, and leaves what is missing as it was in i
 CPUs read the codes, 16 cores looked at 10,919 images/s of 34 kB (an H200's host), and at 31,056
 where they do not (an H100's).
 
-On an H200, ms for 1,024 images of 34 kB: alone; and images/s of a stage that decodes, looks and
-encodes them (ViT-B/32, fp16, four threads):
+What was tried on an H200, 2026-11-28: ms for 1,024 photos of 34 kB (`triton.testing.do_bench`), and
+images/s of `clipmill bench stage` with them (ViT-B/32, fp16):
 
-    one program an image, byte by byte, lookups in 32 bit    17.6
-    the same, four bytes at once, lookups in 16 bit          12.5   26,925
-    one thread an image, 32, 16, 8, 4 of them a program      46, 48, 40, 34
-                                                             21,811 21,111 19,462 20,596
+    a program for each image, byte by byte, lookups in 32 bit    17.6
+    four bytes at once, lookups in 16 bit                        12.5   26,925
+    a thread for each image, 32 to a program                     45.8   21,811
+    8 to a program                                               40.4   19,462
 """
 
 import torch

@@ -51,7 +51,10 @@ class NvJpeg:
             if status != _ARCH_MISMATCH:
                 break
         _check(status)
-        _check(self._library.nvjpegJpegStateCreate(self._handle, ctypes.byref(self._state)))
+        status = self._library.nvjpegJpegStateCreate(self._handle, ctypes.byref(self._state))
+        if status:
+            self._library.nvjpegDestroy(self._handle)
+        _check(status)
 
     def decode(
         self,

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.backends.choice import choose_backend, load_encoder, this_machine
+from engine.decoding.channels import use_all_channels
 from engine.decoding.jpeg_header import Geometry, gpu_geometry
 from engine.decoding.jpegs import Jpegs, jpegs_of
 from engine.errors import EngineError
@@ -103,6 +104,7 @@ def measure_decode(config: DecodeConfig) -> DecodeFigures:
         CatalogError: The catalog has no images.
         CheckpointError, EngineError, DeviceError: The engine cannot be had or run here.
     """
+    use_all_channels()  # as the encode stage does, before anything starts CUDA
     registry = Registry(config.engine.engines_uri)
     engine = ready_engine(chosen_engine(config.engine, registry=registry), registry=registry)
     preprocessing = engine.manifest.preprocessing

@@ -79,6 +79,7 @@ class _Task:
     """Number type of transformers' model; None for the engine."""
     compiled: bool = False
     is_timed: bool = True
+    """Or else only its embeddings are wanted."""
 
 
 def measure_encode(
@@ -170,8 +171,6 @@ def _measure(task: _Task) -> tuple[EncoderFigures, dict[str, NDArray[np.float32]
         rows["text"] = np.array([scene.text for scene in scenes], dtype=object)
         tokenizer = Tokenizer(engine.directory / TOKENIZER_FILE, text=manifest.text)
     flops = _flops(checkpoint, rows, tokenizer=tokenizer)
-    if _takes_gpu_pixels(task.backend):
-        rows["image"] = torch.from_numpy(rows["image"]).cuda()
     with MemoryWatch(os.getpid()) as watch:
         started = time.perf_counter()
         bulk: Any
@@ -199,12 +198,14 @@ def _measure(task: _Task) -> tuple[EncoderFigures, dict[str, NDArray[np.float32]
         timings = []
         for modality, chosen in rows.items() if task.is_timed else ():
             for batch_rows in task.config.batch_sizes:
-                encoder = query if batch_rows <= QUERY.max_rows else bulk
+                is_query = batch_rows <= QUERY.max_rows
+                encoder = query if is_query else bulk
                 encode = encoder.encode_images if modality == "image" else encoder.encode_texts
+                on_gpu = modality == "image" and not is_query and _takes_gpu_pixels(task.backend)
                 timings.append(
                     _timing(
                         encode,
-                        chosen,
+                        torch.from_numpy(chosen).cuda() if on_gpu else chosen,
                         modality=modality,
                         batch_rows=batch_rows,
                         flops_per_row=flops[modality],
@@ -236,10 +237,10 @@ def _timing(
     flops_per_row: float,
     config: EncodeConfig,
 ) -> Timing:
-    batch = rows[np.arange(batch_rows) % len(rows)]
+    batch = _repeated(rows, batch_rows)
     encode(batch)  # the first call of a shape prepares what later ones use
     calls = list(_calls(encode, batch, config=config))
-    stream = rows[np.arange(batch_rows * STREAM_BATCHES) % len(rows)]
+    stream = _repeated(rows, batch_rows * STREAM_BATCHES)
     encode(stream)
     streams = list(_calls(encode, stream, config=config))
     per_second = batch_rows / statistics.median(calls)
@@ -256,6 +257,14 @@ def _timing(
         stream_rows_per_second=stream_per_second,
         tflops=flops_per_row * max(per_second, stream_per_second) / 1e12,
     )
+
+
+def _repeated(rows: Any, num_rows: int) -> Any:
+    """So many rows, of an array or of a tensor on a GPU, complete."""
+    repeated = rows[np.arange(num_rows) % len(rows)]
+    if isinstance(repeated, torch.Tensor):
+        torch.cuda.synchronize()
+    return repeated
 
 
 def _calls(encode: Encode, batch: Any, *, config: EncodeConfig) -> Iterator[float]:

@@ -18,7 +18,7 @@ class Timing:
     num_calls: int
     """Timed."""
     p50_ms: float
-    """Of a call, from host memory to host memory."""
+    """Of a call, to host memory; from there, or see `pixels_on_gpu`."""
     p95_ms: float
     """95th percentile."""
     p99_ms: float
@@ -66,7 +66,7 @@ class EncodeFigures:
     product_type: str
     """That of the engine's products."""
     pixels_on_gpu: bool
-    """Images are there before a call begins; or else in host memory, as texts are."""
+    """Images of batches larger than a query are there before a call begins."""
     encoders: tuple[EncoderFigures, ...]
     """The engine's first."""
 
@@ -87,7 +87,7 @@ def encode_lines(figures: EncodeFigures) -> list[str]:
     rates = ", ".join(f"{name} {rate:,.3g}" for name, rate in figures.product_tflops.items())
     lines = [
         f"engine {figures.engine_id} of {figures.checkpoint} on {figures.device}"
-        f"{', pixels in its memory' if figures.pixels_on_gpu else ''}",
+        f"{', pixels of large batches in its memory' if figures.pixels_on_gpu else ''}",
         f"large matrix products here: {rates} TFLOP/s",
         f"{'':<34} {'batch':>6} {'rows/s':>9} {'stream':>9} {'p50 ms':>9} {'p95':>9} {'p99':>9} "
         f"{'TFLOP/s':>9} {'of rate':>7}",

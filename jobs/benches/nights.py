@@ -61,9 +61,9 @@ class NightFigures:
     num_encoded: int
     """Rows that the encoders took."""
     encoding_seconds: float
-    """Summed over the encoders."""
+    """Of cores, summed over the encoders; their wall seconds would count what runs beside them."""
     encoding_share: float
-    """Of the first night's seconds."""
+    """Of the first night's."""
     num_files: int
     """Parquet files of the snapshot after it."""
     seconds: float
@@ -161,7 +161,7 @@ def _figures(name: str, night: Watched, *, num_files: int, first: Watched) -> Ni
 
 def _encoding_seconds(night: Watched) -> float:
     stages = night.report["run"]["stages"]
-    return float(sum(stage["busy_seconds"] for stage in stages if stage["stage"] == "encode"))
+    return float(sum(stage["core_seconds"] for stage in stages if stage["stage"] == "encode"))
 
 
 def _check(nights: Sequence[NightFigures], *, num_keys: int, num_changed: int) -> None:

@@ -6,7 +6,6 @@ the two cost each other, beside `bench pipeline` what all the rest costs.
 
 import itertools
 import multiprocessing
-import os
 import statistics
 import threading
 import time
@@ -17,19 +16,22 @@ from functools import partial
 from typing import Any, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from engine.backends.choice import Backend, choose_backend, this_machine
+from engine.errors import DeviceError
 from engine.registry import Registry
+from pipelines import schema
 from pipelines.catalog import CatalogConfig, check_has_rows, open_catalog
 from pipelines.decode import RowLimits, decode_batch
 from pipelines.encode import EncodeStage
-from pipelines.engines import EngineChoice, chosen_engine, ready_engine
+from pipelines.engines import EngineChoice, Execution, chosen_engine, ready_engine
 from pipelines.errors import CatalogError
 from pipelines.progress import StageMeter
 from pipelines.reading import CatalogDatasource, all_rows
 from pipelines.schema import Decoder
 from pipelines.snapshots import EngineRecord
-from pipelines.stages import CALLS_OF_GPU_ENCODER
+from pipelines.stages import CALLS_OF_GPU_ENCODER, Resources, default_batch_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,9 +43,9 @@ class StageConfig:
     engine: EngineChoice
     """Engine, backend and decoder; `auto` decodes on the GPU that the engine runs on."""
     num_images: int = 512
-    """Distinct ones; batches see them again and again."""
-    batch_rows: int = 1024
-    """Of a call."""
+    """Distinct ones at most; batches see them again and again."""
+    batch_rows: int | None = None
+    """Of a call; None: as many as in a run."""
     num_calls: int = CALLS_OF_GPU_ENCODER
     """At once, where a GPU decodes; or else one."""
     seconds: float = 3.0
@@ -54,8 +56,11 @@ class StageConfig:
     def __post_init__(self) -> None:
         """Check the bounds."""
         for name in ("num_images", "batch_rows", "num_calls", "num_runs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: expected at least 1")
+        if self.seconds <= 0:
+            raise ValueError(f"seconds={self.seconds}: expected more than 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +92,8 @@ def measure_stage(config: StageConfig) -> StageFigures:
 
     Raises:
         CatalogError: The catalog has no images.
-        CheckpointError, EngineError, DeviceError: The engine cannot be had or run here.
+        CheckpointError, EngineError, DeviceError: The engine cannot be had or run here, or the GPU
+            cannot decode; unlike a run, `auto` does not fall back to CPUs then.
     """
     registry = Registry(config.engine.engines_uri)
     record = chosen_engine(config.engine, registry=registry)
@@ -95,18 +101,30 @@ def measure_stage(config: StageConfig) -> StageFigures:
     backend = choose_backend(
         config.engine.backend, precision=manifest.precision, machine=this_machine()
     )
+    if config.engine.decoder == "gpu" and backend == "onnxruntime":
+        raise DeviceError(f"--decode gpu needs an engine that runs on GPUs, {backend} does not")
     decoder = config.engine.decoder
     if decoder == "auto":
         decoder = "cpu" if backend == "onnxruntime" else "gpu"
+    batch_rows = config.batch_rows or default_batch_rows(
+        Execution(backend=backend, decoder=decoder)
+    )
     # A new one, in which nothing has used the GPU before the stage does.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        work = partial(_measure, config, record=record, backend=backend, decoder=decoder)
+        work = partial(
+            _measure, config, record=record, backend=backend, decoder=decoder, batch_rows=batch_rows
+        )
         return pool.submit(work).result()
 
 
 def _measure(
-    config: StageConfig, *, record: EngineRecord, backend: Backend, decoder: Decoder
+    config: StageConfig,
+    *,
+    record: EngineRecord,
+    backend: Backend,
+    decoder: Decoder,
+    batch_rows: int,
 ) -> StageFigures:
     registry = Registry(config.engine.engines_uri)
     decode_meter, meter = _Meter(), _Meter()
@@ -116,17 +134,23 @@ def _measure(
         backend=backend,
         decoder=decoder,
         limits=RowLimits().image,
-        num_threads=len(os.sched_getaffinity(0)),
+        num_threads=Resources().encoder_threads,
         dtype="float32",
         meter=meter,
         decode_meter=decode_meter,
     )
-    batches = _batches(config, registry=registry, record=record, decoder=decoder)
+    images = _images(config, registry=registry, record=record, decoder=decoder)
+    firsts = range(0, 2 * config.num_calls * batch_rows, batch_rows)
+    batches = [
+        images.take([(first + row) % len(images) for row in range(batch_rows)]) for first in firsts
+    ]
     num_calls = config.num_calls if decoder == "gpu" else 1
     runs = []
     with ThreadPoolExecutor(num_calls) as threads:
         # The first call of a shape prepares what later ones use.
         list(threads.map(stage, batches[:1] * num_calls))
+        for one in (meter, decode_meter):
+            one.reset()
         for _ in range(config.num_runs):
             until = time.perf_counter() + config.seconds
             started = time.perf_counter()
@@ -138,7 +162,7 @@ def _measure(
         backend=backend,
         decoder=decoder,
         num_calls=num_calls,
-        batch_rows=config.batch_rows,
+        batch_rows=batch_rows,
         images_per_second=statistics.median(runs),
         all_runs=tuple(sorted(runs)),
         decode_per_second=decode_meter.rate(),
@@ -146,10 +170,10 @@ def _measure(
     )
 
 
-def _batches(
+def _images(
     config: StageConfig, *, registry: Registry, record: EngineRecord, decoder: Decoder
-) -> list[pa.Table]:
-    """Of `batch_rows` each, which start at one image after the other."""
+) -> pa.Table:
+    """What the decode stage makes of those images that it does not reject."""
     catalog = open_catalog(CatalogConfig(uri=config.catalog_uri))
     check_has_rows(catalog)
     if "image" not in catalog.modalities:
@@ -168,21 +192,20 @@ def _batches(
         limits=RowLimits(),
         carry_columns=[],
         decoder=decoder,
-    ).combine_chunks()
-    firsts = itertools.count(0, config.batch_rows)
-    return [
-        images.take([(first + row) % len(images) for row in range(config.batch_rows)])
-        for first in itertools.islice(firsts, 2 * config.num_calls)
-    ]
+    )
+    images = images.filter(pc.is_null(images[schema.REASON])).combine_chunks()
+    if not len(images):
+        raise CatalogError(f"catalog {config.catalog_uri}: none of its images decodes")
+    return images
 
 
 def _until(stage: EncodeStage, call: int, *, until: float, batches: Sequence[pa.Table]) -> int:
-    """Rows of whole batches, of which the last began before the end."""
+    """Rows of one batch or more, of which the last began before the end."""
     num_rows = 0
     for batch in itertools.islice(itertools.cycle(batches), call, None):
+        num_rows += stage(batch).num_rows
         if time.perf_counter() >= until:
             break
-        num_rows += stage(batch).num_rows
     return num_rows
 
 
@@ -192,9 +215,14 @@ class _Meter(StageMeter):
     def __init__(self) -> None:
         super().__init__(None, stage="")
         self._lock = threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
         self._num_rows, self._busy_seconds = 0, 0.0
 
-    def count(self, num_rows: int, num_bytes: int, busy_seconds: float) -> None:
+    def count(
+        self, num_rows: int, num_bytes: int, busy_seconds: float, core_seconds: float = 0.0
+    ) -> None:
         with self._lock:
             self._num_rows += num_rows
             self._busy_seconds += busy_seconds
