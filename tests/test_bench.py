@@ -1,5 +1,6 @@
 """`clipmill bench`: figures that are measured, and options that must be given."""
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from engine.build import load_or_build
 from engine.checkpoint import find_checkpoint
 from engine.errors import DeviceError
 from engine.registry import Registry
+from jobs import embed, nightly
 from jobs.bench import main
 from jobs.benches import pipeline
 from jobs.benches.nights import NightFigures, nights_lines
@@ -25,6 +27,7 @@ from pipelines.errors import CatalogError
 from pipelines.stages import CALLS_OF_GPU_ENCODER
 from tests import image_files
 from tests.catalogs import scene_rows, write_rows
+from tests.commands import command
 
 
 def test_query_prints_the_recall_of_a_store(scene_store: Path, capsys):
@@ -137,10 +140,23 @@ def test_a_plan_finds_what_was_changed(changed: str, num_due: int, capsys):
     assert capsys.readouterr().out.startswith(f"1,000 keys, {num_due} due, {num_due} dead: ")
 
 
-def test_nights_are_measured_by_what_changed_before_them(engines_dir: Path, capsys):
+@pytest.mark.usefixtures("local_ray")
+def test_nights_are_measured_by_what_changed_before_them(
+    engines_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def here(words: Sequence[str]) -> Watched:
+        assert words[:3] == ["-m", "jobs.cli", "nightly"]
+        done = command(nightly.main, words[3:])
+        assert done.code == 0, done.err
+        return Watched(report=done.json, seconds=2.0, peak_memory_bytes=1)
+
+    monkeypatch.setattr("jobs.benches.nights.run_watched", here)
+    for module in (nightly, embed):
+        monkeypatch.setattr(module, "ray_cluster", lambda _: contextlib.nullcontext())
     words = ["nights", "--keys", "400", "--changed", "0.05", "--engines", str(engines_dir)]
-    assert main([*words, "--json"]) == 0
-    nights = json.loads(capsys.readouterr().out)
+    done = command(main, [*words, "--json"])
+    assert done.code == 0, done.err
+    nights = done.json
     assert [night["num_encoded"] for night in nights] == [400, 20, 0, 0]
     assert [night["plan"]["num_changed"] for night in nights] == [0, 20, 0, 0]
     # The catalog's files are other ones in the last, which the store then knows.

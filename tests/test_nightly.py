@@ -29,7 +29,6 @@ from tests.catalogs import (
 from tests.checkpoints import save_clip
 from tests.commands import Done, command
 
-ROOT = Path(__file__).resolve().parent.parent
 QUERIES = ["a small red circle", "three yellow triangles on a white background"]
 
 

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from engine.backends.choice import Backend, choose_backend, this_machine
 from engine.errors import DeviceError
+from engine.preprocess import Preprocessing
 from engine.registry import Registry
 from pipelines import schema
 from pipelines.catalog import CatalogConfig, check_has_rows, open_catalog
@@ -109,28 +110,29 @@ def measure_stage(config: StageConfig) -> StageFigures:
     batch_rows = config.batch_rows or default_batch_rows(
         Execution(backend=backend, decoder=decoder)
     )
+    images = _images(config, preprocessing=manifest.preprocessing, decoder=decoder)
     # A new one, in which nothing has used the GPU before the stage does.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         work = partial(
             _measure, config, record=record, backend=backend, decoder=decoder, batch_rows=batch_rows
         )
-        return pool.submit(work).result()
+        return pool.submit(work, images).result()
 
 
 def _measure(
     config: StageConfig,
+    images: pa.Table,
     *,
     record: EngineRecord,
     backend: Backend,
     decoder: Decoder,
     batch_rows: int,
 ) -> StageFigures:
-    registry = Registry(config.engine.engines_uri)
     decode_meter, meter = _Meter(), _Meter()
     stage = EncodeStage(
         engine=record,
-        registry=registry,
+        registry=Registry(config.engine.engines_uri),
         backend=backend,
         decoder=decoder,
         limits=RowLimits().image,
@@ -139,7 +141,6 @@ def _measure(
         meter=meter,
         decode_meter=decode_meter,
     )
-    images = _images(config, registry=registry, record=record, decoder=decoder)
     firsts = range(0, 2 * config.num_calls * batch_rows, batch_rows)
     batches = [
         images.take([(first + row) % len(images) for row in range(batch_rows)]) for first in firsts
@@ -170,9 +171,7 @@ def _measure(
     )
 
 
-def _images(
-    config: StageConfig, *, registry: Registry, record: EngineRecord, decoder: Decoder
-) -> pa.Table:
+def _images(config: StageConfig, *, preprocessing: Preprocessing, decoder: Decoder) -> pa.Table:
     """What the decode stage makes of those images that it does not reject."""
     catalog = open_catalog(CatalogConfig(uri=config.catalog_uri))
     check_has_rows(catalog)
@@ -184,11 +183,10 @@ def _images(
         rows += cast("Any", read())
         if sum(table.num_rows for table in rows) >= config.num_images:
             break
-    manifest = ready_engine(record, registry=registry).manifest
     images = decode_batch(
         pa.concat_tables(rows).slice(0, config.num_images),
         modalities=["image"],
-        preprocessing=manifest.preprocessing,
+        preprocessing=preprocessing,
         limits=RowLimits(),
         carry_columns=[],
         decoder=decoder,
