@@ -8,7 +8,8 @@ CPUs read the codes, 16 cores looked at 10,919 images/s of 34 kB (an H200's host
 where they do not (an H100's).
 
 What was tried on an H200, 2026-11-28: ms for 1,024 photos of 34 kB (`triton.testing.do_bench`), and
-images/s of `clipmill bench stage` with them (ViT-B/32, fp16):
+images/s of the encode stage with them, in one process with four threads, ViT-B/32, fp16 (by a
+script that `clipmill bench stage` follows):
 
     a program for each image, byte by byte, lookups in 32 bit    17.6
     four bytes at once, lookups in 16 bit                        12.5   26,925

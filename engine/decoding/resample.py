@@ -131,10 +131,9 @@ def _resample_kernel(
     job_ptr = jobs_ptr + tl.program_id(0) * _NUM_FIELDS
     width = tl.load(job_ptr).to(tl.int32)
     height = tl.load(job_ptr + 1).to(tl.int32)
-    tiles_across = tl.cdiv(3 * width, block_levels)
-    first_row = tl.program_id(1) // tiles_across * block_rows
-    first_level = tl.program_id(1) % tiles_across * block_levels
-    if first_row >= height:
+    first_row = tl.program_id(1) * block_rows
+    first_level = tl.program_id(2) * block_levels
+    if first_row >= height or first_level >= 3 * width:
         return
     is_height = tl.load(job_ptr + 2) > 0
     num_out = tl.load(job_ptr + 3).to(tl.int32)
@@ -238,12 +237,10 @@ def resample(sources: Sources, *, preprocessing: Preprocessing, device: torch.de
         enable_fp_fusion=False,
     )
     for jobs_of_pass, target in zip(jobs, buffers[1:], strict=True):
-        width, height = target.size.T
-        num_tiles = -(-height // _BLOCK_ROWS) * -(-3 * width // _BLOCK_LEVELS)
-        # Images first: the other axes of a grid are short.
-        _resample_kernel[len(sources), int(num_tiles.max())](
-            jobs_of_pass, block_rows=_BLOCK_ROWS, block_levels=_BLOCK_LEVELS
-        )
+        width, height = target.size.max(axis=0).tolist()
+        _resample_kernel[
+            len(sources), triton.cdiv(height, _BLOCK_ROWS), triton.cdiv(3 * width, _BLOCK_LEVELS)
+        ](jobs_of_pass, block_rows=_BLOCK_ROWS, block_levels=_BLOCK_LEVELS)
     return pixels
 
 
