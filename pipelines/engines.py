@@ -8,10 +8,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
-
-import ray
-from ray.exceptions import GetTimeoutError
+from typing import cast
 
 from engine.backends.choice import (
     NO_GPU,
@@ -31,13 +28,9 @@ from engine.manifest import Manifest, Precision
 from engine.preprocess import Preprocessing
 from engine.promotion import promoted
 from engine.registry import Engine, Registry, default_engines_uri
+from pipelines.gpu_probe import Look, num_gpus
 from pipelines.schema import WANTED_DECODERS, Decoder, WantedDecoder
 from pipelines.snapshots import EngineRecord
-
-# Of a GPU, for looking what there is: room for it is left beside most that use GPUs in part.
-PROBE_GPUS = 0.001
-# For a GPU to become free.
-PROBE_SECONDS = 300.0
 
 _log = logging.getLogger(__name__)
 
@@ -134,8 +127,13 @@ def _engine_by_id(engine_id: str, *, registry: Registry) -> EngineRecord:
     )
 
 
-def chosen_backend(wanted: Wanted, *, engine: EngineRecord) -> Backend:
-    """Choose what executes an engine on this cluster, by a look at one of its workers.
+def chosen_backend(wanted: Wanted, *, engine: EngineRecord, look: Look) -> Backend:
+    """Choose what executes an engine on this cluster, by a look at one of its GPUs if need be.
+
+    Args:
+        wanted: What was asked for.
+        engine: What is to be executed.
+        look: Of `gpu_probe`.
 
     Raises:
         DeviceError, EngineError: As for `choose_backend`; or no GPU could be looked at.
@@ -143,7 +141,7 @@ def chosen_backend(wanted: Wanted, *, engine: EngineRecord) -> Backend:
     precision = cast("Precision", engine.engine_id.partition("-")[0])
     machine = NO_GPU
     if wanted != "onnxruntime" and precision != "fp32" and num_gpus():
-        machine = _gpu_worker()
+        machine = _gpu_worker(look)
     backend = choose_backend(wanted, precision=precision, machine=machine)
     if wanted == "auto":
         remark = remark_on(backend, precision=precision, machine=machine)
@@ -153,7 +151,11 @@ def chosen_backend(wanted: Wanted, *, engine: EngineRecord) -> Backend:
 
 
 def chosen_decoder(
-    wanted: WantedDecoder, *, backend: Backend, ready_manifest: Callable[[], Manifest]
+    wanted: WantedDecoder,
+    *,
+    backend: Backend,
+    ready_manifest: Callable[[], Manifest],
+    look: Look,
 ) -> Decoder:
     """Choose where JPEGs are decoded, by a try on one of the cluster's GPUs.
 
@@ -162,6 +164,7 @@ def chosen_decoder(
         backend: What executes the engine.
         ready_manifest: Gives the engine's manifest, and builds the engine first if need be; called
             only where a GPU is tried.
+        look: Of `gpu_probe`.
 
     Raises:
         DeviceError: The GPU was asked for and cannot; or no GPU could be looked at.
@@ -173,7 +176,7 @@ def chosen_decoder(
             "--decode gpu needs an engine that runs on GPUs, this one runs on CPUs: use --decode "
             "auto, or an fp16 or fp8 engine (`clipmill engine build`)"
         )
-    fault: str | None = _on_a_gpu(partial(_decoding_fault, ready_manifest().preprocessing))
+    fault: str | None = look(partial(_decoding_fault, ready_manifest().preprocessing))
     if fault is None:
         return "gpu"
     if wanted == "gpu":
@@ -191,38 +194,14 @@ def _decoding_fault(preprocessing: Preprocessing) -> str | None:
     return decoding_fault(preprocessing)
 
 
-def _gpu_worker() -> Machine:
-    machine: Machine = _on_a_gpu(this_machine)
+def _gpu_worker(look: Look) -> Machine:
+    machine: Machine = look(this_machine)
     if machine.architecture is None:
         raise DeviceError(
             f"Ray counts {num_gpus():g} GPUs, but a worker that was given one sees none: check "
             "`nvidia-smi` on the GPU nodes, or use --backend onnxruntime to run on CPUs"
         )
     return machine
-
-
-def _on_a_gpu(look_at_it: Callable[[], Any]) -> Any:
-    """What a function finds in a worker that has a GPU."""
-    # After one call its process ends, and with it what it holds on the GPU.
-    look: Any = ray.remote(num_cpus=0, num_gpus=PROBE_GPUS, max_calls=1)(cast("Any", _called))
-    looked = look.remote(look_at_it)
-    try:
-        return ray.get(looked, timeout=PROBE_SECONDS)
-    except GetTimeoutError as error:
-        ray.cancel(looked)
-        raise DeviceError(
-            f"none of the cluster's {num_gpus():g} GPUs had room within {PROBE_SECONDS:g} s: wait "
-            "for the jobs that use them, or use --backend onnxruntime to run on CPUs"
-        ) from error
-
-
-def _called(function: Callable[[], Any]) -> Any:
-    return function()
-
-
-def num_gpus() -> float:
-    """GPUs of the cluster."""
-    return float(ray.cluster_resources().get("GPU", 0))
 
 
 def ready_engine(record: EngineRecord, *, registry: Registry) -> Engine:

@@ -21,6 +21,7 @@ from pipelines.engines import (
     chosen_decoder,
     ready_engine,
 )
+from pipelines.gpu_probe import gpu_probe
 from pipelines.parent import EngineChange, check_parent, is_other_engine
 from pipelines.planning import plan_id_of
 from pipelines.schema import EmbeddingDtype
@@ -121,16 +122,17 @@ def _chosen_execution(
     parent: Snapshot | None,
     ready_manifest: Callable[[], Manifest],
 ) -> Execution:
-    backend = chosen_backend(choice.backend, engine=engine)
-    wanted = choice.decoder
-    if "image" not in catalog.modalities:
-        if wanted == "gpu":
-            raise ValueError("--decode gpu: the catalog has no images")
-        return Execution(backend=backend, decoder="cpu")
-    # CPUs can always do what they did before.
-    if wanted == "auto" and parent is not None and parent.decoder == "cpu":
-        wanted = "cpu"
-    decoder = chosen_decoder(wanted, backend=backend, ready_manifest=ready_manifest)
+    with gpu_probe() as look:
+        backend = chosen_backend(choice.backend, engine=engine, look=look)
+        wanted = choice.decoder
+        if "image" not in catalog.modalities:
+            if wanted == "gpu":
+                raise ValueError("--decode gpu: the catalog has no images")
+            return Execution(backend=backend, decoder="cpu")
+        # CPUs can always do what they did before.
+        if wanted == "auto" and parent is not None and parent.decoder == "cpu":
+            wanted = "cpu"
+        decoder = chosen_decoder(wanted, backend=backend, ready_manifest=ready_manifest, look=look)
     return Execution(backend=backend, decoder=decoder)
 
 

@@ -32,8 +32,8 @@ from pipelines.writing import stored_files, write_batch
 # costs little, and small enough that few rows are in flight. Texts are short.
 IMAGE_BLOCK_BYTES = 16 * 2**20
 TEXT_BLOCK_BYTES = 2**20
-# Where GPUs decode: two batches are decoded, one is encoded, and one comes or goes.
-CALLS_OF_GPU_ENCODER = 4
+# Where GPUs decode: nvJPEG decodes two batches, one is encoded, others come or go.
+CALLS_OF_GPU_ENCODER = 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,6 +12,7 @@ import pytest
 from engine.build import load_or_build
 from engine.checkpoint import find_checkpoint
 from engine.errors import DeviceError
+from engine.gate_reports import add_gate_report
 from engine.registry import Registry
 from jobs import embed, nightly
 from jobs.bench import main
@@ -85,6 +86,7 @@ def test_the_encode_stage_is_measured_on_a_gpu(tmp_path: Path, engines_dir: Path
     engine = load_or_build(
         find_checkpoint(str(CHECKPOINT_DIR)), registry=registry, precision="fp16"
     )
+    add_gate_report(registry, engine.manifest.engine_id, passed=True, files={})
     photos = [
         {"key": str(seed), "image": image_files.jpeg(image_files.photo(80, 60, seed=seed))}
         for seed in range(12)

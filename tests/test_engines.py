@@ -4,8 +4,6 @@ import dataclasses
 import importlib.util
 import logging
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +12,6 @@ import pytest
 from engine.backends.choice import Backend
 from engine.build import engine_id_of, load_or_build
 from engine.checkpoint import Checkpoint, find_checkpoint
-from engine.device import has_driver
 from engine.errors import CheckpointError, DeviceError, EngineError, GateError
 from engine.gate_reports import add_gate_report
 from engine.promotion import promote, rollback
@@ -178,61 +175,18 @@ def test_a_cluster_without_gpus_runs_on_its_cpus_and_says_so(
     caplog.set_level(logging.WARNING)  # Ray sets the handlers that it finds to ERROR
     for engine_id in ("fp8-0", "fp16-0", "fp32-0"):
         engine = EngineRecord(engine_id=engine_id, checkpoint="a", revision=None)
-        assert chosen_backend("onnxruntime", engine=engine) == "onnxruntime"
+        looks = Looks("there is no GPU to be looked at")
+        assert chosen_backend("onnxruntime", engine=engine, look=looks) == "onnxruntime"
         assert caplog.messages == []
-        assert chosen_backend("auto", engine=engine) == "onnxruntime"
+        assert chosen_backend("auto", engine=engine, look=looks) == "onnxruntime"
+        assert looks.num_looks == 0
         said = f"engine {engine_id} runs on the CPU, since there is no GPU"
         assert caplog.messages == ([] if engine_id == "fp32-0" else [said])
         caplog.clear()
 
 
-@pytest.mark.skipif(has_driver(), reason="with a GPU, Ray's workers see it")
-def test_gpus_that_ray_counts_and_its_workers_do_not_see_are_no_reason_to_use_cpus() -> None:
-    """In a process of its own, since Ray is started with a GPU that is none."""
-    script = """
-import ray
-from engine.errors import DeviceError
-from pipelines import engines, stages
-from pipelines.snapshots import EngineRecord
-
-ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
-engine = EngineRecord(engine_id="fp8-0", checkpoint="a", revision=None)
-busy = ray.remote(num_gpus=1, num_cpus=0)(lambda: __import__("time").sleep(600))
-for wait in (False, True):
-    if wait:
-        engines.PROBE_SECONDS = 1.0
-        holding = busy.remote()
-        while ray.available_resources().get("GPU", 0) > 0:
-            pass
-    try:
-        print(engines.chosen_backend("auto", engine=engine))
-    except DeviceError as error:
-        print(error)
-print(engines.chosen_backend("onnxruntime", engine=engine))
-by_torch = engines.Execution(backend="torch", decoder="cpu")
-print(stages.num_workers(stages.Resources(), execution=by_torch)["encode"])
-print(stages.num_workers(stages.Resources(encoder_gpus=0.25), execution=by_torch)["encode"])
-for resources in (stages.Resources(encoder_gpus=2.0), stages.Resources(num_encoders=3)):
-    try:
-        stages.check_room(resources, execution=by_torch)
-    except ValueError as error:
-        print(error)
-ray.shutdown()
-"""
-    ran = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT
-    )
-    assert ran.returncode == 0, ran.stderr
-    lines = ran.stdout.splitlines()
-    assert "Ray counts 1 GPUs, but a worker that was given one sees none" in lines[0]
-    assert lines[1].startswith("none of the cluster's 1 GPUs had room within 1 s: wait for")
-    assert lines[2:5] == ["onnxruntime", "1", "4"]
-    assert "encoder_gpus=2: the cluster's GPUs have room for 0 such encoders" in lines[5]
-    assert "num_encoders=3, encoder_gpus=1: the cluster's GPUs have room for 1" in lines[6]
-
-
 class Looks:
-    """In the place of `_on_a_gpu`: what a GPU's worker would find, and how often it was asked."""
+    """In the place of a GPU probe's: what a GPU's worker would find, and how often it was asked."""
 
     def __init__(self, fault: str | None) -> None:
         self.fault = fault
@@ -255,7 +209,6 @@ class Looks:
     ],
 )
 def test_images_are_decoded_where_the_engine_runs_if_that_is_possible(
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     wanted: WantedDecoder,
     backend: Backend,
@@ -265,22 +218,22 @@ def test_images_are_decoded_where_the_engine_runs_if_that_is_possible(
 ) -> None:
     caplog.set_level(logging.WARNING)
     looks = Looks(fault)
-    monkeypatch.setattr(engines, "_on_a_gpu", looks)
     ready = SimpleNamespace(preprocessing=None)
-    assert chosen_decoder(wanted, backend=backend, ready_manifest=lambda: ready) == chosen
+    decoder = chosen_decoder(wanted, backend=backend, ready_manifest=lambda: ready, look=looks)
+    assert decoder == chosen
     assert looks.num_looks == num_looks
     assert caplog.messages == (
         [f"images are decoded by CPUs, since the GPU cannot: {fault}"] if fault else []
     )
 
 
-def test_a_gpu_that_was_asked_for_and_cannot_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    ready = SimpleNamespace(preprocessing=None)
+def test_a_gpu_that_was_asked_for_and_cannot_is_an_error() -> None:
+    options = {"ready_manifest": lambda: SimpleNamespace(preprocessing=None)}
+    options["look"] = Looks("no card")
     with pytest.raises(DeviceError, match="needs an engine that runs on GPUs"):
-        chosen_decoder("gpu", backend="onnxruntime", ready_manifest=lambda: ready)
-    monkeypatch.setattr(engines, "_on_a_gpu", Looks("no card"))
+        chosen_decoder("gpu", backend="onnxruntime", **options)
     with pytest.raises(DeviceError, match="--decode gpu: no card"):
-        chosen_decoder("gpu", backend="torch", ready_manifest=lambda: ready)
+        chosen_decoder("gpu", backend="torch", **options)
 
 
 def test_a_worker_without_a_gpu_cannot_decode_on_it(monkeypatch: pytest.MonkeyPatch) -> None:

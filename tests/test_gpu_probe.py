@@ -1,0 +1,78 @@
+"""Looking at a GPU of the cluster: one worker for all looks, gone afterwards."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from engine.device import has_driver
+from engine.errors import DeviceError
+from pipelines import gpu_probe
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.skipif(has_driver(), reason="with a GPU, Ray's workers see it")
+def test_gpus_that_ray_counts_and_its_workers_do_not_see_are_no_reason_to_use_cpus() -> None:
+    """In a process of its own, since Ray is started with a GPU that is none."""
+    script = """
+import ray
+from engine.errors import DeviceError
+from pipelines import engines, gpu_probe, stages
+from pipelines.snapshots import EngineRecord
+
+ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
+engine = EngineRecord(engine_id="fp8-0", checkpoint="a", revision=None)
+busy = ray.remote(num_gpus=1, num_cpus=0)(lambda: __import__("time").sleep(600))
+for wait in (False, True):
+    if wait:
+        gpu_probe.PROBE_SECONDS = 1.0
+        holding = busy.remote()
+        while ray.available_resources().get("GPU", 0) > 0:
+            pass
+    try:
+        with gpu_probe.gpu_probe() as look:
+            print(engines.chosen_backend("auto", engine=engine, look=look))
+    except DeviceError as error:
+        print(error)
+print(engines.chosen_backend("onnxruntime", engine=engine, look=None))
+by_torch = engines.Execution(backend="torch", decoder="cpu")
+print(stages.num_workers(stages.Resources(), execution=by_torch)["encode"])
+print(stages.num_workers(stages.Resources(encoder_gpus=0.25), execution=by_torch)["encode"])
+for resources in (stages.Resources(encoder_gpus=2.0), stages.Resources(num_encoders=3)):
+    try:
+        stages.check_room(resources, execution=by_torch)
+    except ValueError as error:
+        print(error)
+ray.shutdown()
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert ran.returncode == 0, ran.stderr
+    lines = ran.stdout.splitlines()
+    assert "Ray counts 1 GPUs, but a worker that was given one sees none" in lines[0]
+    assert lines[1].startswith("none of the cluster's 1 GPUs had room within 1 s: wait for")
+    assert lines[2:5] == ["onnxruntime", "1", "4"]
+    assert "encoder_gpus=2: the cluster's GPUs have room for 0 such encoders" in lines[5]
+    assert "num_encoders=3, encoder_gpus=1: the cluster's GPUs have room for 1" in lines[6]
+
+
+def fail() -> None:
+    raise DeviceError("no such card")
+
+
+def test_one_worker_is_asked_again_and_then_ends(
+    local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_probe, "_PROBE_GPUS", 0)  # there is none here
+    with gpu_probe.gpu_probe() as look:
+        pid = look(os.getpid)
+        with pytest.raises(DeviceError, match="no such card"):
+            look(fail)
+        assert look(os.getpid) == pid != os.getpid()
+    psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=10)
+    assert not psutil.pid_exists(pid)
