@@ -32,12 +32,15 @@ def only(column: Any, is_kept: NDArray[np.bool_]) -> Any:
     Contents are not copied, so that those of the other rows stay in memory: not for few rows, nor
     for `pixel_array`.
     """
-    array = _one_array(column)
-    _, offsets, content = array.buffers()
-    flags = np.concatenate([np.zeros(array.offset, dtype=np.bool_), is_kept])
+    if isinstance(column, pa.ChunkedArray):
+        ends = np.cumsum([len(chunk) for chunk in column.chunks])
+        kept = np.split(is_kept, ends[:-1])
+        return pa.chunked_array(map(only, column.chunks, kept), column.type)
+    _, offsets, content = column.buffers()
+    flags = np.concatenate([np.zeros(column.offset, dtype=np.bool_), is_kept])
     validity = pa.py_buffer(np.packbits(flags, bitorder="little"))
     return pa.Array.from_buffers(
-        array.type, len(array), [validity, offsets, content], offset=array.offset
+        column.type, len(column), [validity, offsets, content], offset=column.offset
     )
 
 
