@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from engine.publishing.file_systems import file_system_errors, open_file_system
+from engine.publishing.file_systems import file_system_errors, open_file_system, open_parts
 from pipelines import schema
 from pipelines.errors import CatalogError
 from pipelines.schema import MODALITIES, Modality
@@ -216,7 +216,7 @@ def _identity(info: dict[str, Any]) -> str:
 
 def _read_footer(fs: Any, path: str) -> pq.FileMetaData:
     try:
-        with fs.open(path, "rb") as file:
+        with open_parts(fs, path) as file:
             return pq.read_metadata(file)
     except (pa.ArrowException, *file_system_errors()) as error:
         raise CatalogError(

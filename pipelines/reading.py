@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from engine.publishing.file_systems import file_system_errors
+from engine.publishing.file_systems import file_system_errors, open_parts
 from pipelines import schema
 from pipelines.catalog import Catalog, ImageLayout
 from pipelines.errors import CatalogError
@@ -24,6 +24,8 @@ from pipelines.progress import StageMeter, metered
 from pipelines.schema import MODALITIES, Modality
 
 ROWS_PER_READ = 256
+# Of a column of a row group at once; without a bound all of it, hundreds of megabytes of images.
+BYTES_PER_READ = 4 * 2**20
 # Of keys and versions alone, which are short.
 KEYS_PER_READ = 65_536
 # Ray's own bound, from which on it thinks that a number of blocks was chosen by mistake.
@@ -144,9 +146,10 @@ def _tables(
     columns += [catalog.text_column] if "text" in content and catalog.text_column else []
     columns += config.carry_columns if content else ()
     try:
-        with catalog.fs.open(piece.path, "rb") as file:
+        with open_parts(catalog.fs, piece.path) as file:
             row = piece.first_row
-            for batch in pq.ParquetFile(file).iter_batches(
+            parquet = pq.ParquetFile(file, buffer_size=BYTES_PER_READ, pre_buffer=False)
+            for batch in parquet.iter_batches(
                 ROWS_PER_READ if content else KEYS_PER_READ,
                 row_groups=[piece.row_group],
                 columns=list(dict.fromkeys(columns)),

@@ -76,6 +76,21 @@ def test_an_object_store_tells_content_by_its_etag(tmp_path):
     assert one == same != other
 
 
+def test_a_catalog_on_an_object_store_is_opened_again_once_a_file_was_replaced(tmp_path):
+    with s3_bucket() as bucket:
+        # With a cache of its own, like another process.
+        another = fsspec.filesystem("s3", skip_instance_cache=True)
+        catalogs = []
+        for num_rows in (1, 2000):
+            rows = {"key": list(range(num_rows)), "text": ["one"] * num_rows}
+            path = write(tmp_path / "a.parquet", rows)
+            another.pipe_file(f"{bucket}/catalog/a.parquet", path.read_bytes())
+            catalogs.append(opened(f"{bucket}/catalog"))
+    before, after = catalogs
+    assert (before.num_rows, after.num_rows) == (1, 2000)
+    assert before.files[0].identity != after.files[0].identity
+
+
 def test_no_connection_is_an_error_of_the_catalog(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")

@@ -1,14 +1,28 @@
 """What names a plan, and what an unfinished run of it left."""
 
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
 
+from pipelines import schema
 from pipelines.catalog import Catalog, CatalogConfig, open_catalog
-from pipelines.planning import catalog_record, modalities_by_content, plan_id_of, staged_files
-from pipelines.snapshots import EngineRecord
+from pipelines.ledger import Ledger
+from pipelines.planning import (
+    add_stored,
+    catalog_record,
+    modalities_by_content,
+    plan_id_of,
+    staged_files,
+)
+from pipelines.snapshots import EngineRecord, StoredFile
 from pipelines.store import Store
+from pipelines.writing import write_table
 from tests.catalogs import write_rows
+from tests.object_store import s3_bucket
 from tests.stored import PLAN_ID, embeddings_file
 
 ENGINE = EngineRecord(engine_id="fp32-1", checkpoint="a", revision=None)
@@ -20,6 +34,19 @@ ROWS = [
 
 def opened(folder: Path, **columns: str) -> Catalog:
     return open_catalog(CatalogConfig(uri=str(folder), **columns))
+
+
+def rejects_file(store: Store, key: str) -> StoredFile:
+    """Write one file of one reject."""
+    row: dict[str, Any] = {
+        "key": key,
+        "modality": "image",
+        "stage": "decode",
+        "reason": "null_image",
+    }
+    row |= {"source_file": "a.parquet", "source_row": 0}
+    rows = pa.Table.from_pylist([row], schema=schema.rejects_schema(key_type=pa.string()))
+    return write_table(rows, kind="rejects", modality="image", plan_id=PLAN_ID, store=store)
 
 
 @pytest.fixture
@@ -71,6 +98,24 @@ def test_staged_files_are_those_of_the_plan_and_not_committed(tmp_path: Path):
     assert set(found) == set(files)
     assert staged_files(store, plan_id=PLAN_ID, committed=files[:1]) == files[1:]
     assert staged_files(store, plan_id="another", committed=()) == []
+
+
+def test_files_that_another_process_adds_to_those_that_were_staged_are_read():
+    with (
+        s3_bucket() as bucket,
+        ProcessPoolExecutor(1, mp_context=get_context("spawn")) as elsewhere,
+        Ledger(key_type=pa.string(), modalities=("image",)) as ledger,
+    ):
+        store = Store(f"{bucket}/store")
+
+        def written(key: str) -> StoredFile:
+            return elsewhere.submit(rejects_file, store, key).result()
+
+        staged = written("a")
+        assert staged_files(store, plan_id=PLAN_ID, committed=()) == [staged]
+        added = written("b")
+        add_stored(ledger, [added], store=store, staged=True)
+        assert set(staged_files(store, plan_id=PLAN_ID, committed=())) == {staged, added}
 
 
 def test_a_snapshot_remembers_its_catalog(catalog_dir: Path):

@@ -13,12 +13,22 @@ import fsspec
 def open_file_system(uri: str) -> tuple[Any, str]:
     """The fsspec file system of a URI, and the path within it.
 
+    It remembers no listings: other processes add and replace files.
+
     Raises:
         ValueError: No such kind of file system.
         ImportError: The package that reads it is missing.
     """
-    fs, path = fsspec.url_to_fs(uri)
+    fs, path = fsspec.url_to_fs(uri, use_listings_cache=False)
     return fs, str(path)
+
+
+def open_parts(fs: Any, path: str) -> Any:
+    """Open a file of which some parts are read: no more than these is asked for.
+
+    fsspec would read on from each, on S3 for 50 MiB.
+    """
+    return fs.open(path, "rb", cache_type="none")
 
 
 def file_system_errors() -> tuple[type[Exception], ...]:

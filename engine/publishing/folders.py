@@ -140,7 +140,6 @@ class Folder:
         """
         path = self.full_path(folder)
         with self._errors(folder, "listed"):
-            self._fs.invalidate_cache()
             try:
                 entries = [str(entry).rstrip("/") for entry in self._fs.ls(path, detail=False)]
             except (FileNotFoundError, NotADirectoryError):
@@ -156,7 +155,6 @@ class Folder:
         the file system does not say when files were written.
         """
         with self._errors(folder, "listed"):
-            self._fs.invalidate_cache()
             found = self._fs.find(self.full_path(folder), detail=True)
         return [self._listed(info) for info in found.values() if info["type"] == "file"]
 
@@ -166,7 +164,6 @@ class Folder:
         Empty if there is no such folder; `error` as of `files`.
         """
         with self._errors(folder, "listed"):
-            self._fs.invalidate_cache()
             try:
                 found = self._fs.ls(self.full_path(folder), detail=True)
             except (FileNotFoundError, NotADirectoryError):
@@ -191,7 +188,6 @@ class Folder:
     def remove(self, relative: str) -> None:
         """Remove a file, or a folder with all in it, if it is there; `error` if it fails."""
         with self._errors(relative, "removed"):
-            self._fs.invalidate_cache()
             try:
                 self._fs.rm(self.full_path(relative), recursive=True)
             except FileNotFoundError:
@@ -200,7 +196,6 @@ class Folder:
     def num_bytes(self, relative: str) -> int:
         """Size of a file, or of all files in a folder; 0 if there is none."""
         with self._errors(relative, "listed"):
-            self._fs.invalidate_cache()
             found = self._fs.find(self.full_path(relative), detail=True)
             return sum(int(info["size"]) for info in found.values())
 
@@ -236,7 +231,6 @@ class Folder:
         By the file system's clock.
         """
         with self._errors(relative, "read"):
-            self._fs.invalidate_cache()
             paths = self._fs.find(self.full_path(relative))
             if not paths:
                 raise FileNotFoundError(f"no file at {self.full_path(relative)}")
