@@ -1,17 +1,21 @@
 """Tests of pipelines/catalog.py."""
 
+import gc
 import os
 import re
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
-from pipelines.catalog import Catalog, CatalogConfig, ImageLayout, check_has_rows, open_catalog
+from pipelines.catalog import Catalog, CatalogConfig, check_has_rows, open_catalog
+from pipelines.catalog_columns import ImageLayout
 from pipelines.errors import CatalogError
 from tests.object_store import s3_bucket
 
@@ -220,11 +224,46 @@ def test_files_may_store_one_type_in_several_ways(tmp_path):
     assert opened(tmp_path).key_type == pa.string()
 
 
+NOON = datetime(2026, 3, 1, 12)
+
+
+@pytest.mark.parametrize(
+    "versions",
+    [
+        [pa.array(["1"]), pa.array(["1"], pa.large_string()), pa.array(["1"]).dictionary_encode()],
+        [pa.array([1], pa.int32()), pa.array([1], pa.int64()), pa.array([1.0])],
+        [pa.array([NOON], pa.timestamp("us")), pa.array([NOON], pa.timestamp("ns", "UTC"))],
+    ],
+    ids=["string", "number", "timestamp"],
+)
+def test_files_may_store_versions_in_several_ways_too(tmp_path, versions):
+    for number, of_file in enumerate(versions):
+        columns = {"key": [f"k{number}"], "text": ["t"], "v": of_file}
+        write(tmp_path / f"{number}.parquet", columns)
+    assert opened(tmp_path, version_column="v").num_rows == len(versions)
+    write(tmp_path / "other.parquet", {"key": ["a"], "text": ["t"], "v": [NOON.date()]})
+    with pytest.raises(CatalogError, match=r"version column 'v' differs between files: .*date32"):
+        opened(tmp_path, version_column="v")
+
+
 def test_a_column_that_is_there_twice_is_a_fault(tmp_path):
     table = pa.table([pa.array(["a"])] * 3, names=["key", "key", "text"])
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(CatalogError, match="key column 'key' is there more than once"):
         opened(tmp_path)
+
+
+def test_footers_are_not_held(tmp_path):
+    for number in range(5):
+        write(tmp_path / f"{number}.parquet", row_group_size=1)
+    gc.collect()
+    gc.disable()  # or it would free what is held in cycles
+    try:
+        catalog = opened(tmp_path)
+        held = [found for found in gc.get_objects() if type(found) is pq.FileMetaData]
+    finally:
+        gc.enable()
+    assert (catalog.num_rows, held) == (10, [])
 
 
 @pytest.mark.parametrize("num_bytes", [0, 4, 100, -1])
@@ -281,6 +320,45 @@ def test_identity_in_memory_changes_with_the_content(tmp_path):
         fs.pipe_file(f"/{tmp_path.name}/a.parquet", content)
         identities.add(opened(f"memory://{tmp_path.name}").files[0].identity)
     assert len(identities) == 2
+
+
+class Listing(MemoryFileSystem):
+    """Describes its files as another file system does."""
+
+    protocol = "listing"
+    stamp: ClassVar[dict[str, Any]] = {}
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.removeprefix("listing://"))
+
+    def find(self, path: str, *args: Any, **options: Any) -> Any:
+        found = super().find(path, *args, **options)
+        return {
+            name: {"name": name, "size": info["size"], "type": "file", **self.stamp}
+            for name, info in found.items()
+        }
+
+
+@pytest.mark.parametrize(
+    "name", ["ETag", "modificationTime", "modify", "last_modified", "last_write_time", "updated"]
+)
+def test_identity_is_of_whatever_a_file_system_tells_and_never_of_size_alone(
+    tmp_path, name, monkeypatch
+):
+    fsspec.register_implementation("listing", Listing, clobber=True)
+    content = write(tmp_path / "a.parquet").read_bytes()
+    fsspec.filesystem("listing").pipe_file(f"/{tmp_path.name}/a.parquet", content)
+    identities = set()
+    for stamp in (1, 2):
+        monkeypatch.setattr(Listing, "stamp", {name: stamp, "created": None})
+        identities.add(opened(f"listing://{tmp_path.name}").files[0].identity)
+    assert identities == {f"{len(content)}-1", f"{len(content)}-2"}
+    monkeypatch.setattr(Listing, "stamp", {})
+    with pytest.raises(
+        CatalogError, match=r"a\.parquet: its file system \(listing\) tells neither"
+    ):
+        opened(f"listing://{tmp_path.name}")
 
 
 @pytest.mark.parametrize("name", ["embedding", "source_row", "text_wanted", "key"])

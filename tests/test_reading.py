@@ -61,7 +61,7 @@ def test_bytes_have_one_form_whatever_the_layout(tmp_path, images):
     table = read(catalog)
     assert table["image"].type == pa.large_binary()
     assert table["image"].to_pylist() == [b"one", None]
-    assert table["image_uri"].type == pa.string()
+    assert table["image_uri"].type == pa.binary()
     assert table["image_uri"].to_pylist() == [None, None]
     assert table["image_wanted"].to_pylist() == [True, True]
     assert table.column_names == [
@@ -79,7 +79,29 @@ def test_a_struct_gives_bytes_and_path_as_they_are(tmp_path):
     catalog = opened(write(tmp_path / "a.parquet", {"key": list("abcd"), "image": images}))
     table = read(catalog)
     assert table["image"].to_pylist() == [b"one", None, None, None]
-    assert table["image_uri"].to_pylist() == ["one.jpg", "https://example.com/two.jpg", None, None]
+    assert table["image_uri"].to_pylist() == [
+        b"one.jpg",
+        b"https://example.com/two.jpg",
+        None,
+        None,
+    ]
+
+
+def test_a_path_that_is_not_utf8_does_not_stop_the_reading(tmp_path):
+    paths = pa.array([b"caf\xe9.jpg", b"fine.jpg"]).view(pa.string())
+    images = pa.StructArray.from_arrays([pa.array([b"one", None]), paths], ["bytes", "path"])
+    table = read(opened(write(tmp_path / "a.parquet", {"key": ["a", "b"], "image": images})))
+    assert table["image"].to_pylist() == [b"one", None]
+    assert table["image_uri"].to_pylist() == [b"caf\xe9.jpg", b"fine.jpg"]
+    table = read(opened(write(tmp_path / "b.parquet", {"key": ["a", "b"], "image": paths})))
+    assert table["image_uri"].to_pylist() == [b"caf\xe9.jpg", b"fine.jpg"]
+
+
+@pytest.mark.parametrize("type_", [pa.int64(), pa.list_(pa.uint8())], ids=str)
+def test_a_path_that_is_no_text_is_none(tmp_path, type_):
+    images = pa.array([{"bytes": b"one"}], pa.struct({"bytes": pa.binary(), "path": type_}))
+    table = read(opened(write(tmp_path / "a.parquet", {"key": ["a"], "image": images})))
+    assert table["image_uri"].to_pylist() == [None]
 
 
 @pytest.mark.parametrize("type_", [pa.string(), pa.large_string()], ids=str)
@@ -87,7 +109,7 @@ def test_uris_are_not_bytes(tmp_path, type_):
     uris = pa.array(["https://example.com/1.jpg", None], type_)
     table = read(opened(write(tmp_path / "a.parquet", {"key": ["a", "b"], "image": uris})))
     assert table["image"].to_pylist() == [None, None]
-    assert table["image_uri"].to_pylist() == ["https://example.com/1.jpg", None]
+    assert table["image_uri"].to_pylist() == [b"https://example.com/1.jpg", None]
 
 
 @pytest.mark.parametrize(
