@@ -10,7 +10,12 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from engine.publishing.file_systems import file_system_errors, open_file_system, open_parts
+from engine.publishing.file_systems import (
+    file_system_errors,
+    find_files,
+    open_file_system,
+    open_parts,
+)
 from pipelines import schema
 from pipelines.catalog_columns import (
     ImageLayout,
@@ -188,7 +193,7 @@ def _file_system(uri: str) -> tuple[Any, str]:
 
 def _list_files(uri: str, *, fs: Any, root: str) -> list[dict[str, Any]]:
     try:
-        found = fs.find(root, detail=True)
+        found = find_files(fs, root)
     except file_system_errors() as error:
         raise CatalogError(f"catalog {uri}: cannot be listed: {error}") from error
     # Names that begin with _ or . are other programs' markers and unfinished files.

@@ -17,6 +17,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pipelines.catalog import Catalog, CatalogConfig, check_has_rows, open_catalog
 from pipelines.catalog_columns import ImageLayout
 from pipelines.errors import CatalogError
+from tests.closed_folders import close
 from tests.object_store import s3_bucket
 
 Columns = Mapping[str, Any]
@@ -35,6 +36,14 @@ def opened(path: Path | str, **names: Any) -> Catalog:
 
 def names(catalog: Catalog) -> list[str]:
     return [file.path[len(catalog.root) + 1 :] for file in catalog.files]
+
+
+def test_a_folder_that_may_not_be_listed_is_an_error_and_not_left_out(tmp_path, monkeypatch):
+    write(tmp_path / "a.parquet")
+    write(tmp_path / "b/c.parquet")
+    close(tmp_path / "b", monkeypatch)
+    with pytest.raises(CatalogError, match=r"cannot be listed: .*Permission denied"):
+        opened(tmp_path)
 
 
 def test_a_single_file_is_a_catalog(tmp_path):
