@@ -33,7 +33,7 @@ NO_COLUMN = "none"
 # What file systems call that which changes with a file's content: hashes, then times of writing.
 # Stores hold the first one found: in another order all files would count as changed.
 _STAMPS = (
-    *("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified"),
+    *("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "Last-Modified"),
     *("modificationTime", "modify", "last_modified", "last_write_time", "updated", "created"),
 )
 FOOTER_THREADS = 16  # footers are small; the wait is the object store's
@@ -192,24 +192,35 @@ def _file_system(uri: str) -> tuple[Any, str]:
 
 
 def _list_files(uri: str, *, fs: Any, root: str) -> list[dict[str, Any]]:
+    def described(path: str) -> dict[str, Any]:
+        # Over HTTP a listing has not even sizes.
+        info = found[path] if _stamp(found[path]) is not None else fs.info(path)
+        return {**info, "name": path}
+
     try:
         found = find_files(fs, root)
+        # Names that begin with _ or . are other programs' markers and unfinished files.
+        paths = [
+            path
+            for path in sorted(found)
+            if path.endswith((".parquet", ".pq"))
+            and not any(part[:1] in "_." for part in path[len(root) :].split("/") if part)
+        ]
+        with ThreadPoolExecutor(FOOTER_THREADS) as threads:
+            infos = list(threads.map(described, paths))
     except file_system_errors() as error:
         raise CatalogError(f"catalog {uri}: cannot be listed: {error}") from error
-    # Names that begin with _ or . are other programs' markers and unfinished files.
-    infos = [
-        info
-        for path, info in sorted(found.items())
-        if path.endswith((".parquet", ".pq"))
-        and not any(part[:1] in "_." for part in path[len(root) :].split("/") if part)
-    ]
     if not infos:
         raise CatalogError(f"catalog {uri}: no .parquet file there")
     return infos
 
 
+def _stamp(info: dict[str, Any]) -> Any:
+    return next((info[name] for name in _STAMPS if info.get(name) is not None), None)
+
+
 def _identity(info: dict[str, Any], *, fs: Any) -> str:
-    stamp = next((info[name] for name in _STAMPS if info.get(name) is not None), None)
+    stamp = _stamp(info)
     if stamp is None:
         protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
         raise CatalogError(

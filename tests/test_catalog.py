@@ -3,8 +3,12 @@
 import gc
 import os
 import re
+import threading
 from collections.abc import Mapping
 from datetime import datetime
+from email.utils import formatdate
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -233,6 +237,14 @@ def test_files_may_store_one_type_in_several_ways(tmp_path):
     assert opened(tmp_path).key_type == pa.string()
 
 
+FIRST_SECOND = 1_700_000_000
+
+
+class SilentHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
 NOON = datetime(2026, 3, 1, 12)
 
 
@@ -331,6 +343,20 @@ def test_identity_in_memory_changes_with_the_content(tmp_path):
     assert len(identities) == 2
 
 
+def test_over_http_files_are_told_by_their_headers(tmp_path):
+    path = write(tmp_path / "catalog/a.parquet")
+    os.utime(path, (FIRST_SECOND, FIRST_SECOND))
+    handler = partial(SilentHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        uri = f"http://127.0.0.1:{server.server_port}/catalog/"
+        files = [opened(f"{uri}{name}").files for name in ("", "a.parquet")]
+        server.shutdown()
+    (in_folder,), (alone,) = files
+    assert in_folder == alone
+    assert alone.identity == f"{path.stat().st_size}-{formatdate(FIRST_SECOND, usegmt=True)}"
+
+
 class Listing(MemoryFileSystem):
     """Describes its files as another file system does."""
 
@@ -342,11 +368,11 @@ class Listing(MemoryFileSystem):
         return super()._strip_protocol(path.removeprefix("listing://"))
 
     def find(self, path: str, *args: Any, **options: Any) -> Any:
-        found = super().find(path, *args, **options)
-        return {
-            name: {"name": name, "size": info["size"], "type": "file", **self.stamp}
-            for name, info in found.items()
-        }
+        return {name: self.info(name) for name in super().find(path)}
+
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
+        info = super().info(path, **options)
+        return {"name": path, "size": info["size"], "type": info["type"], **self.stamp}
 
 
 @pytest.mark.parametrize(
