@@ -235,7 +235,7 @@ def test_a_catalog_that_is_gone_midway_stops_the_night_until_it_is_back(
         patch.setattr("pipelines.embedding.write_due", gone)
         said = failed(own_ray(night.words(store_dir)))
     assert "cannot be read" in said
-    assert "run the same command again once the file is whole" in said
+    assert "Put the file back and run the same command again" in said
     assert snapshot_numbers(Store(str(store_dir))) == []
     assert "no .parquet file there" in failed(own_ray(night.words(store_dir)))
     os.rename(away, catalog_dir)
