@@ -123,5 +123,9 @@ def add_embed_options(parser: CommandParser) -> None:
     where.add_argument("--encoder-cpus", type=float, default=resources.encoder_cpus)
     where.add_argument("--encoder-gpus", type=float, default=resources.encoder_gpus)
     where.add_argument("--decode-cpus", type=float, default=resources.decode_cpus)
-    where.add_argument("--batch-rows", type=int, help="32 on CPUs, 256 on GPUs if left out")
+    where.add_argument(
+        "--batch-rows",
+        type=int,
+        help="if left out 32 on CPUs, 256 on GPUs, 1,024 on GPUs that decode",
+    )
     where.add_argument("--rows-per-file", type=int, default=resources.rows_per_file)

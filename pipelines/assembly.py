@@ -5,8 +5,6 @@ from: readers of earlier snapshots, and a run that is killed meanwhile, lose not
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 
 import numpy as np
 import pyarrow as pa
@@ -14,10 +12,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines import schema
+from pipelines.bounded_map import bounded_map
 from pipelines.compaction import files_to_write
 from pipelines.ledger import Ledger
 from pipelines.snapshots import StoredFile
 from pipelines.store import Store
+from pipelines.stored_rows import read_stored
 from pipelines.writing import write_table
 
 # Each holds the rows of one file to be written.
@@ -59,10 +59,8 @@ def next_files(
 def count_rejects(store: Store, files: Sequence[StoredFile]) -> dict[str, int]:
     """Reason -> rows, most frequent first."""
     counts: dict[str, int] = {}
-    for stored in files:
-        with store.open(stored.path) as file:
-            reasons = pq.read_table(file, columns=[schema.REASON])[schema.REASON]
-        for entry in reasons.value_counts().to_pylist():
+    for _, rows in read_stored(store, files, columns=[schema.REASON]):
+        for entry in rows[schema.REASON].value_counts().to_pylist():
             counts[entry["values"]] = counts.get(entry["values"], 0) + entry["counts"]
     return dict(sorted(counts.items(), key=lambda entry: -entry[1]))
 
@@ -88,10 +86,8 @@ class _Rewriter:
         paths = [file.path for of_one in lists for file in of_one]
         positions = self._ledger.live_positions(paths)
         rows = ([(file, next(positions)) for file in of_one] for of_one in lists)
-        with ThreadPoolExecutor(WRITE_THREADS) as threads:
-            while some := list(islice(rows, WRITE_THREADS)):
-                for written in threads.map(self._written, some):
-                    yield from written
+        for written in bounded_map(self._written, rows, num_threads=WRITE_THREADS):
+            yield from written
 
     def _written(self, rows: Sequence[tuple[StoredFile, NDArray[np.int64]]]) -> list[StoredFile]:
         """Write the rows at some positions of some files as one."""

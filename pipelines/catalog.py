@@ -3,22 +3,39 @@
 Knows nothing of what is done with the rows, nor of earlier runs.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from engine.publishing.file_systems import file_system_errors, open_file_system
+from engine.publishing.file_systems import (
+    file_system_errors,
+    find_files,
+    open_file_system,
+    open_parts,
+)
 from pipelines import schema
+from pipelines.catalog_columns import (
+    ImageLayout,
+    SchemaCheck,
+    any_type,
+    image_layout,
+    key_type,
+    text_type,
+    version_kind,
+)
 from pipelines.errors import CatalogError
 from pipelines.schema import MODALITIES, Modality
 
 NO_COLUMN = "none"
+# What file systems call that which changes with a file's content: hashes, then times of writing.
+# Stores hold the first one found: in another order all files would count as changed.
+_STAMPS = (
+    *("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "Last-Modified"),
+    *("modificationTime", "modify", "last_modified", "last_write_time", "updated", "created"),
+)
 FOOTER_THREADS = 16  # footers are small; the wait is the object store's
 
 
@@ -52,14 +69,6 @@ class CatalogConfig:
                 )
         if len(set(self.carry_columns)) != len(self.carry_columns):
             raise ValueError(f"carry columns {list(self.carry_columns)}: named twice")
-
-
-class ImageLayout(StrEnum):
-    """How a catalog holds its images."""
-
-    BYTES = "bytes"
-    STRUCT = "struct"
-    URI = "uri"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,39 +139,36 @@ def open_catalog(config: CatalogConfig) -> Catalog:
     files = tuple(
         CatalogFile(
             path=info["name"],
-            identity=_identity(info),
-            row_groups=tuple(footer.row_group(i).num_rows for i in range(footer.num_row_groups)),
+            identity=_identity(info, fs=fs),
+            row_groups=footer.row_groups,
             num_bytes=info["size"],
         )
         for info, footer in zip(infos, footers, strict=True)
     )
-    schemas = {
-        info["name"]: footer.schema.to_arrow_schema()
-        for info, footer in zip(infos, footers, strict=True)
-    }
-    check = _SchemaCheck(schemas)
-    key_type = check.column("key", config.key_column, _key_type, "a string or an integer")
+    schemas = {info["name"]: footer.columns for info, footer in zip(infos, footers, strict=True)}
+    check = SchemaCheck(schemas)
+    key = check.column("key", config.key_column, key_type, "a string or an integer")
     image_column = _named_or_default(config.image_column, "image", schemas)
     text_column = _named_or_default(config.text_column, "text", schemas)
-    image_layout = image_column and check.column(
-        "image", image_column, _image_layout, "binary, struct{bytes, path} or a URI string"
+    layout = image_column and check.column(
+        "image", image_column, image_layout, "binary, struct{bytes, path} or a URI string"
     )
     if text_column:
-        check.column("text", text_column, _text_type, "a string")
+        check.column("text", text_column, text_type, "a string")
     if config.version_column:
-        check.column("version", config.version_column, _scalar_type, "a string, number or time")
+        check.column("version", config.version_column, version_kind, "a string, number or time")
     if image_column is None and text_column is None:
         check.fault("no column 'image' or 'text'; name yours with --image-column, --text-column")
-    carried = [check.column("carried", name, _any_type, "") for name in config.carry_columns]
+    carried = [check.column("carried", name, any_type, "") for name in config.carry_columns]
     check.finish(config.uri)
     return Catalog(
         config=config,
         fs=fs,
         root=root,
         files=files,
-        key_type=key_type,
+        key_type=key,
         image_column=image_column,
-        image_layout=image_layout or None,
+        image_layout=layout or None,
         text_column=text_column,
         carried=tuple(
             pa.field(name, kind) for name, kind in zip(config.carry_columns, carried, strict=True)
@@ -186,38 +192,64 @@ def _file_system(uri: str) -> tuple[Any, str]:
 
 
 def _list_files(uri: str, *, fs: Any, root: str) -> list[dict[str, Any]]:
+    def described(path: str) -> dict[str, Any]:
+        # Over HTTP a listing has not even sizes.
+        info = found[path] if _stamp(found[path]) is not None else fs.info(path)
+        return {**info, "name": path}
+
     try:
-        found = fs.find(root, detail=True)
+        found = find_files(fs, root)
+        # Names that begin with _ or . are other programs' markers and unfinished files.
+        paths = [
+            path
+            for path in sorted(found)
+            if path.endswith((".parquet", ".pq"))
+            and not any(part[:1] in "_." for part in path[len(root) :].split("/") if part)
+        ]
+        with ThreadPoolExecutor(FOOTER_THREADS) as threads:
+            infos = list(threads.map(described, paths))
     except file_system_errors() as error:
         raise CatalogError(f"catalog {uri}: cannot be listed: {error}") from error
-    # Names that begin with _ or . are other programs' markers and unfinished files.
-    infos = [
-        info
-        for path, info in sorted(found.items())
-        if path.endswith((".parquet", ".pq"))
-        and not any(part[:1] in "_." for part in path[len(root) :].split("/") if part)
-    ]
     if not infos:
         raise CatalogError(f"catalog {uri}: no .parquet file there")
     return infos
 
 
-def _identity(info: dict[str, Any]) -> str:
-    stamp = next(
-        (
-            info[name]
-            for name in ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "created")
-            if info.get(name) is not None
-        ),
-        "",
-    )
+def _stamp(info: dict[str, Any]) -> Any:
+    return next((info[name] for name in _STAMPS if info.get(name) is not None), None)
+
+
+def _identity(info: dict[str, Any], *, fs: Any) -> str:
+    stamp = _stamp(info)
+    if stamp is None:
+        protocol = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
+        raise CatalogError(
+            f"{info['name']}: its file system ({protocol}) tells neither an ETag nor when the file "
+            "was written, so that nobody can tell whether it was changed; copy the catalog to a "
+            "disk or an object store"
+        )
     return f"{info['size']}-{stamp}"
 
 
-def _read_footer(fs: Any, path: str) -> pq.FileMetaData:
+class _Footer(NamedTuple):
+    """What stays of a footer: of statistics, each column of each row group has a kilobyte."""
+
+    row_groups: tuple[int, ...]
+    columns: pa.Schema
+
+
+def _read_footer(fs: Any, path: str) -> _Footer:
     try:
-        with fs.open(path, "rb") as file:
-            return pq.read_metadata(file)
+        with open_parts(fs, path) as file:
+            parquet = pq.ParquetFile(file)
+            footer = parquet.metadata
+            return _Footer(
+                row_groups=tuple(
+                    footer.row_group(group).num_rows for group in range(footer.num_row_groups)
+                ),
+                # Not `footer.schema`: the two would keep each other until garbage is collected.
+                columns=parquet.schema_arrow,
+            )
     except (pa.ArrowException, *file_system_errors()) as error:
         raise CatalogError(
             f"{path}: not a whole Parquet file ({str(error).splitlines()[0]}); write it again or "
@@ -229,103 +261,3 @@ def _named_or_default(named: str | None, default: str, schemas: dict[str, pa.Sch
     if named is not None:
         return None if named == NO_COLUMN else named
     return default if any(default in names.names for names in schemas.values()) else None
-
-
-class _SchemaCheck:
-    """Collects the faults of all columns in all files."""
-
-    def __init__(self, schemas: dict[str, pa.Schema]) -> None:
-        self._schemas = schemas
-        self._faults: list[str] = []
-
-    def fault(self, text: str) -> None:
-        self._faults.append(text)
-
-    def column(
-        self, role: str, name: str, normalize: Callable[[pa.DataType], Any], expected: str
-    ) -> Any:
-        """The normalized type of a column, or None with a fault noted."""
-        missing: list[str] = []
-        repeated: list[str] = []
-        wrong: dict[pa.DataType, list[str]] = defaultdict(list)
-        kinds: dict[Any, list[str]] = defaultdict(list)
-        for path, columns in self._schemas.items():
-            if name not in columns.names:
-                missing.append(path)
-                continue
-            if columns.names.count(name) > 1:
-                repeated.append(path)
-                continue
-            type_ = columns.field(name).type
-            normalized = normalize(type_)
-            (wrong[type_] if normalized is None else kinds[normalized]).append(path)
-        if missing:
-            self.fault(f"{role} column {name!r} is missing in {_some(missing)}")
-        if repeated:
-            self.fault(f"{role} column {name!r} is there more than once in {_some(repeated)}")
-        for type_, paths in wrong.items():
-            self.fault(f"{role} column {name!r} must be {expected}, is {type_} in {_some(paths)}")
-        if len(kinds) > 1:
-            each = ", ".join(f"{kind} in {_some(paths)}" for kind, paths in kinds.items())
-            self.fault(f"{role} column {name!r} differs between files: {each}")
-        return next(iter(kinds), None)
-
-    def finish(self, uri: str) -> None:
-        """Raise CatalogError with all faults, if there are any."""
-        if not self._faults:
-            return
-        columns = sorted(
-            {f"{field.name} ({field.type})" for names in self._schemas.values() for field in names}
-        )
-        faults = "".join(f"\n  - {fault}" for fault in self._faults)
-        raise CatalogError(f"catalog {uri}:{faults}\ncolumns there: {', '.join(columns)}")
-
-
-def _some(paths: Sequence[str]) -> str:
-    more = f" and {len(paths) - 1} more files" if len(paths) > 1 else ""
-    return f"{paths[0]}{more}"
-
-
-def _plain(type_: pa.DataType) -> pa.DataType:
-    return type_.value_type if pa.types.is_dictionary(type_) else type_
-
-
-def _is_any(type_: pa.DataType, checks: Iterable[Callable[[pa.DataType], bool]]) -> bool:
-    return any(check(type_) for check in checks)
-
-
-_STRINGS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-_BINARIES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
-
-
-def _key_type(type_: pa.DataType) -> pa.DataType | None:
-    type_ = _plain(type_)
-    if _is_any(type_, _STRINGS):
-        return pa.string()
-    # Larger than int64 holds; such keys are better strings.
-    return pa.int64() if pa.types.is_integer(type_) and type_ != pa.uint64() else None
-
-
-def _text_type(type_: pa.DataType) -> pa.DataType | None:
-    return pa.string() if _is_any(_plain(type_), _STRINGS) else None
-
-
-def _image_layout(type_: pa.DataType) -> ImageLayout | None:
-    if pa.types.is_struct(type_):
-        fields = {field.name: field.type for field in type_}
-        has_bytes = "bytes" in fields and _is_any(fields["bytes"], _BINARIES)
-        return ImageLayout.STRUCT if has_bytes else None
-    type_ = _plain(type_)
-    if _is_any(type_, _BINARIES):
-        return ImageLayout.BYTES
-    return ImageLayout.URI if _is_any(type_, _STRINGS) else None
-
-
-def _scalar_type(type_: pa.DataType) -> pa.DataType | None:
-    type_ = _plain(type_)
-    scalar = (*_STRINGS, pa.types.is_integer, pa.types.is_floating, pa.types.is_temporal)
-    return type_ if _is_any(type_, scalar) else None
-
-
-def _any_type(type_: pa.DataType) -> pa.DataType:
-    return type_

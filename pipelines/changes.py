@@ -9,14 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipelines import schema
 from pipelines.database import open_database, sql_type
 from pipelines.errors import StoreError
 from pipelines.schema import FINGERPRINT, KEY, Modality
 from pipelines.snapshots import Snapshot, StoredFile
 from pipelines.store import Store
+from pipelines.stored_rows import read_stored
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,8 +73,9 @@ def _compared(
     ):
         for name, files in (("before", before), ("after", after)):
             db.execute(f"CREATE TABLE {name} ({KEY} {key}, {FINGERPRINT} BLOB, is_reject BOOLEAN)")
-            for file in files:
-                db.register("incoming", _rows(store, file))
+            for file, rows in read_stored(store, files, columns=[KEY, FINGERPRINT]):
+                is_reject = pa.array(np.full(rows.num_rows, file.kind == "rejects"))
+                db.register("incoming", rows.append_column("is_reject", is_reject))
                 db.execute(f"INSERT INTO {name} SELECT * FROM incoming")
                 db.unregister("incoming")
         in_both = f"b.{KEY} IS NOT NULL AND a.{KEY} IS NOT NULL"
@@ -92,10 +92,3 @@ def _compared(
         names = counts.columns
         (values,) = counts.fetchall()
     return Changes(**dict(zip(names, values, strict=True)))
-
-
-def _rows(store: Store, file: StoredFile) -> pa.Table:
-    with store.open(file.path) as opened:
-        rows = pq.read_table(opened, columns=[schema.KEY, schema.FINGERPRINT])
-    is_reject = np.full(rows.num_rows, file.kind == "rejects")
-    return rows.append_column("is_reject", pa.array(is_reject))

@@ -4,14 +4,13 @@ Knows nothing of how such rows are found.
 """
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import schema
+from pipelines.bounded_map import bounded_map
 from pipelines.ledger import Ledger
 from pipelines.snapshots import StoredFile
 from pipelines.store import Store
@@ -45,9 +44,7 @@ def copy_embeddings(
         )
 
     tables = ledger.copies(max_rows=rows_per_file)
-    with ThreadPoolExecutor(COPY_THREADS) as threads:
-        while some := list(islice(tables, COPY_THREADS)):
-            yield from threads.map(copy, some)
+    return bounded_map(copy, tables, num_threads=COPY_THREADS)
 
 
 def _copied(rows: pa.Table, *, store: Store) -> pa.Table:

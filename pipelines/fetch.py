@@ -26,18 +26,22 @@ class FetchFailure:
     """For a person, one line."""
 
 
-def fetch_all(uris: Sequence[str], *, max_bytes: int) -> list[bytes | FetchFailure]:
+def fetch_all(uris: Sequence[bytes], *, max_bytes: int) -> list[bytes | FetchFailure]:
     """Fetch several URIs at once, in their order.
 
     Args:
-        uris: Any that fsspec reads (https:, s3:, gs:, file: ...).
+        uris: Any that fsspec reads (https:, s3:, gs:, file: ...). UTF-8, unchecked.
         max_bytes: Reading stops one byte beyond; the caller sees that it is too large.
     """
     with ThreadPoolExecutor(min(FETCH_THREADS, max(1, len(uris)))) as threads:
         return list(threads.map(lambda uri: _fetch(uri, max_bytes=max_bytes), uris))
 
 
-def _fetch(uri: str, *, max_bytes: int) -> bytes | FetchFailure:
+def _fetch(encoded: bytes, *, max_bytes: int) -> bytes | FetchFailure:
+    try:
+        uri = encoded.decode()
+    except UnicodeDecodeError as error:
+        return FetchFailure(f"URI is not UTF-8: {error.reason} at {error.start}")
     is_http = uri.startswith(("http:", "https:"))
     options: dict[str, Any] = _HTTP_OPTIONS if is_http else {}
     try:

@@ -47,8 +47,8 @@ def index_id(parts: Sequence[str]) -> str:
     return xxhash.xxh3_128_hexdigest("\n".join(parts).encode())
 
 
-def _uri_content(uri: str | None) -> bytes | None:
-    return None if uri is None else f"uri\0{uri}".encode()
+def _uri_content(uri: bytes | None) -> bytes | None:
+    return None if uri is None else b"uri\0" + uri
 
 
 def _hashes(contents: Iterable[bytes | memoryview | None]) -> pa.Array:

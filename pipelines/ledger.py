@@ -108,6 +108,7 @@ class Ledger:
             trusted: Their file is the very one that the stored rows were made from, so that the
                 key alone tells.
         """
+        self._db.execute("DROP TABLE IF EXISTS item")  # made of all rows when they are settled
         rows = rows.append_column(TRUSTED, pa.array(np.full(rows.num_rows, trusted)))
         columns = ", ".join((SOURCE_FILE, SOURCE_ROW, KEY, TRUSTED, *self._modalities))
         self._insert("catalog", rows, columns=columns)
@@ -147,7 +148,7 @@ class Ledger:
     def settle(self) -> None:
         """Join the two sides; the answers below are of the rows added so far."""
         self._db.execute(
-            f"CREATE OR REPLACE TABLE item AS SELECT *, row_number() OVER "
+            f"CREATE TABLE IF NOT EXISTS item AS SELECT *, row_number() OVER "
             f"(PARTITION BY {KEY} ORDER BY {SOURCE_FILE}, {SOURCE_ROW}) AS copy "
             f"FROM catalog WHERE {KEY} IS NOT NULL"
         )
@@ -164,13 +165,14 @@ class Ledger:
                 AND s.{REASON} = stored.{REASON} AND s.staged AND NOT s.retried
             )"""
         )
-        # Of two stored copies (a task that was run twice) the committed one is kept.
+        # Of two stored copies (a task that was run twice) the committed one is kept, but an
+        # embedding rather than a reject: that was tried again, by a run that did not finish.
         self._db.execute(
             f"""CREATE OR REPLACE TABLE live AS
             SELECT path, position, {KEY}, modality, staged, embedded FROM (
               SELECT s.path, s.position, s.{KEY}, s.modality, s.staged, s.embedded,
                 row_number() OVER (PARTITION BY s.{KEY}, s.modality
-                  ORDER BY s.staged, s.path, s.position) AS copy
+                  ORDER BY NOT s.embedded, s.staged, s.path, s.position) AS copy
               FROM stored s JOIN wanted w ON s.{KEY} = w.{KEY} AND s.modality = w.modality
                 AND NOT s.retried AND {same_content("w")}
             ) WHERE copy = 1"""
@@ -223,7 +225,7 @@ class Ledger:
         return self._one("SELECT count(*) FROM live WHERE staged AND NOT embedded")
 
     def num_waiting(self) -> dict[Modality, int]:
-        """Of them, twins of rows that are still to be embedded."""
+        """Of those due, twins of rows that are still to be embedded."""
         waiting = "FROM copies WHERE path IS NULL"
         return num_by_modality(self._db, waiting, modalities=self._modalities)
 

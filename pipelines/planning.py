@@ -4,7 +4,6 @@ Knows nothing of engines; contents are read only where a key alone cannot tell.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pyarrow as pa
@@ -13,17 +12,23 @@ import pyarrow.parquet as pq
 import ray
 
 from pipelines import schema
+from pipelines.bounded_map import bounded_map
 from pipelines.catalog import Catalog
 from pipelines.fingerprints import plan_id as fingerprint_plan
 from pipelines.fingerprints import row_fingerprints
 from pipelines.ledger import Ledger
 from pipelines.reading import CatalogDatasource, all_rows, num_blocks
-from pipelines.schema import Modality
+from pipelines.schema import Modality, Reason
 from pipelines.snapshots import CatalogRecord, EngineRecord, Kind, Snapshot, StoredFile
 from pipelines.store import Store
+from pipelines.stored_rows import READ_THREADS, read_stored
 from pipelines.writing import staging_dir
 
-READ_THREADS = 8
+# Kind of file -> what a ledger takes of its rows.
+_LEDGER_COLUMNS: Mapping[Kind, tuple[str, ...]] = {
+    "embeddings": (schema.KEY, schema.FINGERPRINT),
+    "rejects": (schema.KEY, schema.FINGERPRINT, schema.REASON),
+}
 
 
 def plan_id_of(catalog: Catalog, *, engine: EngineRecord, settings: Iterable[str]) -> str:
@@ -65,24 +70,26 @@ def staged_files(
     """Files that an earlier, unfinished run of the same plan left, but not those committed."""
     known = {file.path for file in committed}
     kinds: tuple[Kind, ...] = ("embeddings", "rejects")
-    files = []
-    for kind in kinds:
-        for path in store.list(staging_dir(kind, plan_id=plan_id), suffix=".parquet"):
-            modality = path.rsplit("/", 1)[-1].split("-", 1)[0]
-            if modality in schema.MODALITIES and path not in known:
-                with store.open(path) as file:
-                    num_rows = pq.read_metadata(file).num_rows
-                    num_bytes = file.seek(0, 2)
-                files.append(
-                    StoredFile(
-                        path=path,
-                        kind=kind,
-                        modality=modality,
-                        num_rows=num_rows,
-                        num_bytes=num_bytes,
-                    )
-                )
-    return files
+    found = [
+        (kind, modality, path)
+        for kind in kinds
+        for path in store.list(staging_dir(kind, plan_id=plan_id), suffix=".parquet")
+        for modality in schema.MODALITIES
+        if path.rsplit("/", 1)[-1].startswith(f"{modality}-") and path not in known
+    ]
+
+    def described(place: tuple[Kind, Modality, str]) -> StoredFile:
+        kind, modality, path = place
+        with store.open(path) as file:
+            return StoredFile(
+                path=path,
+                kind=kind,
+                modality=modality,
+                num_rows=pq.read_metadata(file).num_rows,
+                num_bytes=file.seek(0, 2),
+            )
+
+    return list(bounded_map(described, found, num_threads=READ_THREADS))
 
 
 def modalities_by_content(catalog: Catalog) -> tuple[Modality, ...]:
@@ -143,17 +150,12 @@ def add_stored(
         staged: Whether they are of this very plan.
         retried: Reject reasons: rows that were rejected for them are due again.
     """
-
-    def read(file: StoredFile) -> tuple[StoredFile, pa.Table]:
-        columns = [schema.KEY, schema.FINGERPRINT]
-        columns += [schema.REASON] if file.kind == "rejects" else []
-        with store.open(file.path) as opened:
-            return file, pq.read_table(opened, columns=columns)
-
-    with ThreadPoolExecutor(READ_THREADS) as threads:
-        for file, rows in threads.map(read, [file for file in files if file.modality is not None]):
+    with_modality = [file for file in files if file.modality is not None]
+    for kind, columns in _LEDGER_COLUMNS.items():
+        of_kind = (file for file in with_modality if file.kind == kind)
+        for file, rows in read_stored(store, of_kind, columns=columns):
             due_again = None
-            if file.kind == "rejects" and retried:
+            if kind == "rejects" and retried:
                 reasons = pa.array(sorted(retried), pa.string())
                 due_again = pc.is_in(rows[schema.REASON], reasons).to_numpy()
             ledger.add_stored_rows(rows, file=file, retried=due_again, staged=staged)
@@ -185,11 +187,11 @@ def _known_files(catalog: Catalog, *, parent: Snapshot | None, store: Store) -> 
         return {}
     # A key that was a duplicate in one file is stored with the content of another, which may be
     # gone by now.
+    of_whole_rows = [file for file in parent.files_of("rejects") if file.modality is None]
     shadowed: set[str] = set()
-    for stored in parent.files_of("rejects"):
-        if stored.modality is None:
-            with store.open(stored.path) as file:
-                shadowed |= set(pq.read_table(file)[schema.SOURCE_FILE].to_pylist())
+    for _, rows in read_stored(store, of_whole_rows, columns=[schema.REASON, schema.SOURCE_FILE]):
+        duplicates = rows.filter(pc.field(schema.REASON) == Reason.DUPLICATE_KEY.value)
+        shadowed |= set(duplicates[schema.SOURCE_FILE].unique().to_pylist())
     return {path: of for path, of in parent.catalog.files.items() if path not in shadowed}
 
 
@@ -197,13 +199,9 @@ def _read_keys(catalog: Catalog, *, paths: Sequence[str]) -> Iterator[pa.Table]:
     """Keys, and versions if there are any: little to read, so the driver's threads do it."""
     source = CatalogDatasource(catalog, pieces=all_rows(catalog, paths=paths), content=())
     reads = source.get_read_tasks(1)
-    with ThreadPoolExecutor(READ_THREADS) as threads:
-        for first in range(0, len(reads), READ_THREADS):
-            for tables in threads.map(
-                lambda read: list(read()), reads[first : first + READ_THREADS]
-            ):
-                for table in tables:
-                    yield _with_fingerprints(table, modalities=catalog.modalities)
+    for tables in bounded_map(lambda read: list(read()), reads, num_threads=READ_THREADS):
+        for table in tables:
+            yield _with_fingerprints(table, modalities=catalog.modalities)
 
 
 def _hash(catalog: Catalog, *, paths: Sequence[str], num_cpus: float) -> Iterator[pa.Table]:

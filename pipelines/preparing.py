@@ -80,6 +80,7 @@ def prepare(
     Raises:
         StoreError: They do not fit, or the store cannot be read.
         DeviceError, EngineError: Nothing here executes the engine as it was asked for.
+        ValueError: GPUs are to decode, and the catalog has no images.
     """
     parent = current_snapshot(store)
     is_renewed = (

@@ -16,14 +16,18 @@ from numpy.typing import NDArray
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from engine.publishing.file_systems import file_system_errors
+from engine.publishing.file_systems import file_system_errors, open_parts
 from pipelines import schema
-from pipelines.catalog import Catalog, ImageLayout
+from pipelines.catalog import Catalog
+from pipelines.catalog_columns import ImageLayout, text_type
 from pipelines.errors import CatalogError
 from pipelines.progress import StageMeter, metered
 from pipelines.schema import MODALITIES, Modality
+from pipelines.versions import version_texts
 
 ROWS_PER_READ = 256
+# Of a column of a row group at once; without a bound all of it, hundreds of megabytes of images.
+BYTES_PER_READ = 4 * 2**20
 # Of keys and versions alone, which are short.
 KEYS_PER_READ = 65_536
 # Ray's own bound, from which on it thinks that a number of blocks was chosen by mistake.
@@ -67,9 +71,10 @@ def num_blocks(pieces: Sequence[RowGroupRows]) -> int | None:
 class CatalogDatasource(Datasource):
     """Rows of a catalog as blocks of canonical columns, with their file and row number.
 
-    `key` string or int64; `image` large_binary and `image_uri` string (either may be null);
-    `text` binary (UTF-8, unchecked); `version`; carried columns; `source_file`, `source_row`;
-    `image_wanted` and `text_wanted` bool. Only the columns asked for are read.
+    `key` string or int64; `image` large_binary and `image_uri` binary (either may be null; the URI
+    is UTF-8, unchecked); `text` binary (the same); `version` string; carried columns;
+    `source_file`, `source_row`; `image_wanted` and `text_wanted` bool. Only the columns asked for
+    are read.
     """
 
     def __init__(
@@ -144,9 +149,10 @@ def _tables(
     columns += [catalog.text_column] if "text" in content and catalog.text_column else []
     columns += config.carry_columns if content else ()
     try:
-        with catalog.fs.open(piece.path, "rb") as file:
+        with open_parts(catalog.fs, piece.path) as file:
             row = piece.first_row
-            for batch in pq.ParquetFile(file).iter_batches(
+            parquet = pq.ParquetFile(file, buffer_size=BYTES_PER_READ, pre_buffer=False)
+            for batch in parquet.iter_batches(
                 ROWS_PER_READ if content else KEYS_PER_READ,
                 row_groups=[piece.row_group],
                 columns=list(dict.fromkeys(columns)),
@@ -168,8 +174,9 @@ def _tables(
     except (KeyError, pa.ArrowException, *file_system_errors()) as error:
         raise CatalogError(
             f"{piece.path}: row group {piece.row_group} cannot be read "
-            f"({str(error).splitlines()[0]}). What was embedded is kept; run the same command "
-            "again once the file is whole"
+            f"({str(error).splitlines()[0]}). Put the file back and run the same command again: if "
+            "it is the very file, with its time, what was embedded is kept; if it is another, all "
+            "that the last snapshot lacks is embedded"
         ) from error
 
 
@@ -190,14 +197,14 @@ def _canonical(catalog: Catalog, table: pa.Table, content: Sequence[Modality]) -
         schema.KEY: _cast(table[config.key_column], catalog.key_type),
     }
     if config.version_column:
-        columns[schema.VERSION] = _cast(table[config.version_column], pa.string())
+        columns[schema.VERSION] = _cast(version_texts(table[config.version_column]), pa.string())
+    # URIs and texts as bytes: one that is not UTF-8 is a reject, not the end of the run.
     if "image" in content and catalog.image_column:
         images = table[catalog.image_column].combine_chunks()
         encoded, uris = _image_parts(images, layout=catalog.image_layout)
         columns[schema.IMAGE] = _cast(encoded, pa.large_binary())
-        columns[schema.IMAGE_URI] = _cast(uris, pa.string())
+        columns[schema.IMAGE_URI] = _cast(uris, pa.binary())
     if "text" in content and catalog.text_column:
-        # As bytes: one text that is not UTF-8 is a reject, not the end of the run.
         columns[schema.TEXT] = _cast(table[catalog.text_column], pa.binary())
     if content:
         columns.update({name: table[name] for name in config.carry_columns})
@@ -208,7 +215,8 @@ def _image_parts(images: Any, *, layout: ImageLayout | None) -> tuple[Any, Any]:
     nulls = pa.nulls(len(images), pa.string())
     if layout is ImageLayout.STRUCT:
         # struct_field gives null for a null struct, unlike `.field`.
-        has_path = images.type.get_field_index("path") >= 0
+        fields = {field.name: field.type for field in images.type}
+        has_path = "path" in fields and text_type(fields["path"]) is not None
         uris = pc.struct_field(images, "path") if has_path else nulls
         return pc.struct_field(images, "bytes"), uris
     return (nulls, images) if layout is ImageLayout.URI else (images, nulls)

@@ -3,7 +3,7 @@
 Knows nothing of snapshots: what is written is staged.
 
 Twins of a row can be copied once it is embedded, in a second round; if it is rejected, they are
-embedded then, or rejected themselves.
+embedded then, or rejected themselves. There is no third.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -105,10 +105,13 @@ def write_due(
         add_stored(ledger, [*copied, *encoded], store=pass_.store, staged=True)
         ledger.settle()
         still_due = ledger.num_due()
-        if any(still_due[modality] > num for modality, num in waiting.items()):
+        is_short = any(still_due[modality] > num for modality, num in waiting.items())
+        # What twins waited for is stored by now, if only as a reject; or it was other content.
+        if is_short or any(ledger.num_waiting().values()):
             raise IncompleteRunError(
                 f"{still_due} rows were planned but not written: the catalog changed while it "
-                "was read. Nothing was committed and nothing lost; run the same command again"
+                "was read. Nothing was committed; run the same command again, which embeds what "
+                "the last snapshot lacks of the catalog as it is then"
             )
     if board:
         written.progress = ray.get(board.progress.remote())
@@ -132,9 +135,10 @@ def check_rejects(num_rejected: int, *, counts: Counts, max_share: float, folder
     if num_rejected > max(max_share * num_planned, MIN_REJECTS_TO_STOP - 1) + num_retried:
         raise TooManyRejectsError(
             f"{num_rejected} of {num_planned} rows rejected: more than {max_share:.1%}. Nothing "
-            f"was committed; the rejects with their reasons are in {folder}. Mend the catalog, or "
-            "accept more with --max-reject-share, or all with `clipmill nightly --accept rejects`; "
-            "what was embedded is kept"
+            f"was committed; the rejects with their reasons are in {folder}. Accept more with "
+            "--max-reject-share, or all with `clipmill nightly --accept rejects`: what was "
+            "embedded is kept for that. Or mend the catalog: then all that the last snapshot lacks "
+            "of it is embedded"
         )
 
 

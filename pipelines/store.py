@@ -17,6 +17,7 @@ from typing import BinaryIO, cast
 
 import pyarrow as pa
 
+from engine.publishing.file_systems import open_parts
 from engine.publishing.folders import Folder
 from pipelines.errors import CommitConflictError, StoreError
 
@@ -56,12 +57,13 @@ class Store(Folder):
 
     @contextmanager
     def open(self, relative: str) -> Iterator[BinaryIO]:
-        """Open a file for reading at any position.
+        """Open a file for reading at any position, and nothing beside what is read.
 
         Raises:
             StoreError: It is missing, cannot be read, or pyarrow finds it damaged while it is open.
         """
-        with self._errors(relative, "read"), self._fs.open(self.full_path(relative), "rb") as file:
+        path = self.full_path(relative)
+        with self._errors(relative, "read"), open_parts(self._fs, path) as file:
             try:
                 yield cast("BinaryIO", file)
             except pa.ArrowException as error:

@@ -3,7 +3,8 @@
 Knows nothing of plans, ledgers, stored files or Ray.
 
 The model in short. A row that has in the snapshot before what it has now, by the same engine, is
-left exactly as it was, bit for bit. Any other row is tried: it holds what its content gives today.
+left exactly as it was, bit for bit; but a reject may be healed by what a night that did not end
+embedded of the very same catalog. Any other row is tried: it holds what its content gives today.
 It may also hold what it was given in a night that did not end (killed, stopped by a guard, rolled
 back) of the very same catalog, or, where contents are compared, the embedding of the same content
 under another key. Fingerprints and reasons are stated here by other means than the product's.
@@ -408,7 +409,12 @@ class Model:
                 options = {now}
                 if stored and stored.fingerprint == fingerprint:
                     if stored.reason not in retried:
-                        expected[modality, key] = stored
+                        healed = {outcome for outcome in earlier if not outcome.reason}
+                        if stored.reason and healed and plan in self.tried:
+                            rejected = Outcome(reason=stored.reason, content=None, price=row.price)
+                            expected[modality, key] = {rejected, *healed}
+                        else:
+                            expected[modality, key] = stored
                         continue
                     options |= {outcome for outcome in earlier if not outcome.reason}
                 elif plan in self.tried:

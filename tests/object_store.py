@@ -57,6 +57,8 @@ class Unreliable:
         self.planned: Callable[[str, str], str | None] = lambda method, path: None
         """Method, path -> of FAULTS or REFUSALS, what happens to this request; None: by lot."""
         self.num_requests = 0
+        self.num_bytes = 0
+        """Of bodies that were sent, those of faults left out."""
         self.num_faults = dict.fromkeys(FAULTS, 0)
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
@@ -66,10 +68,14 @@ class Unreliable:
         if fault == "lost before":
             _read_body(environ)
             return _hang_up(environ)
-        answer = self._app(environ, start_response)
+        answer = list(self._app(environ, start_response))
         if fault == "lost after":
             return _hang_up(environ)
-        return _cut_short(answer, environ) if fault == "cut short" else answer
+        if fault == "cut short":
+            return _cut_short(answer, environ)
+        with self._lock:
+            self.num_bytes += sum(map(len, answer))
+        return answer
 
     def _fault(self) -> str | None:
         with self._lock:

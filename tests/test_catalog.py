@@ -1,18 +1,27 @@
 """Tests of pipelines/catalog.py."""
 
+import gc
 import os
 import re
+import threading
 from collections.abc import Mapping
+from datetime import datetime
+from email.utils import formatdate
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
-from pipelines.catalog import Catalog, CatalogConfig, ImageLayout, check_has_rows, open_catalog
+from pipelines.catalog import Catalog, CatalogConfig, check_has_rows, open_catalog
+from pipelines.catalog_columns import ImageLayout
 from pipelines.errors import CatalogError
+from tests.closed_folders import close
 from tests.object_store import s3_bucket
 
 Columns = Mapping[str, Any]
@@ -31,6 +40,14 @@ def opened(path: Path | str, **names: Any) -> Catalog:
 
 def names(catalog: Catalog) -> list[str]:
     return [file.path[len(catalog.root) + 1 :] for file in catalog.files]
+
+
+def test_a_folder_that_may_not_be_listed_is_an_error_and_not_left_out(tmp_path, monkeypatch):
+    write(tmp_path / "a.parquet")
+    write(tmp_path / "b/c.parquet")
+    close(tmp_path / "b", monkeypatch)
+    with pytest.raises(CatalogError, match=r"cannot be listed: .*Permission denied"):
+        opened(tmp_path)
 
 
 def test_a_single_file_is_a_catalog(tmp_path):
@@ -74,6 +91,21 @@ def test_an_object_store_tells_content_by_its_etag(tmp_path):
     assert names(catalog) == ["a.parquet", "b.parquet", "c.parquet"]
     one, same, other = (file.identity for file in catalog.files)
     assert one == same != other
+
+
+def test_a_catalog_on_an_object_store_is_opened_again_once_a_file_was_replaced(tmp_path):
+    with s3_bucket() as bucket:
+        # With a cache of its own, like another process.
+        another = fsspec.filesystem("s3", skip_instance_cache=True)
+        catalogs = []
+        for num_rows in (1, 2000):
+            rows = {"key": list(range(num_rows)), "text": ["one"] * num_rows}
+            path = write(tmp_path / "a.parquet", rows)
+            another.pipe_file(f"{bucket}/catalog/a.parquet", path.read_bytes())
+            catalogs.append(opened(f"{bucket}/catalog"))
+    before, after = catalogs
+    assert (before.num_rows, after.num_rows) == (1, 2000)
+    assert before.files[0].identity != after.files[0].identity
 
 
 def test_no_connection_is_an_error_of_the_catalog(monkeypatch):
@@ -205,11 +237,54 @@ def test_files_may_store_one_type_in_several_ways(tmp_path):
     assert opened(tmp_path).key_type == pa.string()
 
 
+FIRST_SECOND = 1_700_000_000
+
+
+class SilentHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+NOON = datetime(2026, 3, 1, 12)
+
+
+@pytest.mark.parametrize(
+    "versions",
+    [
+        [pa.array(["1"]), pa.array(["1"], pa.large_string()), pa.array(["1"]).dictionary_encode()],
+        [pa.array([1], pa.int32()), pa.array([1], pa.int64()), pa.array([1.0])],
+        [pa.array([NOON], pa.timestamp("us")), pa.array([NOON], pa.timestamp("ns", "UTC"))],
+    ],
+    ids=["string", "number", "timestamp"],
+)
+def test_files_may_store_versions_in_several_ways_too(tmp_path, versions):
+    for number, of_file in enumerate(versions):
+        columns = {"key": [f"k{number}"], "text": ["t"], "v": of_file}
+        write(tmp_path / f"{number}.parquet", columns)
+    assert opened(tmp_path, version_column="v").num_rows == len(versions)
+    write(tmp_path / "other.parquet", {"key": ["a"], "text": ["t"], "v": [NOON.date()]})
+    with pytest.raises(CatalogError, match=r"version column 'v' differs between files: .*date32"):
+        opened(tmp_path, version_column="v")
+
+
 def test_a_column_that_is_there_twice_is_a_fault(tmp_path):
     table = pa.table([pa.array(["a"])] * 3, names=["key", "key", "text"])
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(CatalogError, match="key column 'key' is there more than once"):
         opened(tmp_path)
+
+
+def test_footers_are_not_held(tmp_path):
+    for number in range(5):
+        write(tmp_path / f"{number}.parquet", row_group_size=1)
+    gc.collect()
+    gc.disable()  # or it would free what is held in cycles
+    try:
+        catalog = opened(tmp_path)
+        held = [found for found in gc.get_objects() if type(found) is pq.FileMetaData]
+    finally:
+        gc.enable()
+    assert (catalog.num_rows, held) == (10, [])
 
 
 @pytest.mark.parametrize("num_bytes", [0, 4, 100, -1])
@@ -266,6 +341,59 @@ def test_identity_in_memory_changes_with_the_content(tmp_path):
         fs.pipe_file(f"/{tmp_path.name}/a.parquet", content)
         identities.add(opened(f"memory://{tmp_path.name}").files[0].identity)
     assert len(identities) == 2
+
+
+def test_over_http_files_are_told_by_their_headers(tmp_path):
+    path = write(tmp_path / "catalog/a.parquet")
+    os.utime(path, (FIRST_SECOND, FIRST_SECOND))
+    handler = partial(SilentHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        uri = f"http://127.0.0.1:{server.server_port}/catalog/"
+        files = [opened(f"{uri}{name}").files for name in ("", "a.parquet")]
+        server.shutdown()
+    (in_folder,), (alone,) = files
+    assert in_folder == alone
+    assert alone.identity == f"{path.stat().st_size}-{formatdate(FIRST_SECOND, usegmt=True)}"
+
+
+class Listing(MemoryFileSystem):
+    """Describes its files as another file system does."""
+
+    protocol = "listing"
+    stamp: ClassVar[dict[str, Any]] = {}
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.removeprefix("listing://"))
+
+    def find(self, path: str, *args: Any, **options: Any) -> Any:
+        return {name: self.info(name) for name in super().find(path)}
+
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
+        info = super().info(path, **options)
+        return {"name": path, "size": info["size"], "type": info["type"], **self.stamp}
+
+
+@pytest.mark.parametrize(
+    "name", ["ETag", "modificationTime", "modify", "last_modified", "last_write_time", "updated"]
+)
+def test_identity_is_of_whatever_a_file_system_tells_and_never_of_size_alone(
+    tmp_path, name, monkeypatch
+):
+    fsspec.register_implementation("listing", Listing, clobber=True)
+    content = write(tmp_path / "a.parquet").read_bytes()
+    fsspec.filesystem("listing").pipe_file(f"/{tmp_path.name}/a.parquet", content)
+    identities = set()
+    for stamp in (1, 2):
+        monkeypatch.setattr(Listing, "stamp", {name: stamp, "created": None})
+        identities.add(opened(f"listing://{tmp_path.name}").files[0].identity)
+    assert identities == {f"{len(content)}-1", f"{len(content)}-2"}
+    monkeypatch.setattr(Listing, "stamp", {})
+    with pytest.raises(
+        CatalogError, match=r"a\.parquet: its file system \(listing\) tells neither"
+    ):
+        opened(f"listing://{tmp_path.name}")
 
 
 @pytest.mark.parametrize("name", ["embedding", "source_row", "text_wanted", "key"])

@@ -51,7 +51,7 @@ def image_rows(*contents, **columns):
         {
             "key": [f"k{row}" for row in range(num_rows)],
             "image": pa.array([encoded for encoded, _ in contents], pa.large_binary()),
-            "image_uri": pa.array([uri for _, uri in contents], pa.string()),
+            "image_uri": pa.array([uri for _, uri in contents], pa.binary()),
             "source_file": ["a.parquet"] * num_rows,
             "source_row": pa.array(range(10, 10 + num_rows), pa.int64()),
             "image_wanted": [True] * num_rows,
@@ -98,6 +98,14 @@ def test_a_bad_image_is_rejected_with_its_reason(reason):
     (row,) = decoded(image_rows(BAD_IMAGES[reason])).to_pylist()
     assert (row["reason"], row["stage"], row["pixels"]) == (reason, "decode", None)
     assert row["detail"] or reason == "null_image"
+
+
+def test_a_uri_that_is_not_utf8_is_a_fetch_that_failed_and_counts_only_without_bytes():
+    uri = b"file:///caf\xe9.jpg"
+    row, other = decoded(image_rows((None, uri), (image_files.png(), uri))).to_pylist()
+    assert row["reason"] == "fetch_failed"
+    assert row["detail"].startswith("URI is not UTF-8: ")
+    assert other["reason"] is None
 
 
 @pytest.mark.parametrize("reason", BAD_TEXTS)

@@ -109,7 +109,7 @@ def server() -> Iterator[ImageServer]:
 
 
 def fetched(uri: str, *, max_bytes: int = MAX_BYTES) -> bytes | FetchFailure:
-    (content,) = fetch_all([uri], max_bytes=max_bytes)
+    (content,) = fetch_all([uri.encode()], max_bytes=max_bytes)
     return content
 
 
@@ -141,7 +141,7 @@ def test_follows_a_redirect(server):
 def test_many_come_back_in_order(server):
     uris = [server.uri(f"number?{number}") for number in range(2 * FETCH_THREADS + 3)]
     uris[5] = server.uri("missing")
-    contents = fetch_all(uris, max_bytes=MAX_BYTES)
+    contents = fetch_all([uri.encode() for uri in uris], max_bytes=MAX_BYTES)
     assert isinstance(contents.pop(5), FetchFailure)
     assert contents == [str(number).encode() for number in range(len(uris)) if number != 5]
 

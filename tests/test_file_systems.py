@@ -1,7 +1,9 @@
 """Tests of engine/publishing/file_systems.py."""
 
+import botocore.session
 import fsspec
 import pytest
+from botocore.parsers import create_parser
 
 from engine.publishing.file_systems import file_system_errors, open_file_system
 
@@ -36,6 +38,14 @@ def test_an_endpoint_that_nobody_listens_at_is_among_the_errors(monkeypatch):
     )
     with pytest.raises(file_system_errors(), match="Could not connect"):
         fs.ls("bucket/folder")
+
+
+def test_an_answer_that_cannot_be_parsed_is_among_the_errors():
+    model = botocore.session.get_session().get_service_model("sts")
+    operation = model.operation_model("GetCallerIdentity")
+    answer = {"status_code": 200, "headers": {}, "body": b"<GetCallerIdentityResponse><Acc"}
+    with pytest.raises(file_system_errors(), match="invalid XML"):
+        create_parser(model.protocol).parse(answer, operation.output_shape)
 
 
 def test_a_bug_is_not_among_the_errors():

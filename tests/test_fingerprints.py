@@ -11,7 +11,7 @@ from pipelines.schema import Modality
 
 
 def rows(**columns: list[Any]) -> pa.Table:
-    types = {"image": pa.large_binary(), "image_uri": pa.string(), "text": pa.binary()}
+    types = {"image": pa.large_binary(), "image_uri": pa.binary(), "text": pa.binary()}
     types |= {"version": pa.string()}
     num_rows = len(next(iter(columns.values())))
     columns.setdefault("key", [f"k{row}" for row in range(num_rows)])
@@ -62,6 +62,7 @@ def test_an_image_counts_by_its_bytes_and_without_them_by_its_uri():
 def test_a_uri_is_not_taken_for_bytes_of_the_same_letters():
     as_bytes, as_uri = prints("image", image=[b"a.jpg", None], image_uri=[None, "a.jpg"])
     assert as_bytes != as_uri
+    assert as_uri == xxhash.xxh3_128_digest(b"uri\0a.jpg")
 
 
 @pytest.mark.parametrize("modality", ["image", "text"])

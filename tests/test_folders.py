@@ -14,6 +14,7 @@ from s3fs.errors import translate_boto_error
 from engine.errors import ClipmillError
 from engine.publishing import folders
 from engine.publishing.folders import Folder
+from tests.closed_folders import close
 from tests.object_store import FAULTS, Unreliable, s3_bucket, unreliable_bucket
 
 
@@ -129,6 +130,20 @@ def test_a_store_that_refuses_is_an_error_that_says_so(unreliable: tuple[Folder,
     for write in (folder.publish, folder.create):
         with pytest.raises(ShelfError, match=r"cannot be written: Access Denied\. Check the p"):
             write("file", b"content")
+
+
+@pytest.mark.parametrize("folder", ["local"], indirect=True)
+def test_a_folder_that_may_not_be_listed_is_not_an_empty_one(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+):
+    folder.publish("open/file", b"x")
+    folder.publish("open/closed/file", b"x")
+    close(Path(folder.full_path("open/closed")), monkeypatch)
+    for ask in (folder.files, folder.num_bytes, folder.modified_at):
+        with pytest.raises(ShelfError, match=r"open cannot be \w+: Permission denied"):
+            ask("open")
+    monkeypatch.undo()
+    assert folder.num_bytes("open") == 2
 
 
 def test_what_is_not_there_is_none_or_an_error_of_the_chosen_kind(folder: Folder):

@@ -300,6 +300,24 @@ def test_settling_again_counts_what_was_added_since():
         assert due(ledger) == {("a", 1): {"image"}}
 
 
+def test_settling_again_does_not_sort_the_catalog_again_unless_it_grew():
+    def table() -> int:
+        (row,) = ledger._db.sql(
+            "SELECT table_oid FROM duckdb_tables() WHERE table_name = 'item'"
+        ).fetchall()
+        return int(row[0])
+
+    with settled([A, B]) as ledger:
+        before = table()
+        ledger.settle()
+        assert table() == before
+        rows = {schema.SOURCE_FILE: ["b"], schema.SOURCE_ROW: [0], schema.KEY: ["k2"]}
+        image = pa.array([as_blob("z")], schema.FINGERPRINT_TYPE)
+        ledger.add_catalog_rows(pa.table({**rows, "image": image}), trusted=False)
+        ledger.settle()
+        assert due(ledger) == {("a", 0): {"image"}, ("a", 1): {"image"}, ("b", 0): {"image"}}
+
+
 # Equal contents
 
 
@@ -422,6 +440,19 @@ def test_a_reject_stays_if_another_try_gives_the_same_reason(kind, reason, expec
         assert due(ledger) == {}
         assert live(ledger, [old, now]) == expected
         assert ledger.num_rejected() == (reason == "not_an_image")
+
+
+def test_what_a_run_that_did_not_finish_healed_is_kept_though_nothing_is_tried_again_now():
+    old = Stored("old", "image", [("k0", "x"), ("k1", "y")], kind="rejects")
+    stored = [
+        old,
+        Stored("healed", "image", [("k0", "x")], staged=True),
+        Stored("again", "image", [("k1", "y")], staged=True, kind="rejects"),
+    ]
+    with settled([A, B], stored, by_content=["image"]) as ledger:
+        assert due(ledger) == {}
+        assert live(ledger, stored) == {"healed": [0], "old": [1]}
+        assert counted(ledger) == {"unchanged": 1, "staged": 1}
 
 
 def test_a_staged_reject_that_is_tried_again_was_never_let_pass():
@@ -551,7 +582,7 @@ def test_agrees_with_a_model_in_plain_python(rows, stored, trusted, by_content):
                 if file.modality == modality and stored_key == key
             ]
             found = [
-                (file.staged, file.path, position)
+                (file.kind != "embeddings", file.staged, file.path, position)
                 for file in stored
                 for position, (stored_key, content) in enumerate(file.rows)
                 if file.modality == modality
@@ -560,7 +591,7 @@ def test_agrees_with_a_model_in_plain_python(rows, stored, trusted, by_content):
                 and (file.staged or row.file in trusted or content == getattr(row, modality))
             ]
             if found:
-                is_staged, path, position = min(found)
+                _, is_staged, path, position = min(found)
                 expected_live[path].append(position)
                 expected[modality]["staged" if is_staged else "unchanged"] += 1
                 continue

@@ -1,17 +1,21 @@
 """Tests of pipelines/reading.py, without a cluster: its read tasks are called here."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines import reading
 from pipelines.catalog import Catalog, CatalogConfig, open_catalog
 from pipelines.errors import CatalogError
 from pipelines.reading import ROWS_PER_READ, CatalogDatasource, RowGroupRows, all_rows
 from tests.meters import ListMeter
+from tests.object_store import Unreliable, unreliable_bucket
 
 
 def write(path: Path, columns: dict[str, Any], *, row_group_size: int = 4) -> Path:
@@ -19,7 +23,7 @@ def write(path: Path, columns: dict[str, Any], *, row_group_size: int = 4) -> Pa
     return path
 
 
-def opened(path: Path, **names: Any) -> Catalog:
+def opened(path: Path | str, **names: Any) -> Catalog:
     return open_catalog(CatalogConfig(uri=str(path), **names))
 
 
@@ -57,7 +61,7 @@ def test_bytes_have_one_form_whatever_the_layout(tmp_path, images):
     table = read(catalog)
     assert table["image"].type == pa.large_binary()
     assert table["image"].to_pylist() == [b"one", None]
-    assert table["image_uri"].type == pa.string()
+    assert table["image_uri"].type == pa.binary()
     assert table["image_uri"].to_pylist() == [None, None]
     assert table["image_wanted"].to_pylist() == [True, True]
     assert table.column_names == [
@@ -75,7 +79,29 @@ def test_a_struct_gives_bytes_and_path_as_they_are(tmp_path):
     catalog = opened(write(tmp_path / "a.parquet", {"key": list("abcd"), "image": images}))
     table = read(catalog)
     assert table["image"].to_pylist() == [b"one", None, None, None]
-    assert table["image_uri"].to_pylist() == ["one.jpg", "https://example.com/two.jpg", None, None]
+    assert table["image_uri"].to_pylist() == [
+        b"one.jpg",
+        b"https://example.com/two.jpg",
+        None,
+        None,
+    ]
+
+
+def test_a_path_that_is_not_utf8_does_not_stop_the_reading(tmp_path):
+    paths = pa.array([b"caf\xe9.jpg", b"fine.jpg"]).view(pa.string())
+    images = pa.StructArray.from_arrays([pa.array([b"one", None]), paths], ["bytes", "path"])
+    table = read(opened(write(tmp_path / "a.parquet", {"key": ["a", "b"], "image": images})))
+    assert table["image"].to_pylist() == [b"one", None]
+    assert table["image_uri"].to_pylist() == [b"caf\xe9.jpg", b"fine.jpg"]
+    table = read(opened(write(tmp_path / "b.parquet", {"key": ["a", "b"], "image": paths})))
+    assert table["image_uri"].to_pylist() == [b"caf\xe9.jpg", b"fine.jpg"]
+
+
+@pytest.mark.parametrize("type_", [pa.int64(), pa.list_(pa.uint8())], ids=str)
+def test_a_path_that_is_no_text_is_none(tmp_path, type_):
+    images = pa.array([{"bytes": b"one"}], pa.struct({"bytes": pa.binary(), "path": type_}))
+    table = read(opened(write(tmp_path / "a.parquet", {"key": ["a"], "image": images})))
+    assert table["image_uri"].to_pylist() == [None]
 
 
 @pytest.mark.parametrize("type_", [pa.string(), pa.large_string()], ids=str)
@@ -83,7 +109,7 @@ def test_uris_are_not_bytes(tmp_path, type_):
     uris = pa.array(["https://example.com/1.jpg", None], type_)
     table = read(opened(write(tmp_path / "a.parquet", {"key": ["a", "b"], "image": uris})))
     assert table["image"].to_pylist() == [None, None]
-    assert table["image_uri"].to_pylist() == ["https://example.com/1.jpg", None]
+    assert table["image_uri"].to_pylist() == [b"https://example.com/1.jpg", None]
 
 
 @pytest.mark.parametrize(
@@ -131,6 +157,60 @@ def test_without_content_only_keys_are_read(tmp_path):
     columns = {"key": ["a"], "text": ["x"], "price": [1]}
     catalog = opened(write(tmp_path / "a.parquet", columns), carry_columns=("price",))
     assert read(catalog, content=()).column_names == ["key", "source_file", "source_row"]
+
+
+class Shelf:
+    """A catalog of one file of 100 images on an object store, and what is fetched of it."""
+
+    image_bytes = 40_000
+
+    def __init__(self, bucket: str, traffic: Unreliable) -> None:
+        self.uri, self.traffic = f"{bucket}/catalog", traffic
+        images = [np.random.default_rng(0).bytes(self.image_bytes)] * 100
+        table = pa.table({"key": list(range(100)), "image": images, "text": ["t"] * 100})
+        fs, path = fsspec.url_to_fs(f"{self.uri}/a.parquet")
+        with fs.open(path, "wb") as file:
+            # Pages of ten rows, as of writers that keep to a page size.
+            pq.write_table(table, file, use_dictionary=False, write_batch_size=10)
+
+    def fetched(self, do: Callable[[], object]) -> tuple[int, int]:
+        """Bytes and requests."""
+        before = self.traffic.num_bytes, self.traffic.num_requests
+        do()
+        return self.traffic.num_bytes - before[0], self.traffic.num_requests - before[1]
+
+
+@pytest.fixture
+def shelf() -> Iterator[Shelf]:
+    with unreliable_bucket(seed=0) as (bucket, traffic):
+        yield Shelf(bucket, traffic)
+
+
+# A footer is looked for in the last 64 KiB.
+FOOTER_BYTES = 70_000
+
+
+def test_of_a_file_on_an_object_store_no_more_is_fetched_than_is_read(shelf: Shelf):
+    num_bytes, _ = shelf.fetched(lambda: opened(shelf.uri))
+    assert num_bytes < FOOTER_BYTES
+    catalog = opened(shelf.uri)
+    num_bytes, num_requests = shelf.fetched(lambda: read(catalog, content=()))
+    assert num_bytes < FOOTER_BYTES
+    assert num_requests <= 5
+    num_bytes, num_requests = shelf.fetched(lambda: read(catalog))
+    assert num_bytes < 100 * shelf.image_bytes + FOOTER_BYTES
+    assert num_requests <= 10
+
+
+def test_a_row_group_is_not_held_whole(shelf: Shelf, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(reading, "ROWS_PER_READ", 5)
+    monkeypatch.setattr(reading, "BYTES_PER_READ", 2 * shelf.image_bytes)
+    catalog = opened(shelf.uri)
+    pieces = all_rows(catalog, paths=[catalog.files[0].path])
+    source = CatalogDatasource(catalog, pieces=pieces, content=("image",))
+    (task,) = source.get_read_tasks(1)
+    num_bytes, _ = shelf.fetched(lambda: next(iter(task())))
+    assert num_bytes < 100 * shelf.image_bytes / 2
 
 
 def test_every_row_has_its_number_within_the_file(tmp_path):

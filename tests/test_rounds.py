@@ -270,6 +270,26 @@ def test_rows_that_are_lost_between_stages_stop_the_run(
     assert stored_snapshot(nights.store_dir) == first.snapshot
 
 
+def test_twins_in_a_file_that_is_replaced_meanwhile_stop_the_run(
+    nights: Nights, monkeypatch: pytest.MonkeyPatch
+):
+    rows = scene_rows(9)
+    first = nights(rows[:3])
+    num_rounds: list[int] = []
+
+    def replaced(*args: Any, **options: Any) -> Iterator[list[StoredFile]]:
+        num_rounds.append(1)
+        write_rows(nights.catalog_dir, [*rows[:3], *keyed(rows[3:8], "twin-{}".format)])
+        return run_stages(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.rounds.run_stages", replaced)
+        with pytest.raises(IncompleteRunError, match="the catalog changed while it was read"):
+            nights([*rows[:3], *keyed([rows[8]] * 5, "twin-{}".format)], num_files=1)
+    assert len(num_rounds) == 1
+    assert stored_snapshot(nights.store_dir) == first.snapshot
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_nights_at_random_agree_with_a_model(
     nights: Nights, seed: int, monkeypatch: pytest.MonkeyPatch

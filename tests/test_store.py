@@ -17,7 +17,7 @@ import pytest
 
 from pipelines.errors import CommitConflictError, StoreError
 from pipelines.store import Store
-from tests.object_store import s3_bucket
+from tests.object_store import s3_bucket, unreliable_bucket
 
 ROOT = Path(__file__).parents[1]
 
@@ -115,6 +115,17 @@ def test_opens_at_any_position(store):
     with store.open("file") as file:
         file.seek(-3, os.SEEK_END)
         assert file.read() == b"789"
+
+
+def test_of_an_object_no_more_is_fetched_than_is_read():
+    with unreliable_bucket(seed=0) as (bucket, traffic):
+        store = Store(bucket)
+        store.publish("file", bytes(1_000_000))
+        with store.open("file") as file:
+            file.seek(1000)
+            num_bytes = traffic.num_bytes
+            assert file.read(10) == bytes(10)
+            assert traffic.num_bytes - num_bytes == 10
 
 
 def test_a_parquet_file_that_is_damaged_is_an_error_of_the_store(store):

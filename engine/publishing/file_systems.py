@@ -4,29 +4,70 @@ Knows nothing of what lies there.
 """
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import aiohttp
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 
 def open_file_system(uri: str) -> tuple[Any, str]:
     """The fsspec file system of a URI, and the path within it.
 
+    It remembers no listings: other processes add and replace files.
+
     Raises:
         ValueError: No such kind of file system.
         ImportError: The package that reads it is missing.
     """
-    fs, path = fsspec.url_to_fs(uri)
+    fs, path = fsspec.url_to_fs(uri, use_listings_cache=False)
     return fs, str(path)
+
+
+def open_parts(fs: Any, path: str) -> Any:
+    """Open a file of which some parts are read: no more than these is asked for.
+
+    fsspec would read on from each, on S3 for 50 MiB.
+    """
+    return fs.open(path, "rb", cache_type="none")
+
+
+def find_files(fs: Any, path: str) -> dict[str, dict[str, Any]]:
+    """Path -> description of all in a folder and in those within; of a file, itself.
+
+    Empty if there is no such folder. What the file system raises is raised: of folders that a disk
+    does not let us list, fsspec's own `find` makes empty ones.
+    """
+    if isinstance(fs, LocalFileSystem):
+        return {info["name"]: info for info in _walk(fs, path)}
+    found: dict[str, dict[str, Any]] = fs.find(path, detail=True)
+    return found
+
+
+def _walk(fs: LocalFileSystem, path: str) -> Iterator[dict[str, Any]]:
+    try:
+        infos = fs.ls(path, detail=True)
+    except (FileNotFoundError, NotADirectoryError):  # also: gone meanwhile
+        return
+    for info in infos:
+        if info["type"] == "directory":
+            yield from _walk(fs, info["name"])
+        else:
+            yield info
 
 
 def file_system_errors() -> tuple[type[Exception], ...]:
     """What a file system raises where the place is missing, closed to us or out of reach."""
-    # s3fs passes on botocore's own errors (no credentials, no connection), which are no OSErrors.
-    # Where nothing has imported botocore, nothing raises them.
-    botocore: Any = sys.modules.get("botocore.exceptions")
-    return (OSError, aiohttp.ClientError, *([botocore.BotoCoreError] if botocore else []))
+    # s3fs passes on botocore's own errors (no credentials, no connection, an answer that cannot be
+    # parsed), which are no OSErrors. Where nothing has imported botocore, nothing raises them.
+    names = {"botocore.exceptions": "BotoCoreError", "botocore.parsers": "ResponseParserError"}
+    of_botocore = [
+        getattr(sys.modules[module], name)
+        for module, name in names.items()
+        if module in sys.modules
+    ]
+    return (OSError, aiohttp.ClientError, *of_botocore)
 
 
 def is_write_conflict(error: OSError) -> bool:

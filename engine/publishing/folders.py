@@ -18,7 +18,12 @@ from typing import Any, cast
 from fsspec.implementations.local import LocalFileSystem
 
 from engine.errors import ClipmillError
-from engine.publishing.file_systems import file_system_errors, is_write_conflict, open_file_system
+from engine.publishing.file_systems import (
+    file_system_errors,
+    find_files,
+    is_write_conflict,
+    open_file_system,
+)
 
 # Creating an object that others create at the same moment: the next try mostly finds it there.
 NUM_CREATE_TRIES = 8
@@ -140,7 +145,6 @@ class Folder:
         """
         path = self.full_path(folder)
         with self._errors(folder, "listed"):
-            self._fs.invalidate_cache()
             try:
                 entries = [str(entry).rstrip("/") for entry in self._fs.ls(path, detail=False)]
             except (FileNotFoundError, NotADirectoryError):
@@ -156,8 +160,7 @@ class Folder:
         the file system does not say when files were written.
         """
         with self._errors(folder, "listed"):
-            self._fs.invalidate_cache()
-            found = self._fs.find(self.full_path(folder), detail=True)
+            found = find_files(self._fs, self.full_path(folder))
         return [self._listed(info) for info in found.values() if info["type"] == "file"]
 
     def hidden_files(self, folder: str) -> list[ListedFile]:
@@ -166,7 +169,6 @@ class Folder:
         Empty if there is no such folder; `error` as of `files`.
         """
         with self._errors(folder, "listed"):
-            self._fs.invalidate_cache()
             try:
                 found = self._fs.ls(self.full_path(folder), detail=True)
             except (FileNotFoundError, NotADirectoryError):
@@ -191,7 +193,6 @@ class Folder:
     def remove(self, relative: str) -> None:
         """Remove a file, or a folder with all in it, if it is there; `error` if it fails."""
         with self._errors(relative, "removed"):
-            self._fs.invalidate_cache()
             try:
                 self._fs.rm(self.full_path(relative), recursive=True)
             except FileNotFoundError:
@@ -200,8 +201,7 @@ class Folder:
     def num_bytes(self, relative: str) -> int:
         """Size of a file, or of all files in a folder; 0 if there is none."""
         with self._errors(relative, "listed"):
-            self._fs.invalidate_cache()
-            found = self._fs.find(self.full_path(relative), detail=True)
+            found = find_files(self._fs, self.full_path(relative))
             return sum(int(info["size"]) for info in found.values())
 
     def current_time(self) -> datetime:
@@ -236,8 +236,7 @@ class Folder:
         By the file system's clock.
         """
         with self._errors(relative, "read"):
-            self._fs.invalidate_cache()
-            paths = self._fs.find(self.full_path(relative))
+            paths = find_files(self._fs, self.full_path(relative))
             if not paths:
                 raise FileNotFoundError(f"no file at {self.full_path(relative)}")
             return cast("datetime", max(self._fs.modified(path) for path in paths))
