@@ -13,16 +13,16 @@ from jobs.cluster import ray_cluster
 from jobs.command import CommandParser, print_result, run
 from jobs.embed_options import add_embed_options, embed_config_from
 from jobs.progress import shown_progress
-from pipelines.counts import KeyCounts
+from pipelines.counts import KeyCounts, plan_line
 from pipelines.embedding import Plan
-from pipelines.guards import GuardLimits, measurement_line
+from pipelines.guard_limits import GuardLimits
 from pipelines.indexing import IndexManifest
-from pipelines.lineage import GUARDS, Lineage
+from pipelines.lineage import GUARDS, Lineage, measurement_line
 from pipelines.nightly import NightlyConfig, NightResult, plan_night, run_night
-from pipelines.parent import is_other_engine
-from pipelines.report import RunReport, make_report, plan_line, summary
+from pipelines.report import RunReport, make_report, summary
 from pipelines.runs import save_report
 from pipelines.schema import RETRYABLE_REASONS
+from pipelines.snapshots import is_other_engine
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,6 +126,10 @@ def _parser() -> CommandParser:
     guards.add_argument("--max-norms", type=float, default=limits.max_norms, metavar="SHARE")
     guards.add_argument("--min-drift", type=float, default=limits.min_drift, metavar="COSINE")
     guards.add_argument(
+        "--min-new-drift", type=float, default=limits.min_new_drift, metavar="COSINE"
+    )
+    guards.add_argument("--max-collapse", type=float, default=limits.max_collapse, metavar="LENGTH")
+    guards.add_argument(
         "--min-neighbours", type=float, default=limits.min_neighbours, metavar="SHARE"
     )
     guards.add_argument("--min-recall", type=float, default=limits.min_recall, metavar="SHARE")
@@ -143,6 +147,8 @@ def _config_from(options: Namespace, *, command: Sequence[str]) -> NightlyConfig
             max_deletions=options.max_deletions,
             max_norms=options.max_norms,
             min_drift=options.min_drift,
+            min_new_drift=options.min_new_drift,
+            max_collapse=options.max_collapse,
             min_neighbours=options.min_neighbours,
             min_recall=options.min_recall,
         ),

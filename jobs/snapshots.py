@@ -10,9 +10,8 @@ from typing import get_args
 
 from jobs.command import Actions, CommandParser, dispatch, print_result, run
 from pipelines.changes import find_changes
-from pipelines.guards import measurement_line
-from pipelines.lineage import Lineage
-from pipelines.report import plan_line
+from pipelines.counts import plan_line
+from pipelines.lineage import Lineage, measurement_line
 from pipelines.schema import MODALITIES
 from pipelines.snapshots import (
     Kind,

@@ -14,6 +14,7 @@ from engine.manifest import Manifest
 from engine.registry import Registry
 from pipelines import schema
 from pipelines.assembly import count_rejects, next_files
+from pipelines.candidate import Candidate
 from pipelines.catalog import Catalog, CatalogConfig, check_has_rows, open_catalog
 from pipelines.counts import Counts
 from pipelines.decode import RowLimits
@@ -37,11 +38,11 @@ from pipelines.snapshots import (
 )
 from pipelines.stages import Pass, Resources, num_workers, ray_data_settings
 from pipelines.store import Store
-from pipelines.writing import staging_dir
+from pipelines.writing import is_encoded, staging_dir
 
-# Looks at what a run would commit and at the snapshot before it. Gives it back, with what it has to
-# say in the lineage, or raises: then nothing is committed, and what was embedded stays staged.
-Approve = Callable[[Snapshot, Snapshot | None], Snapshot]
+# Looks at what a run would commit. Gives the snapshot back, with what it has to say in the lineage,
+# or raises: then nothing is committed, and what was embedded stays staged.
+Approve = Callable[[Candidate], Snapshot]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -227,6 +228,7 @@ def embed(
             plan_id=setting.plan_id,
             store=store,
         )
+        num_rejected = ledger.num_rejected()
     new = set(files).difference(setting.before)
     _check_there(store, new)
     now = datetime.now(UTC)
@@ -256,7 +258,18 @@ def embed(
     committed = parent is None or not same_state(snapshot, parent)
     if committed:
         if approve is not None:
-            snapshot = approve(snapshot, parent)
+            candidate = Candidate(
+                snapshot=snapshot,
+                parent=parent,
+                encoded=tuple(
+                    file
+                    for file in (*staged, *written.encoded)
+                    if file.kind == "embeddings" and is_encoded(file)
+                ),
+                counts=counts,
+                num_rejected=num_rejected,
+            )
+            snapshot = approve(candidate)
             _check_there(store, new)  # again: looking at it may have taken long
         commit(store, snapshot)
     elif parent is not None:

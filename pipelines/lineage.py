@@ -14,8 +14,13 @@ from typing import Any, Literal, get_args
 from pipelines.counts import KeyCounts
 from pipelines.schema import Modality
 
-GuardName = Literal["rejects", "deletions", "norms", "drift", "neighbours", "recall"]
+GuardName = Literal[
+    "rejects", "deletions", "norms", "drift", "new_drift", "collapse", "neighbours", "recall"
+]
 GUARDS: tuple[GuardName, ...] = get_args(GuardName)
+
+# Of the others the bound is the least that is allowed.
+_AT_MOST: tuple[GuardName, ...] = ("rejects", "deletions", "norms", "collapse")
 
 PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 
@@ -56,6 +61,20 @@ class Lineage:
     """Guards that tripped and were let pass by name."""
     measurements: tuple[Measurement, ...] = field(default=())
     """Of the guards; none where none were asked."""
+
+
+def measurement_line(measurement: Measurement) -> str:
+    """One measurement in one line."""
+    what = (
+        measurement.guard
+        if measurement.modality is None
+        else (f"{measurement.guard} of {measurement.modality}")
+    )
+    side = "most" if measurement.guard in _AT_MOST else "least"
+    return (
+        f"{what}: {measurement.value:.4f}, at {side} {measurement.bound:g} is allowed "
+        f"({measurement.detail})"
+    )
 
 
 def lineage_from(record: Mapping[str, Any]) -> Lineage:

@@ -121,6 +121,11 @@ class Snapshot:
         return sum(file.num_rows for file in self.files_of(kind, modality=modality))
 
 
+def is_other_engine(engine: EngineRecord, parent: Snapshot) -> bool:
+    """Whether an engine, or its build, is not the one of a snapshot's rows."""
+    return (engine.engine_id, engine.weights) != (parent.engine.engine_id, parent.engine.weights)
+
+
 def manifest_path(number: int) -> str:
     """Of a snapshot's manifest, relative to the store's root."""
     return f"{SNAPSHOTS_DIR}/{number:08d}.json"

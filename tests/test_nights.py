@@ -298,6 +298,10 @@ class Nights(RuleBasedStateMachine):
             ):
                 if num >= MIN_TO_TRIP and num > MAX_REJECTS * num_keys:
                     guards.add("rejects")
+        num_unkeyed = len(self.catalog.whole_row_rejects())
+        is_many = num_unkeyed > MAX_REJECTS * len(self.catalog.rows)
+        if num_unkeyed and (not expected or (is_many and num_unkeyed >= MIN_TO_TRIP)):
+            must.add("rejects")
         if parent:
             keys = {key for _, key in parent.rows}
             num_gone = len(keys - {key for _, key in expected})
