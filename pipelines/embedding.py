@@ -43,6 +43,9 @@ from pipelines.writing import is_encoded, staging_dir
 # Looks at what a run would commit. Gives the snapshot back, with what it has to say in the lineage,
 # or raises: then nothing is committed, and what was embedded stays staged.
 Approve = Callable[[Candidate], Snapshot]
+# Looks at what there is to do, and at the dimension of the embeddings, or raises: then nothing of
+# it is done.
+CheckPlan = Callable[[Counts, int], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,6 +154,7 @@ def embed(
     config: EmbedConfig,
     *,
     on_progress: Callable[[Counts, Progress], None] | None = None,
+    check_plan: CheckPlan | None = None,
     approve: Approve | None = None,
 ) -> EmbedResult:
     """Embed what is new or changed in a catalog and commit a snapshot of all of it.
@@ -163,6 +167,7 @@ def embed(
     Args:
         config: What, where to and with what.
         on_progress: Called about twice a second while the stages run, from another thread.
+        check_plan: Called before anything is embedded; what it raises is raised.
         approve: Called before a snapshot is committed; what it raises is raised, and the same
             call, once it is let pass, embeds nothing again. It also judges a catalog without rows.
 
@@ -206,6 +211,8 @@ def embed(
         else:
             embedding_dim = base.embedding_dim
         if any(counts.num_due.values()):
+            if check_plan is not None:
+                check_plan(counts, embedding_dim)
             pass_ = Pass(
                 catalog=catalog,
                 engine=engine,
@@ -272,6 +279,12 @@ def embed(
             snapshot = approve(candidate)
             _check_there(store, new)  # again: looking at it may have taken long
         commit(store, snapshot)
+        try:
+            _check_there(store, new)
+        except IncompleteRunError:
+            # A vacuum may have removed them before it could see what was just committed.
+            store.remove(snapshot.path)
+            raise
     elif parent is not None:
         snapshot = parent
     return EmbedResult(

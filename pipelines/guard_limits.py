@@ -20,10 +20,9 @@ class GuardLimits:
     min_drift: float = 0.9
     """Cosine of the mean embedding to that before, by the same engine. Of the same rows but some it
     is nearly 1; black images, or one language in place of another, move the mean of all."""
-    min_new_drift: float = 0.2
+    min_new_drift: float = 0.3
     """Cosine of the mean of the new embeddings to the mean before, by the same engine. They may
-    honestly be of another category: those of the demo's captions, whose mean is the shortest (0.2
-    long), have 0.4 and more. Noise has 0."""
+    honestly be of another category: those of the demo's images have 0.5 and more. Noise has 0."""
     max_collapse: float = 0.98
     """Length of the mean of the new embeddings, 1 if they are all the same, unless that before is
     as long, by the same engine. Their mean cosine to each other is its square; catalogs have

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pipelines.counts import KeyCounts
+from pipelines.manifests import from_record
 from pipelines.schema import Modality
 
 GuardName = Literal[
@@ -78,15 +79,17 @@ def measurement_line(measurement: Measurement) -> str:
 
 
 def lineage_from(record: Mapping[str, Any]) -> Lineage:
-    """Read it back from JSON; TypeError or KeyError for what is none."""
-    return Lineage(
-        **{
+    """Read it back from JSON; errors as of `from_record`, and KeyError."""
+    measurements = record["measurements"]
+    return from_record(
+        Lineage,
+        {
             **record,
-            "plan": {name: KeyCounts(**keys) for name, keys in record["plan"].items()},
+            "plan": {name: from_record(KeyCounts, keys) for name, keys in record["plan"].items()},
             "command": tuple(record["command"]),
             "accepted": tuple(record["accepted"]),
-            "measurements": tuple(Measurement(**entry) for entry in record["measurements"]),
-        }
+            "measurements": tuple(from_record(Measurement, entry) for entry in measurements),
+        },
     )
 
 

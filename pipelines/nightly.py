@@ -13,8 +13,14 @@ from pipelines.counts import Counts
 from pipelines.embedding import EmbedConfig, EmbedResult, Plan, embed, plan
 from pipelines.errors import TooManyRejectsError
 from pipelines.guard_limits import GuardLimits
-from pipelines.guards import check, measure, measure_index
-from pipelines.indexing import IndexManifest, find_index, index_dir, index_snapshot, remove_index
+from pipelines.guards import MIN_ROWS_TO_TRIP, check, measure, measure_index
+from pipelines.index_manifest import (
+    IndexManifest,
+    index_dir,
+    missing_indexes,
+    remove_index,
+)
+from pipelines.indexing import check_max_memory_bytes, check_memory, index_snapshot
 from pipelines.lineage import GUARDS, GuardName, Measurement
 from pipelines.progress import Progress
 from pipelines.rounds import check_rejects
@@ -38,6 +44,7 @@ class NightlyConfig:
 
     def __post_init__(self) -> None:
         """Check the bounds."""
+        check_max_memory_bytes(self.max_memory_bytes)
         unknown = set(self.accepted).difference(GUARDS)
         if unknown:
             raise ValueError(
@@ -89,16 +96,21 @@ def run_night(
         found = measure(store, candidate, limits=config.limits)
         found += _rejects_let_pass(candidate, config=config)
         check(found, accepted=config.accepted, outcome=outcome)
-        built = _missing(store, snapshot)
+        built = missing_indexes(store, snapshot)
         index_snapshot(store, snapshot, max_memory_bytes=config.max_memory_bytes)
         served = _index_dirs(candidate.parent)
         found += _measured_index(store, snapshot, config=config, served=served)
         check(found, accepted=config.accepted, outcome=outcome)
         return _with_verdict(snapshot, found)
 
-    result = embed(_embed_config(config), on_progress=on_progress, approve=approve)
+    result = embed(
+        _embed_config(config),
+        on_progress=on_progress,
+        check_plan=partial(_check_memory, config=config),
+        approve=approve,
+    )
     if not result.committed:
-        built = _missing(store, result.snapshot)
+        built = missing_indexes(store, result.snapshot)
     indexes = index_snapshot(store, result.snapshot, max_memory_bytes=config.max_memory_bytes)
     if built and not result.committed:
         of_built = {index_dir(result.snapshot, modality=modality) for modality in built}
@@ -109,6 +121,22 @@ def run_night(
             outcome=f"Snapshot {result.snapshot.number} is current, and stays without this index.",
         )
     return NightResult(embedded=result, indexes=indexes, num_indexes_built=len(built))
+
+
+def _check_memory(counts: Counts, embedding_dim: int, *, config: NightlyConfig) -> None:
+    """Refuse, before hours of embedding, what could not be indexed in the end.
+
+    How many rows will be rejected nobody knows; of more than those counted here a guard trips.
+    """
+    most_rejects = max(int(config.limits.max_rejects * counts.num_keys), MIN_ROWS_TO_TRIP - 1)
+    if "rejects" not in config.accepted:
+        for num_due in counts.num_due.values():
+            if num_due:  # else the index may be there already
+                check_memory(
+                    num_rows=max(counts.num_keys - most_rejects, 0),
+                    embedding_dim=embedding_dim,
+                    max_memory_bytes=config.max_memory_bytes,
+                )
 
 
 def _embed_config(config: NightlyConfig) -> EmbedConfig:
@@ -136,12 +164,6 @@ def _rejects_let_pass(candidate: Candidate, *, config: NightlyConfig) -> Iterato
             is_tripped=True,
             detail=f"{candidate.num_rejected:,} of {num_planned:,} rows that were to be done",
         )
-
-
-def _missing(store: Store, snapshot: Snapshot) -> list[Modality]:
-    """Modalities without an index."""
-    find = partial(find_index, store, snapshot)
-    return [modality for modality in snapshot.modalities if find(modality=modality) is None]
 
 
 def _measured_index(

@@ -46,7 +46,8 @@ from pipelines.decode import RowLimits
 from pipelines.embedding import EmbedConfig
 from pipelines.engines import EngineChoice
 from pipelines.errors import CatalogError, GuardError, StoreError, TooManyRejectsError
-from pipelines.indexing import INDEXES_DIR, index_dir, load_index
+from pipelines.index_manifest import INDEXES_DIR, index_dir
+from pipelines.indexing import load_index
 from pipelines.lineage import GUARDS
 from pipelines.nightly import NightlyConfig, run_night
 from pipelines.schema import MODALITIES, RETRYABLE_REASONS, Modality
