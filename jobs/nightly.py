@@ -13,14 +13,14 @@ from jobs.cluster import ray_cluster
 from jobs.command import CommandParser, print_result, run
 from jobs.embed_options import add_embed_options, embed_config_from
 from jobs.progress import shown_progress
+from jobs.saved_report import saved_report
 from pipelines.counts import KeyCounts, plan_line
 from pipelines.embedding import Plan
 from pipelines.guard_limits import GuardLimits
-from pipelines.indexing import IndexManifest
+from pipelines.index_manifest import IndexManifest
 from pipelines.lineage import GUARDS, Lineage, measurement_line
 from pipelines.nightly import NightlyConfig, NightResult, plan_night, run_night
 from pipelines.report import RunReport, make_report, summary
-from pipelines.runs import save_report
 from pipelines.schema import RETRYABLE_REASONS
 from pipelines.snapshots import is_other_engine
 
@@ -68,7 +68,7 @@ class NightReport:
     run: RunReport
     """The run in numbers."""
     report_path: str | None
-    """Its page; None if nothing was committed."""
+    """Its page; None if nothing was committed, or if it could not be saved."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -119,6 +119,7 @@ def _parser() -> CommandParser:
         metavar="GUARD",
         help=f"let it trip this time, once you know why: {', '.join(GUARDS)}",
     )
+    parser.for_once.add("accept")
     guards.add_argument("--max-rejects", type=float, default=limits.max_rejects, metavar="SHARE")
     guards.add_argument(
         "--max-deletions", type=float, default=limits.max_deletions, metavar="SHARE"
@@ -199,7 +200,7 @@ def _night_report(result: NightResult, *, config: NightlyConfig) -> NightReport:
         indexes=result.indexes,
         lineage=snapshot.lineage if committed else None,
         run=run_report,
-        report_path=save_report(run_report) if committed else None,
+        report_path=saved_report(run_report) if committed else None,
     )
 
 
@@ -216,7 +217,7 @@ def _night_text(report: NightReport) -> str:
     accepted = report.lineage.accepted
     lines = [summary(report.run), *map(measurement_line, report.lineage.measurements)]
     lines += [f"accepted: {', '.join(accepted)}"] if accepted else []
-    return "\n".join([*lines, indexes, f"report: {report.report_path}"])
+    return "\n".join([*lines, indexes, f"report: {report.report_path or 'could not be saved'}"])
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 
 from jobs import embed, nightly, snapshots
-from pipelines.errors import CommitConflictError, GuardError
-from pipelines.indexing import find_index
+from pipelines.errors import CommitConflictError, GuardError, StoreError
+from pipelines.index_manifest import find_index
 from pipelines.lineage import code_version
 from pipelines.nightly import NightlyConfig, run_night
 from pipelines.search import Searcher
@@ -435,6 +435,53 @@ def test_a_night_that_was_rolled_back_comes_back_without_embedding_anew(night: N
     assert night.answers() == answers
 
 
+def test_what_cannot_be_indexed_is_refused_before_it_is_embedded(night: Night):
+    """Unless all could still be rejects; rows of the store count as well as new ones."""
+    write_rows(night.catalog_dir, text_rows(90))
+    before = night.files()
+    dim = stored_snapshot(night.store_dir).embedding_dim
+    # Of 90 keys, 19 rejects would trip no guard.
+    needed = 4 * 4 * 71 * dim
+    done = night.run("--max-memory-bytes", needed - 1)
+    assert done.code == 1
+    assert f"an exact index of 71 x {dim} needs {needed}" in done.err
+    assert night.files() == before
+    done = night.run("--max-memory-bytes", needed)
+    assert f"an exact index of 90 x {dim} needs" in done.err
+    assert night.done("--dry-run")["plan"]["text"]["num_staged"] == 30
+    # With an index that is there, what memory there is does not matter.
+    assert night.done()["snapshot"] == 2
+    assert night.done("--max-memory-bytes", 1)["outcome"] == "unchanged"
+
+
+def test_a_night_whose_report_cannot_be_saved_is_a_night(
+    night: Night, monkeypatch: pytest.MonkeyPatch
+):
+    write_rows(night.catalog_dir, text_rows(61))
+    publish = Store.publish
+
+    def full(self: Store, relative: str, content: bytes) -> None:
+        if relative.startswith("runs/"):
+            raise StoreError("no space left")
+        publish(self, relative, content)
+
+    monkeypatch.setattr(Store, "publish", full)
+    done = night.run("--json")
+    assert done.code == 0
+    assert (done.json["outcome"], done.json["snapshot"]) == ("committed", 2)
+    assert done.json["report_path"] is None
+    assert "snapshot 2 is committed; only its report is missing: no space left" in done.err
+    write_rows(night.catalog_dir, text_rows(62))
+    assert "report: could not be saved" in night.run().out
+
+
+def test_guards_are_not_turned_off_by_a_file(night: Night, tmp_path: Path):
+    (tmp_path / "night.yaml").write_text("accept: [drift]\n")
+    done = night.run("--config", tmp_path / "night.yaml")
+    assert done.code == 2
+    assert "accept is for this time, and a file would say it every time" in done.err
+
+
 def test_an_index_that_is_missing_is_built(night: Night):
     answers = night.answers()
     shutil.rmtree(night.store_dir / "indexes")
@@ -549,6 +596,8 @@ def test_of_two_nights_at_once_one_commits_and_the_other_goes_on(
     [
         (["--accept", "everything"], "invalid choice: 'everything'"),
         (["--max-deletions", "2"], "max_deletions=2.0: expected 0 to 1"),
+        (["--max-memory-bytes", "0"], "max_memory_bytes=0: expected at least 1"),
+        (["--max-memory-bytes", "-5"], "max_memory_bytes=-5: expected at least 1"),
         (["--retry", "bad_luck"], "no such reasons"),
     ],
 )
