@@ -51,6 +51,8 @@ class CommandParser(argparse.ArgumentParser):
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
             allow_abbrev=False,
         )
+        self.for_once: set[str] = set()
+        """Options of the command line alone: a file would say them every time."""
         self.add_argument("--config", metavar="FILE", help="YAML file of options; flags win")
         self.add_argument(
             "--json", action="store_true", help="print the result as one JSON object on stdout"
@@ -79,6 +81,11 @@ class CommandParser(argparse.ArgumentParser):
                 known = ", ".join(sorted(actions.keys() - {"config"}))
                 self.error(f"--config {path}: no option {name!r} (options: {known})")
             action = actions[dest]
+            if dest in self.for_once:
+                self.error(
+                    f"--config {path}: {name} is for this time, and a file would say it every "
+                    f"time; say {action.option_strings[-1]} on the command line"
+                )
             if self._is_overruled(action, argv):
                 continue
             takes_list = action.nargs in ("*", "+")

@@ -10,9 +10,9 @@ from jobs.cluster import ray_cluster
 from jobs.command import CommandParser, print_result, run
 from jobs.embed_options import add_embed_options, embed_config_from
 from jobs.progress import shown_progress
+from jobs.saved_report import saved_report
 from pipelines.embedding import EmbedConfig, embed
 from pipelines.report import RunReport, make_report, summary
-from pipelines.runs import save_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,17 +23,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_options(words)
     config = embed_config_from(options, command=("clipmill", "embed", *words))
     report, report_path = run_embed(config, address=options.address)
-    text = f"{summary(report)}\nreport: {report_path}"
+    text = f"{summary(report)}\nreport: {report_path or 'could not be saved'}"
     print_result(report, as_json=options.json, text=text)
     return 0
 
 
-def run_embed(config: EmbedConfig, *, address: str | None = None) -> tuple[RunReport, str]:
-    """Embed with progress on stderr; returns the report and where its page was saved."""
+def run_embed(config: EmbedConfig, *, address: str | None = None) -> tuple[RunReport, str | None]:
+    """Embed with progress on stderr; returns the report and where its page was saved, if it was."""
     with ray_cluster(address), shown_progress() as on_progress:
         result = embed(config, on_progress=on_progress)
     report = make_report(result, catalog_uri=config.catalog.uri, store_uri=config.store_uri)
-    return report, save_report(report)
+    return report, saved_report(report)
 
 
 if __name__ == "__main__":

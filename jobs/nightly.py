@@ -13,16 +13,16 @@ from jobs.cluster import ray_cluster
 from jobs.command import CommandParser, print_result, run
 from jobs.embed_options import add_embed_options, embed_config_from
 from jobs.progress import shown_progress
-from pipelines.counts import KeyCounts
+from jobs.saved_report import saved_report
+from pipelines.counts import KeyCounts, plan_line
 from pipelines.embedding import Plan
-from pipelines.guards import GuardLimits, measurement_line
-from pipelines.indexing import IndexManifest
-from pipelines.lineage import GUARDS, Lineage
+from pipelines.guard_limits import GuardLimits
+from pipelines.index_manifest import IndexManifest
+from pipelines.lineage import GUARDS, Lineage, measurement_line
 from pipelines.nightly import NightlyConfig, NightResult, plan_night, run_night
-from pipelines.parent import is_other_engine
-from pipelines.report import RunReport, make_report, plan_line, summary
-from pipelines.runs import save_report
+from pipelines.report import RunReport, make_report, summary
 from pipelines.schema import RETRYABLE_REASONS
+from pipelines.snapshots import is_other_engine
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +68,7 @@ class NightReport:
     run: RunReport
     """The run in numbers."""
     report_path: str | None
-    """Its page; None if nothing was committed."""
+    """Its page; None if nothing was committed, or if it could not be saved."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -119,12 +119,17 @@ def _parser() -> CommandParser:
         metavar="GUARD",
         help=f"let it trip this time, once you know why: {', '.join(GUARDS)}",
     )
+    parser.for_once.add("accept")
     guards.add_argument("--max-rejects", type=float, default=limits.max_rejects, metavar="SHARE")
     guards.add_argument(
         "--max-deletions", type=float, default=limits.max_deletions, metavar="SHARE"
     )
     guards.add_argument("--max-norms", type=float, default=limits.max_norms, metavar="SHARE")
     guards.add_argument("--min-drift", type=float, default=limits.min_drift, metavar="COSINE")
+    guards.add_argument(
+        "--min-new-drift", type=float, default=limits.min_new_drift, metavar="COSINE"
+    )
+    guards.add_argument("--max-collapse", type=float, default=limits.max_collapse, metavar="LENGTH")
     guards.add_argument(
         "--min-neighbours", type=float, default=limits.min_neighbours, metavar="SHARE"
     )
@@ -143,6 +148,8 @@ def _config_from(options: Namespace, *, command: Sequence[str]) -> NightlyConfig
             max_deletions=options.max_deletions,
             max_norms=options.max_norms,
             min_drift=options.min_drift,
+            min_new_drift=options.min_new_drift,
+            max_collapse=options.max_collapse,
             min_neighbours=options.min_neighbours,
             min_recall=options.min_recall,
         ),
@@ -193,7 +200,7 @@ def _night_report(result: NightResult, *, config: NightlyConfig) -> NightReport:
         indexes=result.indexes,
         lineage=snapshot.lineage if committed else None,
         run=run_report,
-        report_path=save_report(run_report) if committed else None,
+        report_path=saved_report(run_report) if committed else None,
     )
 
 
@@ -210,7 +217,7 @@ def _night_text(report: NightReport) -> str:
     accepted = report.lineage.accepted
     lines = [summary(report.run), *map(measurement_line, report.lineage.measurements)]
     lines += [f"accepted: {', '.join(accepted)}"] if accepted else []
-    return "\n".join([*lines, indexes, f"report: {report.report_path}"])
+    return "\n".join([*lines, indexes, f"report: {report.report_path or 'could not be saved'}"])
 
 
 if __name__ == "__main__":

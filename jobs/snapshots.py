@@ -10,17 +10,18 @@ from typing import get_args
 
 from jobs.command import Actions, CommandParser, dispatch, print_result, run
 from pipelines.changes import find_changes
-from pipelines.guards import measurement_line
-from pipelines.lineage import Lineage
-from pipelines.report import plan_line
+from pipelines.counts import plan_line
+from pipelines.errors import StoreError
+from pipelines.index_manifest import check_rollback
+from pipelines.lineage import Lineage, measurement_line
 from pipelines.schema import MODALITIES
 from pipelines.snapshots import (
     Kind,
     Snapshot,
     numbers_in_words,
+    read_log,
     read_snapshot,
     rollback,
-    snapshot_numbers,
 )
 from pipelines.store import Store
 from pipelines.vacuum import Retention, find_garbage, vacuum
@@ -35,9 +36,16 @@ def _list(argv: Sequence[str]) -> int:
     parser = _parser("list", "All snapshots of a store, the current one last.")
     options = parser.parse_options(argv)
     store = Store(options.store)
-    snapshots = [read_snapshot(store, number) for number in snapshot_numbers(store)]
-    records = [_record(snapshot) for snapshot in snapshots]
-    text = "\n".join(map(_line, snapshots)) or f"store {store.uri} has no snapshot"
+    log = list(read_log(store))
+    records = [
+        {"number": number, "error": str(found)} if isinstance(found, StoreError) else _record(found)
+        for number, found in log
+    ]
+    lines = [
+        f"{number:>6}  {found}" if isinstance(found, StoreError) else _line(found)
+        for number, found in log
+    ]
+    text = "\n".join(lines) or f"store {store.uri} has no snapshot"
     print_result(records, as_json=options.json, text=text)
     return 0
 
@@ -90,7 +98,9 @@ def _rollback(argv: Sequence[str]) -> int:
     parser = _parser("rollback", "Make an earlier snapshot current again, as a new one.")
     parser.add_argument("number", type=int, help="the earlier snapshot's")
     options = parser.parse_options(argv)
-    snapshot = rollback(Store(options.store), options.number)
+    store = Store(options.store)
+    check_rollback(store, options.number)
+    snapshot = rollback(store, options.number)
     print_result(_record(snapshot), as_json=options.json, text=_line(snapshot))
     return 0
 

@@ -106,6 +106,7 @@ class _Rewriter:
                 modality=first.modality,
                 plan_id=self._plan_id,
                 store=self._store,
+                origin="stored",
             )
             for tables in parts.values()
         ]

@@ -41,6 +41,7 @@ def copy_embeddings(
             modality=rows[schema.MODALITY][0].as_py(),
             plan_id=plan_id,
             store=store,
+            origin="stored",
         )
 
     tables = ledger.copies(max_rows=rows_per_file)

@@ -71,6 +71,23 @@ class Counts:
         return sum(keys.num_encoded for keys in self.keys.values())
 
 
+def plan_line(keys: KeyCounts) -> str:
+    """What is to be done for the keys of one modality, in words."""
+    return ", ".join(
+        f"{num:,} {what}"
+        for what, num in (
+            ("new", keys.num_new),
+            ("changed", keys.num_changed),
+            ("moved", keys.num_moved),
+            ("retried", keys.num_retried),
+            ("unchanged", keys.num_unchanged),
+            ("staged by an unfinished run", keys.num_staged),
+            ("deleted", keys.num_deleted),
+        )
+        if num or what not in ("retried", "staged by an unfinished run")
+    )
+
+
 def key_counts(
     db: "duckdb.DuckDBPyConnection", *, modalities: Sequence[Modality]
 ) -> dict[Modality, KeyCounts]:

@@ -14,6 +14,7 @@ from engine.manifest import Manifest
 from engine.registry import Registry
 from pipelines import schema
 from pipelines.assembly import count_rejects, next_files
+from pipelines.candidate import Candidate
 from pipelines.catalog import Catalog, CatalogConfig, check_has_rows, open_catalog
 from pipelines.counts import Counts
 from pipelines.decode import RowLimits
@@ -37,11 +38,14 @@ from pipelines.snapshots import (
 )
 from pipelines.stages import Pass, Resources, num_workers, ray_data_settings
 from pipelines.store import Store
-from pipelines.writing import staging_dir
+from pipelines.writing import is_encoded, staging_dir
 
-# Looks at what a run would commit and at the snapshot before it. Gives it back, with what it has to
-# say in the lineage, or raises: then nothing is committed, and what was embedded stays staged.
-Approve = Callable[[Snapshot, Snapshot | None], Snapshot]
+# Looks at what a run would commit. Gives the snapshot back, with what it has to say in the lineage,
+# or raises: then nothing is committed, and what was embedded stays staged.
+Approve = Callable[[Candidate], Snapshot]
+# Looks at what there is to do, and at the dimension of the embeddings, or raises: then nothing of
+# it is done.
+CheckPlan = Callable[[Counts, int], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,6 +154,7 @@ def embed(
     config: EmbedConfig,
     *,
     on_progress: Callable[[Counts, Progress], None] | None = None,
+    check_plan: CheckPlan | None = None,
     approve: Approve | None = None,
 ) -> EmbedResult:
     """Embed what is new or changed in a catalog and commit a snapshot of all of it.
@@ -162,6 +167,7 @@ def embed(
     Args:
         config: What, where to and with what.
         on_progress: Called about twice a second while the stages run, from another thread.
+        check_plan: Called before anything is embedded; what it raises is raised.
         approve: Called before a snapshot is committed; what it raises is raised, and the same
             call, once it is let pass, embeds nothing again. It also judges a catalog without rows.
 
@@ -205,6 +211,8 @@ def embed(
         else:
             embedding_dim = base.embedding_dim
         if any(counts.num_due.values()):
+            if check_plan is not None:
+                check_plan(counts, embedding_dim)
             pass_ = Pass(
                 catalog=catalog,
                 engine=engine,
@@ -227,6 +235,7 @@ def embed(
             plan_id=setting.plan_id,
             store=store,
         )
+        num_rejected = ledger.num_rejected()
     new = set(files).difference(setting.before)
     _check_there(store, new)
     now = datetime.now(UTC)
@@ -256,9 +265,26 @@ def embed(
     committed = parent is None or not same_state(snapshot, parent)
     if committed:
         if approve is not None:
-            snapshot = approve(snapshot, parent)
+            candidate = Candidate(
+                snapshot=snapshot,
+                parent=parent,
+                encoded=tuple(
+                    file
+                    for file in (*staged, *written.encoded)
+                    if file.kind == "embeddings" and is_encoded(file)
+                ),
+                counts=counts,
+                num_rejected=num_rejected,
+            )
+            snapshot = approve(candidate)
             _check_there(store, new)  # again: looking at it may have taken long
         commit(store, snapshot)
+        try:
+            _check_there(store, new)
+        except IncompleteRunError:
+            # A vacuum may have removed them before it could see what was just committed.
+            store.remove(snapshot.path)
+            raise
     elif parent is not None:
         snapshot = parent
     return EmbedResult(

@@ -8,83 +8,44 @@ snapshots lists. Vectors are judged by samples of at most 4,096 rows of at most 
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, fields
 
 import numpy as np
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
-from engine.accuracy import NEIGHBOURS, TIE, neighbour_overlap
+from engine.accuracy import NEIGHBOURS, TIE
+from pipelines.candidate import Candidate
 from pipelines.changes import find_changes
 from pipelines.errors import GuardError
+from pipelines.guard_limits import GuardLimits
 from pipelines.indexing import load_index, search_among
-from pipelines.lineage import Measurement
-from pipelines.parent import is_other_engine
+from pipelines.lineage import Measurement, measurement_line
 from pipelines.snapshots import Snapshot
 from pipelines.store import Store
-from pipelines.stored_samples import draw_pairs, draw_sample
+from pipelines.stored_samples import draw_sample
+from pipelines.vector_guards import measure_vectors
 
 # Fewer deletions or rejects than this trip nothing: a share of a handful of rows says nothing.
 MIN_ROWS_TO_TRIP = 20
-# Of a norm from 1; float16 elements round it by less than 1e-3.
-NORM_TOLERANCE = 1e-2
-# Of embeddings that spread widely, the means of a few hundred differ by chance alone.
-MIN_ROWS_OF_MEAN = 1000
 # Rows that the index is asked for.
 NUM_QUERIES = 256
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GuardLimits:
-    """How far a snapshot may be from the one before it."""
-
-    max_rejects: float = 0.1
-    """Share of the keys that are rejects, of a modality; as `RowLimits.max_reject_share`."""
-    max_deletions: float = 0.2
-    """Share of the keys before that are gone: catalogs lose few in a night, half-delivered ones
-    many."""
-    max_norms: float = 0.0
-    """Share of new embeddings whose norm is not 1: the towers' last step is that norm."""
-    min_drift: float = 0.9
-    """Cosine of the mean embedding to that before, by the same engine. Of the same rows but some it
-    is nearly 1; black images, or one language in place of another, move the mean of all."""
-    min_neighbours: float = 0.5
-    """Of ten neighbours, after a change of engine: builds of one checkpoint keep 0.9 and more (the
-    gate of engines asks 0.93); who loses half sees the catalog otherwise, and means to."""
-    min_recall: float = 0.95
-    """recall@10 of the index; of an exact one it is 1."""
-
-    def __post_init__(self) -> None:
-        """Check the bounds."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            lowest = -1 if field.name == "min_drift" else 0
-            if not lowest <= value <= 1:
-                raise ValueError(f"{field.name}={value}: expected {lowest} to 1")
-
-
-def measure(
-    store: Store, candidate: Snapshot, parent: Snapshot | None, *, limits: GuardLimits
-) -> list[Measurement]:
+def measure(store: Store, candidate: Candidate, *, limits: GuardLimits) -> list[Measurement]:
     """Measure all that can be without an index.
 
     Args:
-        store: Where their files are.
-        candidate: What would be committed.
-        parent: The snapshot before it; None if there is none: then nothing is compared.
+        store: Where the files are.
+        candidate: What would be committed; where it has no parent, nothing is compared.
         limits: The bounds.
 
     Raises:
         StoreError: The store cannot be read.
     """
-    found = [*_rejects(candidate, limits=limits)]
+    snapshot, parent = candidate.snapshot, candidate.parent
+    found = [*_rejects(snapshot, limits=limits)]
     if parent is not None:
-        found += _deletions(store, candidate, parent, limits=limits)
-    found += _norms(store, candidate, parent, limits=limits)
-    if parent is not None:
-        compare = _neighbours if is_other_engine(candidate.engine, parent) else _drift
-        found += compare(store, candidate, parent, limits=limits)
-    return found
+        found += _deletions(store, snapshot, parent, limits=limits)
+    return [*found, *measure_vectors(store, candidate, limits=limits)]
 
 
 def measure_index(store: Store, snapshot: Snapshot, *, limits: GuardLimits) -> list[Measurement]:
@@ -123,21 +84,8 @@ def check(measurements: Sequence[Measurement], *, accepted: Collection[str], out
         )
 
 
-def measurement_line(measurement: Measurement) -> str:
-    """One measurement in one line."""
-    what = (
-        measurement.guard
-        if measurement.modality is None
-        else (f"{measurement.guard} of {measurement.modality}")
-    )
-    side = "most" if measurement.guard in ("rejects", "deletions", "norms") else "least"
-    return (
-        f"{what}: {measurement.value:.4f}, at {side} {measurement.bound:g} is allowed "
-        f"({measurement.detail})"
-    )
-
-
 def _rejects(candidate: Snapshot, *, limits: GuardLimits) -> Iterator[Measurement]:
+    yield from _whole_row_rejects(candidate, limits=limits)
     for modality in candidate.modalities:
         num_rejects = candidate.num_rows("rejects", modality=modality)
         num_keys = candidate.catalog.num_keys
@@ -149,6 +97,23 @@ def _rejects(candidate: Snapshot, *, limits: GuardLimits) -> Iterator[Measuremen
             bound=limits.max_rejects,
             is_tripped=share > limits.max_rejects and num_rejects >= MIN_ROWS_TO_TRIP,
             detail=f"{num_rejects:,} of {num_keys:,} keys",
+        )
+
+
+def _whole_row_rejects(candidate: Snapshot, *, limits: GuardLimits) -> Iterator[Measurement]:
+    num_rejects = sum(file.num_rows for file in candidate.files if file.modality is None)
+    num_rows, num_keys = candidate.catalog.num_rows, candidate.catalog.num_keys
+    if num_rejects:
+        share = num_rejects / num_rows
+        is_many = share > limits.max_rejects and num_rejects >= MIN_ROWS_TO_TRIP
+        yield Measurement(
+            guard="rejects",
+            modality=None,
+            value=share,
+            bound=limits.max_rejects,
+            is_tripped=is_many or num_keys == 0,
+            detail=f"{num_rejects:,} of {num_rows:,} rows have null or duplicate keys"
+            + ("" if num_keys else ", none has a key"),
         )
 
 
@@ -170,75 +135,6 @@ def _deletions(
         detail=f"{num_gone:,} of {num_keys:,} keys of snapshot {parent.number} are gone"
         + (", the catalog is empty" if is_emptied else ""),
     )
-
-
-def _norms(
-    store: Store, candidate: Snapshot, parent: Snapshot | None, *, limits: GuardLimits
-) -> Iterator[Measurement]:
-    before = frozenset(() if parent is None else parent.files)
-    for modality in candidate.modalities:
-        files = candidate.files_of("embeddings", modality=modality)
-        sample = draw_sample(store, [file for file in files if file not in before])
-        if sample is None:
-            continue
-        norms = np.linalg.norm(sample.vectors, axis=1)
-        is_off = ~(np.abs(norms - 1) <= NORM_TOLERANCE)  # of NaN too
-        share = float(is_off.mean())
-        yield Measurement(
-            guard="norms",
-            modality=modality,
-            value=share,
-            bound=limits.max_norms,
-            is_tripped=share > limits.max_norms,
-            detail=f"{is_off.sum():,} of {len(norms):,} new embeddings",
-        )
-
-
-def _drift(
-    store: Store, candidate: Snapshot, parent: Snapshot, *, limits: GuardLimits
-) -> Iterator[Measurement]:
-    for modality in candidate.modalities:
-        now, before = (
-            draw_sample(store, snapshot.files_of("embeddings", modality=modality))
-            for snapshot in (candidate, parent)
-        )
-        if now is None or before is None:
-            continue
-        if min(len(now.vectors), len(before.vectors)) < MIN_ROWS_OF_MEAN:
-            continue
-        cosine = _mean_cosine(now.vectors, before.vectors)
-        yield Measurement(
-            guard="drift",
-            modality=modality,
-            value=cosine,
-            bound=limits.min_drift,
-            is_tripped=cosine < limits.min_drift,
-            detail=f"means of {len(now.vectors):,} and {len(before.vectors):,} embeddings",
-        )
-
-
-def _neighbours(
-    store: Store, candidate: Snapshot, parent: Snapshot, *, limits: GuardLimits
-) -> Iterator[Measurement]:
-    for modality in candidate.modalities:
-        pairs = draw_pairs(
-            store,
-            parent.files_of("embeddings", modality=modality),
-            candidate.files_of("embeddings", modality=modality),
-        )
-        if pairs is None:
-            continue
-        before, now = pairs
-        overlap = neighbour_overlap(now, before)
-        yield Measurement(
-            guard="neighbours",
-            modality=modality,
-            value=overlap,
-            bound=limits.min_neighbours,
-            is_tripped=overlap < limits.min_neighbours,
-            detail=f"{NEIGHBOURS} neighbours of {len(now):,} keys, by engine "
-            f"{candidate.engine.engine_id} and by {parent.engine.engine_id}",
-        )
 
 
 def _recalls(store: Store, snapshot: Snapshot, *, limits: GuardLimits) -> Iterator[Measurement]:
@@ -269,10 +165,3 @@ def _recalls(store: Store, snapshot: Snapshot, *, limits: GuardLimits) -> Iterat
             is_tripped=recall < limits.min_recall,
             detail=f"{num_hits} nearest of {len(queries):,} among {len(ids):,} embeddings",
         )
-
-
-def _mean_cosine(now: NDArray[np.float32], before: NDArray[np.float32]) -> float:
-    means = [vectors.mean(axis=0, dtype=np.float64) for vectors in (now, before)]
-    norms = [np.linalg.norm(mean) for mean in means]
-    cosine = float(means[0] @ means[1] / max(norms[0] * norms[1], np.finfo(float).tiny))
-    return cosine if np.isfinite(cosine) else -1.0

@@ -1,18 +1,13 @@
 """Builds a FAISS index of a snapshot: exact, one for each modality, keys beside it.
 
-Knows nothing of how the embeddings were made or who will query them. An index is named for what
-it holds, so that snapshots of the same embeddings share one.
-
-    indexes/00112233445566778899aabbccddeeff/
-      index.faiss      inner products of unit vectors: cosine similarity
-      keys.parquet     row i is the key of id i
-      manifest.json    written last
+Knows nothing of how the embeddings were made or who will query them. What an index is:
+`pipelines.index_manifest`.
 """
 
 import dataclasses
+import hashlib
 import io
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,18 +17,29 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from ray._common.utils import get_system_memory
 
 from pipelines import schema
 from pipelines.errors import IndexMissingError, PipelineError, StoreError
-from pipelines.fingerprints import index_id
+from pipelines.index_manifest import (
+    FORMAT_VERSION,
+    INDEX_FILE,
+    KEYS_FILE,
+    MANIFEST_FILE,
+    IndexManifest,
+    find_index,
+    index_dir,
+    index_id_of,
+    indexed_files,
+)
 from pipelines.schema import Modality
 from pipelines.snapshots import Snapshot, StoredFile, read_snapshot
 from pipelines.store import Store
 from pipelines.stored_samples import vectors_of
 
-FORMAT_VERSION = 1
-INDEXES_DIR = "indexes"
-INDEX_FILE, KEYS_FILE, MANIFEST_FILE = "index.faiss", "keys.parquet", "manifest.json"
+# Of the vectors as float32: themselves, what FAISS keeps free to grow into, and two copies while
+# they are serialized and written. Of 250 MB of vectors, 3.3 to 3.5 were seen.
+MEMORY_TIMES = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,42 +48,32 @@ class IndexConfig:
 
     store_uri: str
     """A store with at least one snapshot."""
+    snapshot: int | None = None
+    """Its number; None: the current one."""
     max_memory_bytes: int | None = None
-    """For the vectors and their serialized copy; None: half of this machine's memory."""
+    """For the vectors and their serialized copies; None: half of this machine's memory, or of what
+    its container may use."""
 
     def __post_init__(self) -> None:
         """Check the bounds."""
-        if self.max_memory_bytes is not None and self.max_memory_bytes < 1:
-            raise ValueError(f"max_memory_bytes={self.max_memory_bytes}: expected at least 1")
+        check_max_memory_bytes(self.max_memory_bytes)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class IndexManifest:
-    """One index, complete."""
-
-    index_id: str
-    """Names its folder: a hash of modality, engine and the files of embeddings in it."""
-    engine_id: str
-    """Queries must be encoded by the same engine."""
-    modality: Modality
-    """Of the embeddings."""
-    num_rows: int
-    """Vectors and keys."""
-    embedding_dim: int
-    """D."""
-    factory: str
-    """FAISS's name of the index type."""
+def check_max_memory_bytes(max_memory_bytes: int | None) -> None:
+    """Raise ValueError if a bound is none."""
+    if max_memory_bytes is not None and max_memory_bytes < 1:
+        raise ValueError(f"max_memory_bytes={max_memory_bytes}: expected at least 1")
 
 
 def build_index(config: IndexConfig) -> list[IndexManifest]:
-    """Index the current snapshot, each modality by itself; an index that is there is kept.
+    """Index a snapshot, each modality by itself; an index that is there is kept.
 
     Raises:
-        StoreError: There is no snapshot, or the store cannot be read or written.
+        StoreError: There is no such snapshot, or the store cannot be read or written.
         PipelineError: The vectors do not fit in the memory allowed.
     """
     store = Store(config.store_uri)
-    snapshot = read_snapshot(store, None)
+    snapshot = read_snapshot(store, config.snapshot)
     return index_snapshot(store, snapshot, max_memory_bytes=config.max_memory_bytes)
 
 
@@ -95,57 +91,11 @@ def index_snapshot(
         StoreError: The store cannot be read or written.
         PipelineError: The vectors do not fit in the memory allowed.
     """
-    max_bytes = max_memory_bytes or _memory_bytes() // 2
     return [
         find_index(store, snapshot, modality=modality)
-        or _build(store, snapshot, modality=modality, max_bytes=max_bytes)
+        or _build(store, snapshot, modality=modality, max_memory_bytes=max_memory_bytes)
         for modality in snapshot.modalities
     ]
-
-
-def index_dir(snapshot: Snapshot, *, modality: Modality) -> str:
-    """Where an index lies, relative to the store's root."""
-    return f"{INDEXES_DIR}/{_index_id(snapshot, modality=modality)}"
-
-
-def _index_id(snapshot: Snapshot, *, modality: Modality) -> str:
-    # Paths stand for contents: each file is written once, under a name drawn for it.
-    paths = [file.path for file in _indexed_files(snapshot, modality=modality)]
-    return index_id([modality, snapshot.engine.engine_id, *paths])
-
-
-def _indexed_files(snapshot: Snapshot, *, modality: Modality) -> list[StoredFile]:
-    """In one order whatever the snapshot's, so that all who build an index write the same bytes."""
-    files = snapshot.files_of("embeddings", modality=modality)
-    return sorted(files, key=lambda file: file.path)
-
-
-def find_index(store: Store, snapshot: Snapshot, *, modality: Modality) -> IndexManifest | None:
-    """The index of a snapshot's modality, None if it is not (wholly) built."""
-    path = f"{index_dir(snapshot, modality=modality)}/{MANIFEST_FILE}"
-    if path not in store.list(index_dir(snapshot, modality=modality), suffix=MANIFEST_FILE):
-        return None
-    try:
-        record: dict[str, Any] = json.loads(store.read(path))
-        version = record.pop("format_version")
-        if version > FORMAT_VERSION:
-            raise StoreError(
-                f"store {store.uri}: {path} is of format {version}, this Clipmill reads "
-                f"{FORMAT_VERSION}; upgrade Clipmill"
-            )
-        return IndexManifest(**record)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(
-            f"store {store.uri}: {path} is damaged ({error}); remove the folder it is in and run "
-            "`clipmill index` again"
-        ) from error
-
-
-def remove_index(store: Store, snapshot: Snapshot, *, modality: Modality) -> None:
-    """Remove an index, its manifest first: nobody finds half of it. StoreError if it fails."""
-    folder = index_dir(snapshot, modality=modality)
-    store.remove(f"{folder}/{MANIFEST_FILE}")
-    store.remove(folder)
 
 
 def load_index(store: Store, snapshot: Snapshot, *, modality: Modality) -> tuple[Any, pa.Array]:
@@ -166,11 +116,11 @@ def load_index(store: Store, snapshot: Snapshot, *, modality: Modality) -> tuple
         )
     folder = index_dir(snapshot, modality=modality)
     try:
-        index = faiss.deserialize_index(
-            np.frombuffer(store.read(f"{folder}/{INDEX_FILE}"), dtype=np.uint8)
-        )
-        keys = pq.read_table(io.BytesIO(store.read(f"{folder}/{KEYS_FILE}")))[schema.KEY]
-    except (RuntimeError, KeyError, pa.ArrowException) as error:
+        content = _checked(store, f"{folder}/{INDEX_FILE}", sha256=manifest.index_sha256)
+        index = faiss.deserialize_index(np.frombuffer(content, dtype=np.uint8))
+        content = _checked(store, f"{folder}/{KEYS_FILE}", sha256=manifest.keys_sha256)
+        keys = pq.read_table(io.BytesIO(content))[schema.KEY]
+    except (RuntimeError, KeyError, OSError, ValueError, pa.ArrowException) as error:
         raise StoreError(
             f"store {store.uri}: {folder} is damaged ({str(error).splitlines()[0]}); remove the "
             "folder and run `clipmill index` again"
@@ -210,42 +160,61 @@ def search_among(
     return np.asarray(found, dtype=np.int64)
 
 
-def _build(
-    store: Store, snapshot: Snapshot, *, modality: Modality, max_bytes: int
-) -> IndexManifest:
-    num_rows = snapshot.num_rows("embeddings", modality=modality)
-    # The vectors, and twice more while they are serialized and handed over.
-    needed = 3 * 4 * num_rows * snapshot.embedding_dim
+def check_memory(*, num_rows: int, embedding_dim: int, max_memory_bytes: int | None) -> None:
+    """Raise PipelineError if an index of so many rows is beyond `IndexConfig.max_memory_bytes`."""
+    max_bytes = get_system_memory() // 2 if max_memory_bytes is None else max_memory_bytes
+    needed = MEMORY_TIMES * 4 * num_rows * embedding_dim
     if needed > max_bytes:
         raise PipelineError(
-            f"max_memory_bytes={max_bytes}: an exact index of {num_rows} x "
-            f"{snapshot.embedding_dim} needs {needed}; use a machine with more memory or raise "
-            "--max-memory-bytes"
+            f"max_memory_bytes={max_bytes}: an exact index of {num_rows} x {embedding_dim} needs "
+            f"{needed}; use a machine with more memory or raise --max-memory-bytes"
         )
+
+
+def _checked(store: Store, path: str, *, sha256: str | None) -> bytes:
+    """A file's content; ValueError if its digest is not that of the manifest."""
+    content = store.read(path)
+    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+        raise ValueError(f"{path} is not what was written")
+    return content
+
+
+def _build(
+    store: Store, snapshot: Snapshot, *, modality: Modality, max_memory_bytes: int | None
+) -> IndexManifest:
+    num_rows = snapshot.num_rows("embeddings", modality=modality)
+    check_memory(
+        num_rows=num_rows,
+        embedding_dim=snapshot.embedding_dim,
+        max_memory_bytes=max_memory_bytes,
+    )
     index = faiss.IndexFlatIP(snapshot.embedding_dim)
     keys = []
-    for file_keys, vectors in read_embeddings(store, _indexed_files(snapshot, modality=modality)):
+    for file_keys, vectors in read_embeddings(store, indexed_files(snapshot, modality=modality)):
         index.add(vectors)
         keys.append(file_keys)
     key_type = pa.int64() if snapshot.key_type == "int64" else pa.string()
     key_table = pa.table({schema.KEY: pa.chunked_array(keys, key_type)})
+    key_buffer = io.BytesIO()
+    pq.write_table(key_table, key_buffer)
+    contents = {
+        INDEX_FILE: faiss.serialize_index(index).tobytes(),
+        KEYS_FILE: key_buffer.getvalue(),
+    }
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     manifest = IndexManifest(
-        index_id=_index_id(snapshot, modality=modality),
+        index_id=index_id_of(snapshot, modality=modality),
         engine_id=snapshot.engine.engine_id,
         modality=modality,
         num_rows=num_rows,
         embedding_dim=snapshot.embedding_dim,
         factory="Flat",
+        index_sha256=digests[INDEX_FILE],
+        keys_sha256=digests[KEYS_FILE],
     )
     folder = index_dir(snapshot, modality=modality)
-    buffer = io.BytesIO()
-    pq.write_table(key_table, buffer)
-    store.publish(f"{folder}/{INDEX_FILE}", faiss.serialize_index(index).tobytes())
-    store.publish(f"{folder}/{KEYS_FILE}", buffer.getvalue())
+    for name, content in contents.items():
+        store.publish(f"{folder}/{name}", content)
     record = {"format_version": FORMAT_VERSION, **dataclasses.asdict(manifest)}
     store.publish(f"{folder}/{MANIFEST_FILE}", (json.dumps(record, indent=2) + "\n").encode())
     return manifest
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

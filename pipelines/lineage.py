@@ -12,10 +12,16 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pipelines.counts import KeyCounts
+from pipelines.manifests import from_record
 from pipelines.schema import Modality
 
-GuardName = Literal["rejects", "deletions", "norms", "drift", "neighbours", "recall"]
+GuardName = Literal[
+    "rejects", "deletions", "norms", "drift", "new_drift", "collapse", "neighbours", "recall"
+]
 GUARDS: tuple[GuardName, ...] = get_args(GuardName)
+
+# Of the others the bound is the least that is allowed.
+_AT_MOST: tuple[GuardName, ...] = ("rejects", "deletions", "norms", "collapse")
 
 PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 
@@ -58,16 +64,32 @@ class Lineage:
     """Of the guards; none where none were asked."""
 
 
+def measurement_line(measurement: Measurement) -> str:
+    """One measurement in one line."""
+    what = (
+        measurement.guard
+        if measurement.modality is None
+        else (f"{measurement.guard} of {measurement.modality}")
+    )
+    side = "most" if measurement.guard in _AT_MOST else "least"
+    return (
+        f"{what}: {measurement.value:.4f}, at {side} {measurement.bound:g} is allowed "
+        f"({measurement.detail})"
+    )
+
+
 def lineage_from(record: Mapping[str, Any]) -> Lineage:
-    """Read it back from JSON; TypeError or KeyError for what is none."""
-    return Lineage(
-        **{
+    """Read it back from JSON; errors as of `from_record`, and KeyError."""
+    measurements = record["measurements"]
+    return from_record(
+        Lineage,
+        {
             **record,
-            "plan": {name: KeyCounts(**keys) for name, keys in record["plan"].items()},
+            "plan": {name: from_record(KeyCounts, keys) for name, keys in record["plan"].items()},
             "command": tuple(record["command"]),
             "accepted": tuple(record["accepted"]),
-            "measurements": tuple(Measurement(**entry) for entry in record["measurements"]),
-        }
+            "measurements": tuple(from_record(Measurement, entry) for entry in measurements),
+        },
     )
 
 

@@ -4,16 +4,26 @@ Knows nothing of the command line or of schedules. Readers see a night whole or 
 index is there before the commit, which is the promotion.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from pipelines.candidate import Candidate
 from pipelines.counts import Counts
 from pipelines.embedding import EmbedConfig, EmbedResult, Plan, embed, plan
-from pipelines.guards import GuardLimits, check, measure, measure_index
-from pipelines.indexing import IndexManifest, find_index, index_snapshot, remove_index
+from pipelines.errors import TooManyRejectsError
+from pipelines.guard_limits import GuardLimits
+from pipelines.guards import MIN_ROWS_TO_TRIP, check, measure, measure_index
+from pipelines.index_manifest import (
+    IndexManifest,
+    index_dir,
+    missing_indexes,
+    remove_index,
+)
+from pipelines.indexing import check_max_memory_bytes, check_memory, index_snapshot
 from pipelines.lineage import GUARDS, GuardName, Measurement
 from pipelines.progress import Progress
+from pipelines.rounds import check_rejects
 from pipelines.schema import Modality
 from pipelines.snapshots import Snapshot
 from pipelines.store import Store
@@ -34,6 +44,7 @@ class NightlyConfig:
 
     def __post_init__(self) -> None:
         """Check the bounds."""
+        check_max_memory_bytes(self.max_memory_bytes)
         unknown = set(self.accepted).difference(GUARDS)
         if unknown:
             raise ValueError(
@@ -78,28 +89,54 @@ def run_night(
     store = Store(config.embed.store_uri)
     built: list[Modality] = []
 
-    def approve(candidate: Snapshot, parent: Snapshot | None) -> Snapshot:
+    def approve(candidate: Candidate) -> Snapshot:
         nonlocal built
+        snapshot = candidate.snapshot
         outcome = "Nothing was committed, and what was embedded is kept."
-        found = measure(store, candidate, parent, limits=config.limits)
+        found = measure(store, candidate, limits=config.limits)
+        found += _rejects_let_pass(candidate, config=config)
         check(found, accepted=config.accepted, outcome=outcome)
-        built = _missing(store, candidate)
-        index_snapshot(store, candidate, max_memory_bytes=config.max_memory_bytes)
-        found += _measured_index(store, candidate, config=config, built=built)
+        built = missing_indexes(store, snapshot)
+        index_snapshot(store, snapshot, max_memory_bytes=config.max_memory_bytes)
+        served = _index_dirs(candidate.parent)
+        found += _measured_index(store, snapshot, config=config, served=served)
         check(found, accepted=config.accepted, outcome=outcome)
-        return _with_verdict(candidate, found)
+        return _with_verdict(snapshot, found)
 
-    result = embed(_embed_config(config), on_progress=on_progress, approve=approve)
+    result = embed(
+        _embed_config(config),
+        on_progress=on_progress,
+        check_plan=partial(_check_memory, config=config),
+        approve=approve,
+    )
     if not result.committed:
-        built = _missing(store, result.snapshot)
+        built = missing_indexes(store, result.snapshot)
     indexes = index_snapshot(store, result.snapshot, max_memory_bytes=config.max_memory_bytes)
     if built and not result.committed:
+        of_built = {index_dir(result.snapshot, modality=modality) for modality in built}
+        served = _index_dirs(result.snapshot) - of_built
         check(
-            _measured_index(store, result.snapshot, config=config, built=built),
+            _measured_index(store, result.snapshot, config=config, served=served),
             accepted=config.accepted,
             outcome=f"Snapshot {result.snapshot.number} is current, and stays without this index.",
         )
     return NightResult(embedded=result, indexes=indexes, num_indexes_built=len(built))
+
+
+def _check_memory(counts: Counts, embedding_dim: int, *, config: NightlyConfig) -> None:
+    """Refuse, before hours of embedding, what could not be indexed in the end.
+
+    How many rows will be rejected nobody knows; of more than those counted here a guard trips.
+    """
+    most_rejects = max(int(config.limits.max_rejects * counts.num_keys), MIN_ROWS_TO_TRIP - 1)
+    if "rejects" not in config.accepted:
+        for num_due in counts.num_due.values():
+            if num_due:  # else the index may be there already
+                check_memory(
+                    num_rows=max(counts.num_keys - most_rejects, 0),
+                    embedding_dim=embedding_dim,
+                    max_memory_bytes=config.max_memory_bytes,
+                )
 
 
 def _embed_config(config: NightlyConfig) -> EmbedConfig:
@@ -109,22 +146,51 @@ def _embed_config(config: NightlyConfig) -> EmbedConfig:
     return replace(config.embed, engine_change="re-embed", limits=limits)
 
 
-def _missing(store: Store, snapshot: Snapshot) -> list[Modality]:
-    """Modalities without an index."""
-    find = partial(find_index, store, snapshot)
-    return [modality for modality in snapshot.modalities if find(modality=modality) is None]
+def _rejects_let_pass(candidate: Candidate, *, config: NightlyConfig) -> Iterator[Measurement]:
+    """What would have stopped the run, were it not accepted."""
+    max_share = config.embed.limits.max_reject_share
+    try:
+        check_rejects(
+            candidate.num_rejected, counts=candidate.counts, max_share=max_share, folder=""
+        )
+    except TooManyRejectsError:
+        keys = candidate.counts.keys.values()
+        num_planned = sum(of.num_due + of.num_staged for of in keys)
+        yield Measurement(
+            guard="rejects",
+            modality=None,
+            value=candidate.num_rejected / num_planned,
+            bound=max_share,
+            is_tripped=True,
+            detail=f"{candidate.num_rejected:,} of {num_planned:,} rows that were to be done",
+        )
 
 
 def _measured_index(
-    store: Store, snapshot: Snapshot, *, config: NightlyConfig, built: Collection[Modality]
+    store: Store, snapshot: Snapshot, *, config: NightlyConfig, served: Collection[str]
 ) -> list[Measurement]:
-    """Measure the indexes, and remove those just built that trip: nobody shall find them later."""
+    """Measure the indexes, and remove those that trip: nobody shall find them later.
+
+    Args:
+        store: Where they are.
+        snapshot: Whose they are.
+        config: What is accepted.
+        served: Folders of indexes that readers have already: they stay. One that was there
+            before the run may be none of them: a run may be killed before it measures.
+    """
     found = measure_index(store, snapshot, limits=config.limits)
     tripped = {measurement.modality for measurement in found if measurement.is_tripped}
-    for modality in built:
-        if modality in tripped and "recall" not in config.accepted:
+    for modality in snapshot.modalities:
+        is_served = index_dir(snapshot, modality=modality) in served
+        if modality in tripped and not is_served and "recall" not in config.accepted:
             remove_index(store, snapshot, modality=modality)
     return found
+
+
+def _index_dirs(snapshot: Snapshot | None) -> set[str]:
+    if snapshot is None:
+        return set()
+    return {index_dir(snapshot, modality=modality) for modality in snapshot.modalities}
 
 
 def _with_verdict(candidate: Snapshot, measurements: list[Measurement]) -> Snapshot:

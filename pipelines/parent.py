@@ -16,7 +16,7 @@ from pipelines.engines import Execution
 from pipelines.errors import StoreError
 from pipelines.planning import catalog_columns
 from pipelines.schema import EmbeddingDtype, WantedDecoder
-from pipelines.snapshots import EngineRecord, Snapshot
+from pipelines.snapshots import EngineRecord, Snapshot, is_other_engine
 from pipelines.store import Store
 
 # What becomes of a store whose rows are of another engine.
@@ -80,11 +80,6 @@ def check_parent(
         raise StoreError(
             f"store {store.uri} holds {'; '.join(faults)}. They never mix: {', or '.join(ways)}"
         )
-
-
-def is_other_engine(engine: EngineRecord, parent: Snapshot) -> bool:
-    """Whether an engine, or its build, is not the one of a snapshot's rows."""
-    return (engine.engine_id, engine.weights) != (parent.engine.engine_id, parent.engine.weights)
 
 
 def _mixing_faults(

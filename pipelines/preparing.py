@@ -22,10 +22,16 @@ from pipelines.engines import (
     ready_engine,
 )
 from pipelines.gpu_probe import gpu_probe
-from pipelines.parent import EngineChange, check_parent, is_other_engine
+from pipelines.parent import EngineChange, check_parent
 from pipelines.planning import plan_id_of
 from pipelines.schema import EmbeddingDtype
-from pipelines.snapshots import EngineRecord, Snapshot, StoredFile, current_snapshot
+from pipelines.snapshots import (
+    EngineRecord,
+    Snapshot,
+    StoredFile,
+    current_snapshot,
+    is_other_engine,
+)
 from pipelines.store import Store
 
 

@@ -5,7 +5,7 @@ Knows nothing of how the report is drawn.
 
 from dataclasses import dataclass
 
-from pipelines.counts import KeyCounts
+from pipelines.counts import KeyCounts, plan_line
 from pipelines.embedding import EmbedResult
 from pipelines.progress import Progress
 
@@ -128,23 +128,6 @@ def make_report(result: EmbedResult, *, catalog_uri: str, store_uri: str) -> Run
         stages=stages,
         samples=progress.samples if progress else [],
         bottleneck=bottleneck_line(stages),
-    )
-
-
-def plan_line(keys: KeyCounts) -> str:
-    """What is to be done for the keys of one modality, in words."""
-    return ", ".join(
-        f"{num:,} {what}"
-        for what, num in (
-            ("new", keys.num_new),
-            ("changed", keys.num_changed),
-            ("moved", keys.num_moved),
-            ("retried", keys.num_retried),
-            ("unchanged", keys.num_unchanged),
-            ("staged by an unfinished run", keys.num_staged),
-            ("deleted", keys.num_deleted),
-        )
-        if num or what not in ("retried", "staged by an unfinished run")
     )
 
 

@@ -77,6 +77,8 @@ def pair_recall(
                 started = time.perf_counter()
                 index.search(vectors[row : row + 1], min(max(ks), len(keys)))
                 seconds.append(time.perf_counter() - started)
+            if len(ranks) >= max_queries:
+                break
         results.append(
             PairRecall(
                 query=query,

@@ -5,7 +5,7 @@ Knows nothing of how rows are embedded or which of them changed.
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from typing import Any, Literal
 from engine.backends.choice import Backend
 from pipelines.errors import StoreError
 from pipelines.lineage import Lineage, lineage_from
+from pipelines.manifests import from_record, read_manifest
 from pipelines.schema import Decoder, EmbeddingDtype, Modality
 from pipelines.store import Store
 
@@ -121,6 +122,11 @@ class Snapshot:
         return sum(file.num_rows for file in self.files_of(kind, modality=modality))
 
 
+def is_other_engine(engine: EngineRecord, parent: Snapshot) -> bool:
+    """Whether an engine, or its build, is not the one of a snapshot's rows."""
+    return (engine.engine_id, engine.weights) != (parent.engine.engine_id, parent.engine.weights)
+
+
 def manifest_path(number: int) -> str:
     """Of a snapshot's manifest, relative to the store's root."""
     return f"{SNAPSHOTS_DIR}/{number:08d}.json"
@@ -159,7 +165,21 @@ def read_snapshot(store: Store, number: int | None) -> Snapshot:
             f"store {store.uri} has no snapshot {number}{why}{numbers_in_words(numbers)}"
         )
     wanted = numbers[-1] if number is None else number
-    return _read(store, manifest_path(wanted))
+    return _read(store, wanted, is_newest=wanted == numbers[-1])
+
+
+def read_log(store: Store) -> Iterator[tuple[int, Snapshot | StoreError]]:
+    """All snapshots by their numbers, ascending; for one that cannot be read, why not.
+
+    Raises:
+        StoreError: The store cannot be listed.
+    """
+    numbers = snapshot_numbers(store)
+    for number in numbers:
+        try:
+            yield number, _read(store, number, is_newest=number == numbers[-1])
+        except StoreError as error:
+            yield number, error
 
 
 def numbers_in_words(numbers: Sequence[int]) -> str:
@@ -234,28 +254,28 @@ def missing_files(store: Store, files: Iterable[StoredFile]) -> list[str]:
     return sorted(paths.difference(*(store.list(folder, suffix="") for folder in folders)))
 
 
-def _read(store: Store, path: str) -> Snapshot:
-    try:
-        record: dict[str, Any] = json.loads(store.read(path))
-        version = record.pop("format_version")
-        if version > FORMAT_VERSION:
-            raise StoreError(
-                f"store {store.uri}: {path} is of format {version}, this Clipmill reads "
-                f"{FORMAT_VERSION}; upgrade Clipmill"
-            )
-        lineage = record.get("lineage")
-        return Snapshot(
-            **{
-                **record,
-                "engine": EngineRecord(**record["engine"]),
-                "catalog": CatalogRecord(**record["catalog"]),
-                "modalities": tuple(record["modalities"]),
-                "files": tuple(StoredFile(**file) for file in record["files"]),
-                "lineage": lineage_from(lineage) if lineage else None,
-            }
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(
-            f"store {store.uri}: {path} is damaged ({error}); move it away, and the snapshot "
-            "before it is current again"
-        ) from error
+def _read(store: Store, number: int, *, is_newest: bool) -> Snapshot:
+    return read_manifest(
+        store,
+        manifest_path(number),
+        format_version=FORMAT_VERSION,
+        build=_snapshot_from,
+        way_out="move it away, and the snapshot before it is current again"
+        if is_newest
+        else "move it away: no other snapshot needs it",
+    )
+
+
+def _snapshot_from(record: Mapping[str, Any]) -> Snapshot:
+    lineage = record.get("lineage")
+    return from_record(
+        Snapshot,
+        {
+            **record,
+            "engine": from_record(EngineRecord, record["engine"]),
+            "catalog": from_record(CatalogRecord, record["catalog"]),
+            "modalities": tuple(record["modalities"]),
+            "files": tuple(from_record(StoredFile, file) for file in record["files"]),
+            "lineage": lineage_from(lineage) if lineage else None,
+        },
+    )

@@ -34,11 +34,25 @@ class Store(Folder):
         super().__init__(uri, called="store", error=StoreError)
 
     def check_writable(self) -> None:
-        """Write and remove a probe; StoreError if the store cannot be written."""
+        """Write and remove a probe.
+
+        Raises:
+            StoreError: The store cannot be written, or lets two writers create the same file.
+        """
         probe = f".probe-{uuid.uuid4().hex}"
         # What a commit will do, hours later. (Of an empty object s3fs does not ask if it is new.)
         self.create(probe, b"probe")
-        self.remove(probe)
+        try:
+            self.create(probe, b"another")
+        except CommitConflictError:
+            return
+        finally:
+            self.remove(probe)
+        raise StoreError(
+            f"store {self.uri}: its file system replaced a file that was to be created anew (an "
+            "object store that ignores If-None-Match?), so two runs at once would overwrite each "
+            "other's snapshots; use a disk, or an object store that heeds it"
+        )
 
     def create(self, relative: str, content: bytes) -> None:
         """Write a file that must not exist yet; of two writers exactly one succeeds.

@@ -5,19 +5,20 @@ Knows nothing of what the files hold, nor of reports of runs, which stay.
 Kept are the last snapshots, and those that were current until a short while ago: a reader or a run
 that began with one may still be at it. So is all that was written a short while ago, with all else
 of its plan or index: a run adds to what it, or one that was killed before it, wrote hours ago.
-All ages are by the clock of the store's file system.
+All ages are by the clock of the store's file system, but where nothing is removed.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Literal, get_args
 
 from engine.publishing.folders import ListedFile
 from pipelines.errors import StoreError
-from pipelines.indexing import MANIFEST_FILE, index_dir
+from pipelines.index_manifest import MANIFEST_FILE, index_dir
 from pipelines.snapshots import (
     SNAPSHOTS_DIR,
     Snapshot,
@@ -63,8 +64,11 @@ class Vacuumed:
 
 
 def find_garbage(store: Store, retention: Retention) -> Vacuumed:
-    """What a vacuum would remove. StoreError as for that."""
-    return _counted(_garbage(store, retention))
+    """What a vacuum would remove, by this machine's clock. StoreError as for that.
+
+    The file system's own is read from a file that is written, for which one may lack the rights.
+    """
+    return _counted(_garbage(store, retention, clock=partial(datetime.now, UTC)))
 
 
 def vacuum(store: Store, retention: Retention) -> Vacuumed:
@@ -78,7 +82,7 @@ def vacuum(store: Store, retention: Retention) -> Vacuumed:
 
 
 def _removed(store: Store, retention: Retention) -> Iterator[tuple[Place, list[ListedFile]]]:
-    for place, files in _garbage(store, retention):
+    for place, files in _garbage(store, retention, clock=store.current_time):
         paths = [file.path for file in files]
         # The record first: nobody shall find half an index.
         records = [path for path in paths if path.endswith(f"/{MANIFEST_FILE}")]
@@ -87,12 +91,14 @@ def _removed(store: Store, retention: Retention) -> Iterator[tuple[Place, list[L
         yield place, files
 
 
-def _garbage(store: Store, retention: Retention) -> Iterator[tuple[Place, list[ListedFile]]]:
+def _garbage(
+    store: Store, retention: Retention, *, clock: Callable[[], datetime]
+) -> Iterator[tuple[Place, list[ListedFile]]]:
     """What can go, in the order in which it must, each found right before it is handed out."""
     if not snapshot_numbers(store):
         # What looks like one may be a store that is being copied.
         raise StoreError(f"store {store.uri} has no snapshot, by which to tell what it needs")
-    now = store.current_time()
+    now = clock()
 
     def is_old(file: ListedFile) -> bool:
         return (now - file.modified_at) / timedelta(hours=1) >= retention.min_age_hours

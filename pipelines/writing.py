@@ -5,6 +5,8 @@ Knows nothing of snapshots: a file that no snapshot lists does not exist for a r
 
 import io
 import uuid
+from pathlib import PurePosixPath
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,6 +17,9 @@ from pipelines.progress import StageMeter
 from pipelines.schema import MODALITIES, Modality
 from pipelines.snapshots import Kind, StoredFile
 from pipelines.store import Store
+
+# Where the rows of a file come from: an encoder, or other files of the store.
+Origin = Literal["encoded", "stored"]
 
 COMPRESSION = "zstd"
 # 32 MiB of embeddings of 512 float32: a reader holds one at a time. Only files of more than
@@ -27,8 +32,22 @@ def staging_dir(kind: Kind, *, plan_id: str) -> str:
     return f"{kind}/{plan_id}"
 
 
+def is_encoded(file: StoredFile) -> bool:
+    """Whether a file holds what an encoder made, by its name: that is all that a killed run left.
+
+    Files of a Clipmill of before names told count as encoded.
+    """
+    return not PurePosixPath(file.path).name.startswith(f"{file.modality}-stored-")
+
+
 def write_table(
-    table: pa.Table, *, kind: Kind, modality: Modality | None, plan_id: str, store: Store
+    table: pa.Table,
+    *,
+    kind: Kind,
+    modality: Modality | None,
+    plan_id: str,
+    store: Store,
+    origin: Origin = "encoded",
 ) -> StoredFile:
     """Write one Parquet file under a new name, whole or not at all."""
     buffer = io.BytesIO()
@@ -40,7 +59,9 @@ def write_table(
         # Floats of an embedding do not repeat; a dictionary of them is only overhead.
         use_dictionary=[name for name in table.column_names if name != schema.EMBEDDING],
     )
-    path = f"{staging_dir(kind, plan_id=plan_id)}/{modality or 'row'}-{uuid.uuid4().hex}.parquet"
+    stored = "stored-" if origin == "stored" else ""
+    name = f"{modality or 'row'}-{stored}{uuid.uuid4().hex}.parquet"
+    path = f"{staging_dir(kind, plan_id=plan_id)}/{name}"
     store.publish(path, buffer.getvalue())
     return StoredFile(
         path=path,

@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 
 from jobs.demo.run import CHECKPOINT_DIR
 from pipelines import schema
-from pipelines.indexing import index_dir, load_index
+from pipelines.index_manifest import index_dir
+from pipelines.indexing import load_index
 from pipelines.schema import MODALITIES, Modality
 from pipelines.snapshots import Snapshot, current_snapshot
 from pipelines.store import Store

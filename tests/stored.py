@@ -1,5 +1,6 @@
 """Stores made by hand, with embeddings that a test knows."""
 
+import json
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -7,6 +8,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines import schema
+from pipelines.index_manifest import MANIFEST_FILE
 from pipelines.schema import EmbeddingDtype, Modality
 from pipelines.snapshots import CatalogRecord, EngineRecord, Snapshot, StoredFile, commit
 from pipelines.store import Store
@@ -103,3 +105,11 @@ def commit_vectors(
     )
     commit(store, snapshot)
     return snapshot
+
+
+def without_digests(store: Store, index_dir: str) -> None:
+    """Make an index's manifest one of before digests: what its files hold is then not compared."""
+    path = f"{index_dir}/{MANIFEST_FILE}"
+    record = json.loads(store.read(path))
+    del record["index_sha256"], record["keys_sha256"]
+    store.publish(path, json.dumps(record).encode())

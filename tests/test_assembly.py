@@ -15,7 +15,7 @@ from pipelines.assembly import count_rejects, next_files
 from pipelines.errors import StoreError
 from pipelines.ledger import Ledger
 from pipelines.store import Store
-from pipelines.writing import write_table
+from pipelines.writing import is_encoded, write_table
 from tests.object_store import s3_bucket
 from tests.stored import PLAN_ID, embeddings_file, fingerprint
 
@@ -111,6 +111,7 @@ def test_dead_rows_are_left_out_of_a_new_file_and_the_old_one_stays(store):
     before = rows_of(store, old)
     (new,) = assembled(store, ["a", "b", "c"], [old])
     assert new.path.startswith("embeddings/next/image-")
+    assert not is_encoded(new)
     assert (new.kind, new.modality, new.num_rows) == ("embeddings", "image", 3)
     assert rows_of(store, new).equals(before.take([0, 2, 4]))
     assert rows_of(store, old).equals(before)

@@ -56,6 +56,18 @@ def test_faulty_yaml_is_a_usage_error(tmp_path: Path, capsys, content: str, mess
     assert message in capsys.readouterr().err
 
 
+def test_what_is_for_this_time_is_refused_in_a_file(tmp_path: Path, capsys):
+    file = tmp_path / "night.yaml"
+    file.write_text("carry: [price]\n")
+    made = parser()
+    made.for_once.add("carry")
+    with pytest.raises(SystemExit) as stopped:
+        made.parse_options(["--config", str(file), "--store", "a"])
+    assert stopped.value.code == 2
+    assert "carry is for this time, and a file would say it every time" in capsys.readouterr().err
+    assert made.parse_options(["--store", "a", "--carry", "price"]).carry == ["price"]
+
+
 def test_of_options_that_exclude_each_other_the_flag_counts(tmp_path: Path):
     def parse(*argv: str) -> tuple[str | None, str | None]:
         made = CommandParser("sample", description="For the tests.")

@@ -25,14 +25,22 @@ from engine.promotion import promote, rollback
 from engine.registry import Registry
 from pipelines.assembly import next_files
 from pipelines.catalog import CatalogConfig
+from pipelines.counts import Counts
 from pipelines.decode import RowLimits
 from pipelines.embedding import EmbedConfig, EmbedResult, embed
 from pipelines.engines import EngineChoice
-from pipelines.errors import CatalogError, IncompleteRunError, StoreError, TooManyRejectsError
+from pipelines.errors import (
+    CatalogError,
+    IncompleteRunError,
+    PipelineError,
+    StoreError,
+    TooManyRejectsError,
+)
 from pipelines.report import make_report
 from pipelines.schema import REASONS
-from pipelines.snapshots import StoredFile
+from pipelines.snapshots import Snapshot, StoredFile, commit, snapshot_numbers
 from pipelines.stages import Resources
+from pipelines.store import Store
 from tests import image_files
 from tests.calibrated_engines import CalibratedEngines, put_sabotaged_engine
 from tests.catalogs import (
@@ -307,6 +315,45 @@ def test_too_many_rejects_stop_the_run_and_keep_its_work(run, tmp_path: Path):
     assert again.counts.keys["image"].num_retried == 40
     assert again.num_embedded == {"image": 0, "text": 0}
     assert not again.committed
+
+
+def test_a_snapshot_whose_files_are_vacuumed_at_its_commit_is_taken_back(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    catalog_dir = write_rows(tmp_path / "catalog", scene_rows(20))
+    store_dir = tmp_path / "store"
+
+    def vacuumed(store: Store, snapshot: Snapshot) -> None:
+        (store_dir / snapshot.files[0].path).unlink()
+        commit(store, snapshot)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.embedding.commit", vacuumed)
+        with pytest.raises(IncompleteRunError, match=r"1 files .* gone, .*Nothing was committed"):
+            run(catalog_dir, store_dir)
+    assert snapshot_numbers(Store(str(store_dir))) == []
+    assert run(catalog_dir, store_dir).committed
+
+
+def test_a_plan_that_is_refused_embeds_nothing(tmp_path, checkpoint_dir, engines_dir, local_ray):
+    config = EmbedConfig(
+        catalog=CatalogConfig(uri=str(write_rows(tmp_path / "catalog", scene_rows(20)))),
+        store_uri=str(tmp_path / "store"),
+        engine=EngineChoice(checkpoint=str(checkpoint_dir), engines_uri=str(engines_dir)),
+    )
+    looked_at = []
+
+    def refuse(counts: Counts, embedding_dim: int) -> None:
+        looked_at.append((counts.num_keys, embedding_dim))
+        raise PipelineError("refused")
+
+    with pytest.raises(PipelineError, match="refused"):
+        embed(config, check_plan=refuse)
+    result = embed(config)
+    assert looked_at == [(20, result.snapshot.embedding_dim)]
+    assert result.counts.keys["image"].num_staged == 0
+    # Nothing is left to look at.
+    assert not embed(config, check_plan=refuse).committed
 
 
 def test_a_run_whose_leftovers_are_vacuumed_meanwhile_commits_nothing(

@@ -1,8 +1,8 @@
-"""Tests of pipelines/guards.py, on stores whose vectors are known."""
+"""Tests of pipelines/guards.py and vector_guards.py, on stores whose vectors are known."""
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import faiss
 import numpy as np
@@ -10,14 +10,18 @@ import pyarrow as pa
 import pytest
 
 from pipelines import schema
+from pipelines.candidate import Candidate
+from pipelines.counts import Counts
 from pipelines.errors import GuardError
-from pipelines.guards import GuardLimits, check, measure, measure_index
-from pipelines.indexing import INDEX_FILE, index_dir, index_snapshot
+from pipelines.guard_limits import GuardLimits
+from pipelines.guards import check, measure, measure_index
+from pipelines.index_manifest import INDEX_FILE, index_dir
+from pipelines.indexing import index_snapshot
 from pipelines.lineage import Measurement
 from pipelines.snapshots import EngineRecord, Snapshot, StoredFile
 from pipelines.store import Store
 from pipelines.writing import write_table
-from tests.stored import embeddings_file, make_snapshot
+from tests.stored import embeddings_file, make_snapshot, without_digests
 
 DIM = 16
 LIMITS = GuardLimits()
@@ -70,11 +74,23 @@ def of_json(measurement: Measurement) -> Measurement:
 
 def measured(
     store: Store,
-    candidate: Snapshot,
+    snapshot: Snapshot,
     parent: Snapshot | None = None,
     limits: GuardLimits = LIMITS,
+    encoded: Sequence[StoredFile] | None = None,
 ) -> Mapping[str, Measurement]:
-    found = measure(store, candidate, parent, limits=limits)
+    """Encoded were, if nothing is said, the embeddings that the parent does not have."""
+    if encoded is None:
+        before = () if parent is None else parent.files
+        encoded = [file for file in snapshot.files_of("embeddings") if file not in before]
+    candidate = Candidate(
+        snapshot=snapshot,
+        parent=parent,
+        encoded=tuple(encoded),
+        counts=Counts(num_rows=0, num_keys=0, num_due_rows=0, keys={}),
+        num_rejected=0,
+    )
+    found = measure(store, candidate, limits=limits)
     assert len({measurement.guard for measurement in found}) == len(found)
     assert [of_json(measurement) for measurement in found] == found
     return {measurement.guard: measurement for measurement in found}
@@ -167,6 +183,131 @@ def test_drift(store, shift, is_tripped):
     assert found.value == pytest.approx(shift, abs=0.01)
 
 
+def in_which(store: Store, vectors: np.ndarray, *, are: Mapping[int, np.ndarray]) -> StoredFile:
+    """A file written anew with some rows replaced."""
+    return embeddings_file(store, keyed(np.stack([are.get(n, v) for n, v in enumerate(vectors)])))
+
+
+def test_a_collapse_of_a_tenth_is_seen_in_files_written_anew(store):
+    """Among all rows, neither the norms nor the mean would tell."""
+    vectors = unit_vectors(12_000)
+    one = np.eye(DIM, dtype=np.float32)[1]
+    replaced = dict.fromkeys(range(0, 12000, 10), one)
+    encoded = embeddings_file(store, keyed(np.stack(list(replaced.values()))))
+    before = snapshot_of(embeddings_file(store, keyed(vectors)))
+    after = snapshot_of(in_which(store, vectors, are=replaced), number=2)
+    found = measured(store, after, before, encoded=[encoded])
+    assert {name for name, of in found.items() if of.is_tripped} == {"new_drift", "collapse"}
+    assert found["collapse"].value == pytest.approx(1)
+    assert "1,200 new embeddings, 0.7" in found["collapse"].detail
+    assert found["new_drift"].value < 0.3 < 0.9 < found["drift"].value
+    # The next night: all of that is the parent's, and another tenth is all it takes.
+    again = {**replaced, **dict.fromkeys(range(1, 12000, 10), one)}
+    next_night = snapshot_of(in_which(store, vectors, are=again), number=3)
+    found = measured(store, next_night, after, encoded=[encoded])
+    assert {name for name, of in found.items() if of.is_tripped} == {"new_drift", "collapse"}
+
+
+def test_noise_among_the_new_drifts(store):
+    noise = np.random.default_rng(1).normal(size=(1000, DIM)).astype(np.float32)
+    noise /= np.linalg.norm(noise, axis=1, keepdims=True)
+    old = embeddings_file(store, keyed(unit_vectors(9000)))
+    new = embeddings_file(store, keyed(noise - noise.mean(axis=0), first=9000))
+    limits = GuardLimits(max_norms=1)
+    found = measured(store, snapshot_of(old, new, number=2), snapshot_of(old), limits)
+    assert {name for name, of in found.items() if of.is_tripped} == {"new_drift"}
+
+
+def test_another_category_neither_drifts_nor_collapses(store):
+    category = unit_vectors(1000, seed=1)
+    category[:, 1] += 1
+    category /= np.linalg.norm(category, axis=1, keepdims=True)
+    old = embeddings_file(store, keyed(unit_vectors(4000)))
+    new = embeddings_file(store, keyed(category, first=4000))
+    found = measured(store, snapshot_of(old, new, number=2), snapshot_of(old))
+    assert found.keys() >= {"new_drift", "collapse"}
+    assert not any(measurement.is_tripped for measurement in found.values())
+
+
+def test_new_rows_do_not_drift_from_embeddings_without_a_direction(store):
+    old = embeddings_file(store, keyed(unit_vectors(1000, shift=0.2)))
+    new = embeddings_file(store, keyed(unit_vectors(1000, seed=1, shift=-0.2), first=1000))
+    found = measured(store, snapshot_of(old, new, number=2), snapshot_of(old))
+    assert "new_drift" not in found
+    assert not found["collapse"].is_tripped
+
+
+@pytest.mark.parametrize(("num_rows", "is_measured"), [(99, False), (100, True)])
+def test_few_rows_may_be_alike(store, num_rows, is_measured):
+    old = embeddings_file(store, keyed(unit_vectors(1000)))
+    new = embeddings_file(store, keyed(np.tile(unit_vectors(1), (num_rows, 1)), first=1000))
+    found = measured(store, snapshot_of(old, new, number=2), snapshot_of(old))
+    assert ("collapse" in found) is is_measured
+    if is_measured:
+        assert found["collapse"].is_tripped
+
+
+def test_rows_that_were_alike_before_may_be_so_again(store):
+    alike = np.tile(unit_vectors(1), (200, 1))
+    old = embeddings_file(store, keyed(alike))
+    new = embeddings_file(store, keyed(alike, first=200))
+    found = measured(store, snapshot_of(old, new, number=2), snapshot_of(old))
+    assert not found["collapse"].is_tripped
+
+
+def test_embeddings_that_are_no_numbers_have_collapsed(store):
+    old = embeddings_file(store, keyed(unit_vectors(1000)))
+    new = embeddings_file(store, keyed(np.full((1000, DIM), np.nan), first=1000))
+    found = measured(store, snapshot_of(old, new, number=2), snapshot_of(old))
+    assert all(found[name].is_tripped for name in ("norms", "drift", "new_drift", "collapse"))
+
+
+def test_norms_are_those_of_what_was_encoded(store):
+    """Not of the file written anew, whose sample would miss two of many."""
+    vectors = unit_vectors(20_000)
+    halves = {row: vectors[row] / 2 for row in (7, 19_007)}
+    encoded = embeddings_file(store, keyed(np.stack(list(halves.values()))))
+    before = snapshot_of(embeddings_file(store, keyed(vectors)))
+    after = snapshot_of(in_which(store, vectors, are=halves), number=2)
+    found = measured(store, after, before, encoded=[encoded])["norms"]
+    assert (found.value, found.is_tripped) == (1.0, True)
+
+
+@pytest.mark.parametrize(
+    ("num_unkeyed", "num_embedded", "is_tripped"),
+    [(19, 60, False), (20, 60, True), (20, 180, False), (3, 0, True)],
+)
+def test_rows_without_a_key_of_their_own_are_rejects(store, num_unkeyed, num_embedded, is_tripped):
+    rows = [
+        {"stage": "plan", "reason": "null_key", "source_file": "a.parquet", "source_row": row}
+        for row in range(num_unkeyed)
+    ]
+    table = pa.Table.from_pylist(rows, schema=schema.rejects_schema(key_type=pa.string()))
+    unkeyed = write_table(table, kind="rejects", modality=None, plan_id="plan", store=store)
+    files = [embeddings_file(store, keyed(unit_vectors(num_embedded)))] if num_embedded else []
+    snapshot = snapshot_of(*files)
+    catalog = dataclasses.replace(snapshot.catalog, num_rows=num_embedded + num_unkeyed)
+    snapshot = dataclasses.replace(snapshot, files=(*files, unkeyed), catalog=catalog)
+    found = check_unkeyed(store, snapshot)
+    assert found.value == pytest.approx(num_unkeyed / (num_embedded + num_unkeyed))
+    assert found.is_tripped is is_tripped
+    assert ("none has a key" in found.detail) is (num_embedded == 0)
+
+
+def check_unkeyed(store: Store, snapshot: Snapshot) -> Measurement:
+    candidate = Candidate(
+        snapshot=snapshot,
+        parent=None,
+        encoded=(),
+        counts=Counts(num_rows=0, num_keys=0, num_due_rows=0, keys={}),
+        num_rejected=0,
+    )
+    found, of_images = measure(store, candidate, limits=LIMITS)
+    assert [found.guard, found.modality] == ["rejects", None]
+    assert (of_images.modality, of_images.is_tripped) == ("image", False)
+    return found
+
+
 def test_the_means_of_few_rows_say_nothing(store):
     before = snapshot_of(embeddings_file(store, keyed(unit_vectors(1000))))
     now = embeddings_file(store, keyed(unit_vectors(999, shift=-1)))
@@ -195,6 +336,24 @@ def test_neighbours_after_a_change_of_engine(store, noise, is_tripped):
     assert "10 neighbours of 200 keys, by engine fp8-1" in found["neighbours"].detail
 
 
+@pytest.mark.parametrize(
+    ("num_before", "num_now", "num_shared", "is_tripped"),
+    [
+        *[(99, 200, 99, None), (200, 99, 99, None), (100, 100, 100, False)],
+        *[(200, 200, 99, True), (200, 200, 0, True)],
+    ],
+)
+def test_neighbours_of_too_few_keys(store, num_before, num_now, num_shared, is_tripped):
+    """Small stores pass without a word; large ones that share too little do not."""
+    vectors = unit_vectors(400)
+    before = snapshot_of(embeddings_file(store, keyed(vectors[:num_before])))
+    first = num_before - num_shared
+    now = embeddings_file(store, keyed(vectors[first : first + num_now], first=first))
+    engine = EngineRecord(engine_id="fp8-1", checkpoint="acme/clip", revision="main")
+    found = measured(store, snapshot_of(now, number=2, engine=engine), before).get("neighbours")
+    assert (found and found.is_tripped) is is_tripped
+
+
 @pytest.mark.parametrize("num_rows", [3, 700])
 def test_recall_of_an_exact_index_is_1(store, num_rows):
     snapshot = snapshot_of(embeddings_file(store, keyed(unit_vectors(num_rows)), dtype="float16"))
@@ -218,7 +377,9 @@ def test_recall_of_an_index_that_is_wrong(store, fault):
         }[fault]
     )
     content = faiss.serialize_index(index).tobytes()
-    store.publish(f"{index_dir(snapshot, modality='image')}/{INDEX_FILE}", content)
+    folder = index_dir(snapshot, modality="image")
+    without_digests(store, folder)
+    store.publish(f"{folder}/{INDEX_FILE}", content)
     (found,) = measure_index(store, snapshot, limits=LIMITS)
     assert found.is_tripped
     assert found.value < 0.5

@@ -1,4 +1,4 @@
-"""Tests of pipelines/indexing.py, with a real FAISS and answers from numpy."""
+"""Tests of pipelines/indexing.py and index_manifest.py: a real FAISS, and answers from numpy."""
 
 import dataclasses
 import json
@@ -9,22 +9,39 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from jobs import index, snapshots
 from pipelines import indexing
 from pipelines.errors import IndexMissingError, PipelineError, StoreError
-from pipelines.indexing import (
+from pipelines.index_manifest import (
     FORMAT_VERSION,
-    IndexConfig,
-    build_index,
     find_index,
     index_dir,
+    missing_indexes,
+    remove_index,
+)
+from pipelines.indexing import (
+    IndexConfig,
+    build_index,
     index_snapshot,
     load_index,
     read_embeddings,
-    remove_index,
 )
-from pipelines.snapshots import Snapshot, commit, current_snapshot, rollback
+from pipelines.snapshots import (
+    Snapshot,
+    commit,
+    current_snapshot,
+    rollback,
+    snapshot_numbers,
+)
 from pipelines.store import Store
-from tests.stored import ENGINE_ID, commit_vectors, embeddings_file, make_snapshot
+from tests.commands import command
+from tests.stored import (
+    ENGINE_ID,
+    commit_vectors,
+    embeddings_file,
+    make_snapshot,
+    without_digests,
+)
 
 DIM = 16
 
@@ -280,9 +297,100 @@ def test_an_index_of_a_newer_format_is_refused(store):
         find_index(store, snapshot, modality="image")
 
 
+def test_a_field_of_a_newer_clipmill_is_no_damage(store):
+    snapshot = small_index(store)
+    record = json.loads(store.read(f"{folder_of(snapshot)}/manifest.json"))
+    store.publish(f"{folder_of(snapshot)}/manifest.json", json.dumps({**record, "hue": 1}).encode())
+    with pytest.raises(StoreError, match="newer Clipmill, this one does not know its field 'hue'"):
+        find_index(store, snapshot, modality="image")
+
+
+@pytest.mark.parametrize("name", ["index.faiss", "keys.parquet"])
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_a_flipped_bit_is_seen(store, name, share):
+    """FAISS loads the vectors that it gives, and Parquet keys."""
+    snapshot = commit_vectors(store, image=[keyed(unit_vectors(300))])
+    build_index(IndexConfig(store_uri=store.uri))
+    content = bytearray(store.read(f"{folder_of(snapshot)}/{name}"))
+    content[int(share * len(content))] ^= 1
+    store.publish(f"{folder_of(snapshot)}/{name}", bytes(content))
+    with pytest.raises(StoreError, match=rf"is damaged \(.*{name} is not what was written\)"):
+        load_index(store, snapshot, modality="image")
+
+
+def test_an_index_of_before_digests_is_read(store):
+    snapshot = small_index(store)
+    without_digests(store, folder_of(snapshot))
+    index, keys = load_index(store, snapshot, modality="image")
+    assert index.ntotal == len(keys) == 3
+
+
+def test_damaged_keys_of_before_digests_are_an_error_of_the_store(store):
+    """Some of which pyarrow tells as an OSError, and some not at all."""
+    snapshot = commit_vectors(store, image=[keyed(unit_vectors(500))])
+    build_index(IndexConfig(store_uri=store.uri))
+    without_digests(store, folder_of(snapshot))
+    path = f"{folder_of(snapshot)}/keys.parquet"
+    whole = store.read(path)
+    num_damaged = 0
+    for place in range(0, len(whole), 16):
+        store.publish(path, whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            load_index(store, snapshot, modality="image")
+        except StoreError:
+            num_damaged += 1
+    assert num_damaged > 10
+
+
+def test_a_snapshot_is_indexed_by_its_number(store):
+    first = commit_vectors(store, image=[keyed(unit_vectors(3))])
+    second = commit_vectors(store, image=[keyed(unit_vectors(4))], number=2)
+    done = command(index.main, ["--store", store.uri, "--snapshot", "1"])
+    assert done.code == 0
+    assert done.out.startswith("image: 3 x 16")
+    assert missing_indexes(store, first) == []
+    assert missing_indexes(store, second) == ["image"]
+    done = command(index.main, ["--store", store.uri, "--snapshot", "7"])
+    assert (done.code, "has no snapshot 7, but 1 to 2" in done.err) == (1, True)
+
+
+def test_readers_that_can_query_are_not_rolled_back_to_where_they_cannot(store):
+    commit_vectors(store, image=[keyed(unit_vectors(3))])
+    commit_vectors(store, image=[keyed(unit_vectors(4))], number=2)
+    build_index(IndexConfig(store_uri=store.uri))
+    words = ["rollback", "1", "--store", store.uri]
+    done = command(snapshots.main, words)
+    assert done.code == 1
+    assert "snapshot 1 has no index of image embeddings, the current one has; run" in done.err
+    assert f"`clipmill index --store {store.uri} --snapshot 1` first" in done.err
+    assert snapshot_numbers(store) == [1, 2]
+    assert command(index.main, ["--store", store.uri, "--snapshot", "1"]).code == 0
+    assert command(snapshots.main, words).code == 0
+    current = current_snapshot(store)
+    assert current is not None
+    assert load_index(store, current, modality="image")[0].ntotal == 3
+
+
+def test_a_store_without_indexes_is_rolled_back_without_them(store):
+    commit_vectors(store, image=[keyed(unit_vectors(3))])
+    commit_vectors(store, image=[keyed(unit_vectors(4))], number=2)
+    assert command(snapshots.main, ["rollback", "1", "--store", store.uri]).code == 0
+
+
+def test_half_of_what_a_container_may_use_is_the_bound(store, monkeypatch):
+    """Of the container, not of the machine."""
+    commit_vectors(store, image=[keyed(unit_vectors(100))])
+    needed = 4 * 4 * 100 * DIM
+    monkeypatch.setattr(indexing, "get_system_memory", lambda: 2 * needed - 1)
+    with pytest.raises(PipelineError, match=f"max_memory_bytes={needed - 1}: .* needs {needed}"):
+        build_index(IndexConfig(store_uri=store.uri))
+    monkeypatch.setattr(indexing, "get_system_memory", lambda: 2 * needed)
+    build_index(IndexConfig(store_uri=store.uri))
+
+
 def test_vectors_that_do_not_fit_are_refused_before_they_are_read(store, tmp_path):
     snapshot = commit_vectors(store, image=[keyed(unit_vectors(100))])
-    needed = 3 * 4 * 100 * DIM
+    needed = 4 * 4 * 100 * DIM
     config = IndexConfig(store_uri=store.uri, max_memory_bytes=needed - 1)
     with pytest.raises(PipelineError, match=f"max_memory_bytes={needed - 1}: .* needs {needed}"):
         build_index(config)

@@ -34,8 +34,9 @@ ONLY_IN = {
 # Library -> packages that may not import it.
 NEVER_IN = {"ray": ("engine",), "pyarrow": ("engine",), "duckdb": ("engine",)}
 
-# What workers without a model import.
+# What workers without a model import, and what a person waits for who only looks at a store.
 LIGHT_MODULES = (
+    "jobs.snapshots",
     "pipelines.schema",
     "pipelines.decode",
     "engine.preprocess",

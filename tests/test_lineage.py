@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from pipelines.counts import KeyCounts
-from pipelines.lineage import Lineage, Measurement, code_version, lineage_from, without_secrets
+from pipelines.lineage import (
+    GUARDS,
+    Lineage,
+    Measurement,
+    code_version,
+    lineage_from,
+    measurement_line,
+    without_secrets,
+)
 
 LINEAGE = Lineage(
     plan={
@@ -70,3 +78,15 @@ def test_the_version_is_that_of_the_sources():
 def test_workers_that_read_lineage_need_no_database():
     words = "import sys, pipelines.encode; sys.exit('duckdb' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", words], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_a_measurement_says_on_which_side_of_its_bound_it_may_be(guard):
+    at_most = {"rejects", "deletions", "norms", "collapse"}
+    measurement = Measurement(
+        guard=guard, modality="text", value=0.5, bound=0.25, is_tripped=False, detail="of all"
+    )
+    side = "most" if guard in at_most else "least"
+    assert measurement_line(measurement) == (
+        f"{guard} of text: 0.5000, at {side} 0.25 is allowed (of all)"
+    )

@@ -11,13 +11,14 @@ import pyarrow as pa
 import pytest
 
 from jobs import embed, nightly, snapshots
-from pipelines.errors import CommitConflictError
-from pipelines.indexing import find_index
+from pipelines.errors import CommitConflictError, GuardError, StoreError
+from pipelines.index_manifest import find_index
 from pipelines.lineage import code_version
 from pipelines.nightly import NightlyConfig, run_night
 from pipelines.search import Searcher
 from pipelines.snapshots import snapshot_numbers
 from pipelines.store import Store
+from pipelines.writing import is_encoded
 from tests import image_files
 from tests.catalogs import (
     scene_rows,
@@ -252,14 +253,28 @@ def other_checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_clip(tmp_path_factory.mktemp("other"))
 
 
-def test_another_engine_embeds_all_anew_beside_the_old(night: Night, other_checkpoint_dir: Path):
+@pytest.fixture
+def larger_night(night: Night, tmp_path: Path) -> Night:
+    """120 texts: of 60 the nearest ten are found by chance too often to say anything."""
+    larger = dataclasses.replace(
+        night, catalog_dir=tmp_path / "larger", store_dir=tmp_path / "of-larger"
+    )
+    write_rows(larger.catalog_dir, text_rows(120), num_files=2)
+    larger.done()
+    return larger
+
+
+def test_another_engine_embeds_all_anew_beside_the_old(
+    larger_night: Night, other_checkpoint_dir: Path
+):
+    night = larger_night
     other = ("--checkpoint", other_checkpoint_dir)
     answers, was = night.answers(), current(night)
     refused = command(embed.main, night.words(*other))
     assert refused.code == 1
     assert "or run `clipmill nightly`, which embeds all rows anew" in refused.err
     plan = night.done("--dry-run", *other)
-    assert (plan["is_anew"], due(plan)) == (True, 60)
+    assert (plan["is_anew"], due(plan)) == (True, 120)
 
     done = night.run(*other)
     assert done.code == 1
@@ -276,7 +291,7 @@ def test_another_engine_embeds_all_anew_beside_the_old(night: Night, other_check
     after = stored_snapshot(night.store_dir)
     assert {row["engine_id"] for row in stored_rows(night.store_dir)} == {after.engine.engine_id}
     assert after.engine.engine_id == plan["engine_id"] != plan["engine_before"]
-    assert len(stored_embeddings(night.store_dir, modality="text")) == 60
+    assert len(stored_embeddings(night.store_dir, modality="text")) == 120
     assert night.answers() != answers
     assert night.done(*other)["outcome"] == "unchanged"
 
@@ -286,13 +301,14 @@ def test_another_engine_embeds_all_anew_beside_the_old(night: Night, other_check
     assert night.done()["outcome"] == "unchanged"
 
 
-def test_a_like_engine_passes_by_itself(night: Night, tmp_path: Path):
+def test_a_like_engine_passes_by_itself(larger_night: Night, tmp_path: Path):
     """Another resize makes another engine, but its texts are the same."""
+    night = larger_night
     like = shutil.copytree(night.checkpoint_dir, tmp_path / "like")
     config = like / "preprocessor_config.json"
     config.write_text(config.read_text().replace('"resample": 3', '"resample": 2'))
     report = night.done("--checkpoint", like)
-    assert report["run"]["num_embedded"] == {"text": 60}
+    assert report["run"]["num_embedded"] == {"text": 120}
     (found,) = [
         entry for entry in report["lineage"]["measurements"] if entry["guard"] == "neighbours"
     ]
@@ -344,6 +360,67 @@ def test_rejects_that_stop_a_night_are_let_pass_by_the_name_of_the_guard(night: 
     assert report["lineage"]["accepted"] == ["rejects"]
 
 
+def test_rejects_that_were_let_pass_are_on_record_in_a_large_store_too(night: Night):
+    """Of all its keys they are few; of what was to be done, all."""
+    rows = text_rows(325)
+    write_rows(night.catalog_dir, rows[:300])
+    night.done()
+    write_rows(night.catalog_dir, [*rows[:300], *({**row, "text": " "} for row in rows[300:])])
+    assert "25 of 25 rows rejected" in night.run().err
+    lineage = night.done("--accept", "rejects")["lineage"]
+    assert lineage["accepted"] == ["rejects"]
+    assert [
+        (entry["is_tripped"], entry["detail"])
+        for entry in lineage["measurements"]
+        if entry["guard"] == "rejects"
+    ] == [(False, "25 of 325 keys"), (True, "25 of 25 rows that were to be done")]
+    # Accepted, but nothing had to be let pass.
+    write_rows(night.catalog_dir, text_rows(326))
+    assert night.done("--accept", "rejects")["lineage"]["accepted"] == []
+
+
+def test_a_catalog_without_keys_makes_no_snapshot(night: Night, tmp_path: Path):
+    keyless = dataclasses.replace(
+        night, catalog_dir=tmp_path / "keyless", store_dir=tmp_path / "of-keyless"
+    )
+    columns = pa.schema({"key": pa.string(), "text": pa.string()})
+    write_rows(keyless.catalog_dir, [{**row, "key": None} for row in text_rows(3)], schema=columns)
+    done = keyless.run()
+    assert done.code == 1
+    assert "rejects: 1.0000, at most 0.1 is allowed (3 of 3 rows have null or" in done.err
+    assert snapshot_numbers(Store(str(keyless.store_dir))) == []
+    # Half of them, by a join that went wrong.
+    rows = text_rows(60)
+    write_rows(night.catalog_dir, [*rows, *rows])
+    assert "60 of 120 rows have null or duplicate keys" in night.run().err
+    assert snapshot_numbers(Store(str(night.store_dir))) == [1]
+
+
+def test_what_was_encoded_is_judged_again_however_often_it_is_tried(
+    night: Night, monkeypatch: pytest.MonkeyPatch
+):
+    """A night that a guard stopped has written old rows and new into one file: these do not count.
+
+    Nor do copies.
+    """
+    rows = text_rows(62)
+    rows[5] = {**rows[5], "text": rows[61]["text"]}
+    write_rows(night.catalog_dir, [*rows, {"key": "copied", "text": rows[7]["text"]}])
+    judged: list[Any] = []
+
+    def noted(store: Store, candidate: Any, **_: Any) -> Any:
+        judged.append(candidate)
+        raise GuardError("stopped here")
+
+    monkeypatch.setattr("pipelines.nightly.measure", noted)
+    for _ in range(3):
+        assert night.run().code == 1
+    num_encoded = [sum(file.num_rows for file in candidate.encoded) for candidate in judged]
+    assert num_encoded == [2, 2, 2]
+    assert all(map(is_encoded, judged[-1].encoded))
+    assert not all(map(is_encoded, judged[-1].snapshot.files))
+
+
 def test_a_night_that_was_rolled_back_comes_back_without_embedding_anew(night: Night):
     """Its files are of this very catalog; who does not want them mends the catalog."""
     write_rows(night.catalog_dir, text_rows(70)[5:])
@@ -356,6 +433,53 @@ def test_a_night_that_was_rolled_back_comes_back_without_embedding_anew(night: N
     assert after.keys() == bad.keys()
     assert all(np.array_equal(after[key], bad[key]) for key in bad)
     assert night.answers() == answers
+
+
+def test_what_cannot_be_indexed_is_refused_before_it_is_embedded(night: Night):
+    """Unless all could still be rejects; rows of the store count as well as new ones."""
+    write_rows(night.catalog_dir, text_rows(90))
+    before = night.files()
+    dim = stored_snapshot(night.store_dir).embedding_dim
+    # Of 90 keys, 19 rejects would trip no guard.
+    needed = 4 * 4 * 71 * dim
+    done = night.run("--max-memory-bytes", needed - 1)
+    assert done.code == 1
+    assert f"an exact index of 71 x {dim} needs {needed}" in done.err
+    assert night.files() == before
+    done = night.run("--max-memory-bytes", needed)
+    assert f"an exact index of 90 x {dim} needs" in done.err
+    assert night.done("--dry-run")["plan"]["text"]["num_staged"] == 30
+    # With an index that is there, what memory there is does not matter.
+    assert night.done()["snapshot"] == 2
+    assert night.done("--max-memory-bytes", 1)["outcome"] == "unchanged"
+
+
+def test_a_night_whose_report_cannot_be_saved_is_a_night(
+    night: Night, monkeypatch: pytest.MonkeyPatch
+):
+    write_rows(night.catalog_dir, text_rows(61))
+    publish = Store.publish
+
+    def full(self: Store, relative: str, content: bytes) -> None:
+        if relative.startswith("runs/"):
+            raise StoreError("no space left")
+        publish(self, relative, content)
+
+    monkeypatch.setattr(Store, "publish", full)
+    done = night.run("--json")
+    assert done.code == 0
+    assert (done.json["outcome"], done.json["snapshot"]) == ("committed", 2)
+    assert done.json["report_path"] is None
+    assert "snapshot 2 is committed; only its report is missing: no space left" in done.err
+    write_rows(night.catalog_dir, text_rows(62))
+    assert "report: could not be saved" in night.run().out
+
+
+def test_guards_are_not_turned_off_by_a_file(night: Night, tmp_path: Path):
+    (tmp_path / "night.yaml").write_text("accept: [drift]\n")
+    done = night.run("--config", tmp_path / "night.yaml")
+    assert done.code == 2
+    assert "accept is for this time, and a file would say it every time" in done.err
 
 
 def test_an_index_that_is_missing_is_built(night: Night):
@@ -398,6 +522,31 @@ def test_an_index_with_faults_is_not_promoted(night: Night, monkeypatch: pytest.
     write_rows(night.catalog_dir, text_rows(60), num_files=3)
     assert "recall of text: 0.0000" in night.run().err
     assert Store(str(night.store_dir)).names("indexes") == [index]
+
+
+def test_an_index_with_faults_that_a_killed_night_built_is_removed(
+    night: Night, monkeypatch: pytest.MonkeyPatch
+):
+    """Killed before it measured it."""
+    write_rows(night.catalog_dir, text_rows(61))
+    (served,) = Store(str(night.store_dir)).names("indexes")
+
+    def killed(*_: Any, **__: Any) -> Any:
+        raise GuardError("killed here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.nightly.measure_index", killed)
+        assert night.run().code == 1
+    assert len(Store(str(night.store_dir)).names("indexes")) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "pipelines.guards.search_among",
+            lambda *_, num_hits, **__: np.full((61, num_hits), -1),
+        )
+        assert "recall of text: 0.0000" in night.run().err
+    assert Store(str(night.store_dir)).names("indexes") == [served]
+    report = night.done()
+    assert (report["num_indexes_built"], report["snapshot"]) == (1, 2)
 
 
 def test_an_index_with_faults_is_not_put_in_the_place_of_a_missing_one(
@@ -447,6 +596,8 @@ def test_of_two_nights_at_once_one_commits_and_the_other_goes_on(
     [
         (["--accept", "everything"], "invalid choice: 'everything'"),
         (["--max-deletions", "2"], "max_deletions=2.0: expected 0 to 1"),
+        (["--max-memory-bytes", "0"], "max_memory_bytes=0: expected at least 1"),
+        (["--max-memory-bytes", "-5"], "max_memory_bytes=-5: expected at least 1"),
         (["--retry", "bad_luck"], "no such reasons"),
     ],
 )

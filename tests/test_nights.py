@@ -46,7 +46,8 @@ from pipelines.decode import RowLimits
 from pipelines.embedding import EmbedConfig
 from pipelines.engines import EngineChoice
 from pipelines.errors import CatalogError, GuardError, StoreError, TooManyRejectsError
-from pipelines.indexing import INDEXES_DIR, index_dir, load_index
+from pipelines.index_manifest import INDEXES_DIR, index_dir
+from pipelines.indexing import load_index
 from pipelines.lineage import GUARDS
 from pipelines.nightly import NightlyConfig, run_night
 from pipelines.schema import MODALITIES, RETRYABLE_REASONS, Modality
@@ -298,6 +299,10 @@ class Nights(RuleBasedStateMachine):
             ):
                 if num >= MIN_TO_TRIP and num > MAX_REJECTS * num_keys:
                     guards.add("rejects")
+        num_unkeyed = len(self.catalog.whole_row_rejects())
+        is_many = num_unkeyed > MAX_REJECTS * len(self.catalog.rows)
+        if num_unkeyed and (not expected or (is_many and num_unkeyed >= MIN_TO_TRIP)):
+            must.add("rejects")
         if parent:
             keys = {key for _, key in parent.rows}
             num_gone = len(keys - {key for _, key in expected})

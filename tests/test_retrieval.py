@@ -54,6 +54,16 @@ def test_recall_of_vectors_whose_ranks_are_known(store):
     assert by_image.recall[2] == pytest.approx(2 / 3)
 
 
+def test_files_beyond_the_most_queries_are_not_read(store):
+    snapshot = commit_vectors(store, image=split(IMAGES, 2), text=split(TEXTS, 2))
+    build_index(IndexConfig(store_uri=store.uri))
+    for modality in ("image", "text"):
+        store.remove(snapshot.files_of("embeddings", modality=modality)[1].path)
+    assert [result.num_queries for result in pair_recall(store.uri, max_queries=2)] == [2, 2]
+    with pytest.raises(StoreError, match="cannot be read"):
+        pair_recall(store.uri, max_queries=3)
+
+
 def test_more_neighbours_than_rows_are_all_of_them(store):
     commit_vectors(store, image=[IMAGES], text=[TEXTS])
     build_index(IndexConfig(store_uri=store.uri))

@@ -15,6 +15,7 @@ from pipelines.snapshots import (
     commit,
     current_snapshot,
     missing_files,
+    read_log,
     read_snapshot,
     rollback,
     snapshot_numbers,
@@ -96,6 +97,21 @@ def test_a_newer_format_is_refused_with_the_way_out(store):
         current_snapshot(store)
 
 
+@pytest.mark.parametrize("place", [(), ("files", 0), ("engine",), ("catalog",)])
+def test_a_field_of_a_newer_clipmill_is_no_damage(store, place):
+    """Of the same format: nodes of a cluster are upgraded one after the other."""
+    commit(store, SNAPSHOT)
+    record = json.loads(store.read("snapshots/00000001.json"))
+    part = record
+    for name in place:
+        part = part[name]
+    part["hue"] = 1
+    store.publish("snapshots/00000001.json", json.dumps(record).encode())
+    with pytest.raises(StoreError, match=r"written by a newer Clipmill.*'hue'; upgrade") as caught:
+        current_snapshot(store)
+    assert "damaged" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "manifest",
     [
@@ -108,8 +124,45 @@ def test_a_newer_format_is_refused_with_the_way_out(store):
 def test_a_damaged_manifest_is_named_with_the_way_out(store, manifest):
     commit(store, SNAPSHOT)
     damaged(store, manifest)
-    with pytest.raises(StoreError, match=r"00000002\.json is damaged .*; move it away"):
+    with pytest.raises(
+        StoreError, match=r"00000002\.json is damaged .*; move it away, and .* is current again"
+    ):
         current_snapshot(store)
+
+
+def test_the_list_goes_on_beside_a_damaged_manifest(store):
+    three_nights(store)
+    damaged(store, b'{"format_version"')
+    log = dict(read_log(store))
+    assert [log[number] for number in (1, 3)] == [read_snapshot(store, n) for n in (1, 3)]
+    assert str(log[2]).endswith("; move it away: no other snapshot needs it")
+
+
+def test_the_command_lists_what_can_be_read(tmp_path):
+    store = Store(str(tmp_path))
+    three_nights(store)
+    damaged(store, b"")
+    done = command(main, ["list", "--store", store.uri])
+    assert done.code == 0
+    assert [line.split()[0] for line in done.out.splitlines()] == ["1", "2", "3"]
+    assert "00000002.json is damaged" in done.out
+    entries = command(main, ["list", "--store", store.uri, "--json"]).json
+    assert [entry["number"] for entry in entries] == [1, 2, 3]
+    assert "damaged" in entries[1]["error"]
+
+
+def test_a_log_is_listed_once(store, monkeypatch):
+    three_nights(store)
+    listed = []
+    names = Store.names
+
+    def noted(self, folder: str) -> list[str]:
+        listed.append(folder)
+        return names(self, folder)
+
+    monkeypatch.setattr(Store, "names", noted)
+    assert [number for number, _ in read_log(store)] == [1, 2, 3]
+    assert listed == ["snapshots"]
 
 
 @pytest.mark.parametrize("field", ["number", "engine", "catalog", "modalities", "files"])

@@ -10,10 +10,12 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from pipelines.errors import CommitConflictError, StoreError
 from pipelines.store import Store
@@ -147,6 +149,23 @@ def test_checking_that_it_is_writable_leaves_nothing(store):
     store.check_writable()
     fs, path = fsspec.url_to_fs(store.uri)
     assert fs.find(path) == []
+
+
+class Careless(MemoryFileSystem):
+    """An object store that does not know If-None-Match."""
+
+    protocol = "careless"
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        return super()._open(path, mode.replace("x", "w"), **options)
+
+
+def test_a_store_that_replaces_what_is_to_be_created_is_refused(tmp_path):
+    fsspec.register_implementation("careless", Careless, clobber=True)
+    store = Store(f"careless://{tmp_path.name}/store")
+    with pytest.raises(StoreError, match=r"ignores If-None-Match\?\), so two runs at once would"):
+        store.check_writable()
+    assert store.hidden_files("") == []
 
 
 # fsspec's memory file system makes no promise to threads.

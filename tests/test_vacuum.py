@@ -16,9 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.publishing.folders import Folder
 from jobs.snapshots import main
 from pipelines.errors import StoreError
-from pipelines.indexing import find_index, index_dir, index_snapshot
+from pipelines.index_manifest import find_index, index_dir
+from pipelines.indexing import index_snapshot
 from pipelines.snapshots import (
     Snapshot,
     StoredFile,
@@ -261,6 +263,22 @@ def test_where_ages_cannot_be_told_nothing_is_removed(
         with pytest.raises(StoreError, match="does not say when files were written"):
             vacuum(store, ONE_NOW)
     assert paths(store) == before
+
+
+def test_what_would_be_removed_is_found_without_the_right_to_write(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+):
+    three_nights(store)
+
+    def refused(*_: object) -> None:
+        raise PermissionError
+
+    with monkeypatch.context() as patch:
+        for name in ("publish", "create", "remove", "remove_files"):
+            patch.setattr(Folder, name, refused)
+        found = find_garbage(store, ONE_NOW)
+    assert found.snapshots == (1, 2)
+    assert vacuum(store, ONE_NOW) == found
 
 
 def test_ages_are_by_the_clock_of_the_file_system(local: Store, monkeypatch: pytest.MonkeyPatch):

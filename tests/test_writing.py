@@ -1,5 +1,7 @@
 """Tests of pipelines/writing.py."""
 
+import functools
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,7 +10,14 @@ import pytest
 from pipelines import schema
 from pipelines.snapshots import StoredFile
 from pipelines.store import Store
-from pipelines.writing import ROWS_PER_GROUP, staging_dir, stored_files, write_batch, write_table
+from pipelines.writing import (
+    ROWS_PER_GROUP,
+    is_encoded,
+    staging_dir,
+    stored_files,
+    write_batch,
+    write_table,
+)
 from tests.meters import ListMeter
 from tests.stored import fingerprint
 
@@ -181,3 +190,13 @@ def test_row_groups_are_of_a_size_that_a_reader_can_hold(store, tmp_path):
     metadata = pq.read_metadata(tmp_path / file.path)
     groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     assert groups == [ROWS_PER_GROUP, 1]
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_a_name_tells_what_an_encoder_made_from_rows_that_were_stored(store, modality):
+    table = schema.rejects_schema(key_type=pa.string()).empty_table()
+    written = functools.partial(
+        write_table, table, kind="embeddings", modality=modality, plan_id="plan", store=store
+    )
+    assert [is_encoded(written()), is_encoded(written(origin="stored"))] == [True, False]
+    assert written(origin="stored").path.startswith(f"embeddings/plan/{modality}-")

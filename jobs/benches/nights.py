@@ -17,9 +17,8 @@ import pyarrow.parquet as pq
 from engine.errors import ClipmillError
 from jobs.benches.programs import Watched, run_watched
 from pipelines import schema
-from pipelines.counts import KeyCounts
+from pipelines.counts import KeyCounts, plan_line
 from pipelines.engines import EngineChoice
-from pipelines.report import plan_line
 from pipelines.snapshots import read_snapshot
 from pipelines.store import Store
 
