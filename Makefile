@@ -11,7 +11,7 @@ demo: setup
 	$(BIN)/clipmill demo
 
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: setup
 	$(BIN)/ruff format --check .

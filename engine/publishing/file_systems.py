@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import aiohttp
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
@@ -59,15 +58,19 @@ def _walk(fs: LocalFileSystem, path: str) -> Iterator[dict[str, Any]]:
 
 def file_system_errors() -> tuple[type[Exception], ...]:
     """What a file system raises where the place is missing, closed to us or out of reach."""
-    # s3fs passes on botocore's own errors (no credentials, no connection, an answer that cannot be
-    # parsed), which are no OSErrors. Where nothing has imported botocore, nothing raises them.
-    names = {"botocore.exceptions": "BotoCoreError", "botocore.parsers": "ResponseParserError"}
-    of_botocore = [
+    # Object stores and HTTP pass on errors of their libraries (no credentials, no connection, an
+    # answer that cannot be parsed), which are no OSErrors. What nothing has imported raises none.
+    names = {
+        "aiohttp": "ClientError",
+        "botocore.exceptions": "BotoCoreError",
+        "botocore.parsers": "ResponseParserError",
+    }
+    of_libraries = [
         getattr(sys.modules[module], name)
         for module, name in names.items()
         if module in sys.modules
     ]
-    return (OSError, aiohttp.ClientError, *of_botocore)
+    return (OSError, *of_libraries)
 
 
 def is_write_conflict(error: OSError) -> bool:
