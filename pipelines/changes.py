@@ -3,14 +3,13 @@
 Knows nothing of embeddings. Files that both snapshots list are not read.
 """
 
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
-from pipelines.database import open_database, sql_type
+from pipelines.database import scratch_database, sql_type
 from pipelines.errors import StoreError
 from pipelines.schema import FINGERPRINT, KEY, Modality
 from pipelines.snapshots import Snapshot, StoredFile
@@ -67,10 +66,7 @@ def _compared(
     store: Store, before: Iterable[StoredFile], after: Iterable[StoredFile], *, key_type: str
 ) -> Changes:
     key = sql_type(key_type)
-    with (
-        tempfile.TemporaryDirectory(prefix="clipmill-changes-") as spill_dir,
-        open_database(spill_dir) as db,
-    ):
+    with scratch_database() as db:
         for name, files in (("before", before), ("after", after)):
             db.execute(f"CREATE TABLE {name} ({KEY} {key}, {FINGERPRINT} BLOB, is_reject BOOLEAN)")
             for file, rows in read_stored(store, files, columns=[KEY, FINGERPRINT]):

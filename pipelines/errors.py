@@ -9,6 +9,7 @@ Knows nothing of where they are raised.
     ├── TooManyRejectsError      the share of rejected rows passed the stated bound
     ├── IncompleteRunError       the rows written are not the catalog's: nothing was committed
     ├── GuardError               a guard tripped: nothing was committed
+    ├── ScratchSpaceError        this machine has too little temporary space for a plan
     └── IndexMissingError        there is no index to query yet
 """
 
@@ -41,6 +42,10 @@ class IncompleteRunError(PipelineError):
 
 class GuardError(PipelineError):
     """What would have been committed is not like what was there: a guard tripped."""
+
+
+class ScratchSpaceError(PipelineError):
+    """This machine's temporary folder is full."""
 
 
 class IndexMissingError(PipelineError):

@@ -13,7 +13,6 @@ a content is stored as a reject only, each row that has it is tried itself. Rows
 fingerprint (null contents, and rows trusted by key, whose contents nobody read) are neither.
 """
 
-import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 
 from pipelines import schema
 from pipelines.counts import TRUSTED, Counts, key_counts, num_by_modality, same_content
-from pipelines.database import open_database, sql_type
+from pipelines.database import scratch_database, sql_type
 from pipelines.schema import (
     FINGERPRINT,
     KEY,
@@ -72,8 +71,8 @@ class Ledger:
         """
         self._modalities = tuple(modalities)
         self._by_content = " OR ".join(f"modality = '{name}'" for name in by_content) or "false"
-        self._spill_dir = tempfile.TemporaryDirectory(prefix="clipmill-ledger-")
-        self._db = open_database(self._spill_dir.name)
+        self._scratch = scratch_database()
+        self._db = self._scratch.__enter__()
         key = sql_type(key_type)
         fingerprints = ", ".join(f"{modality} BLOB" for modality in self._modalities)
         self._db.execute(
@@ -96,9 +95,8 @@ class Ledger:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Drop the tables and their temporary files."""
-        self._db.close()
-        self._spill_dir.cleanup()
+        """Drop the tables and their temporary files; ScratchSpaceError if there was no room."""
+        self._scratch.__exit__(kind, error, trace)
 
     def add_catalog_rows(self, rows: pa.Table, *, trusted: bool) -> None:
         """Add rows of the catalog.

@@ -4,7 +4,6 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -498,13 +497,6 @@ def test_live_positions_come_in_the_order_asked_for(monkeypatch: pytest.MonkeyPa
         found = [positions.tolist() for positions in ledger.live_positions(paths)]
         assert found == [[*range(6)], [], [*range(6)]]
         assert list(ledger.live_positions([])) == []
-
-
-def test_temporary_files_are_gone_at_the_end():
-    with settled([A]) as ledger:
-        folder = Path(ledger._spill_dir.name)
-        assert folder.is_dir()
-    assert not folder.exists()
 
 
 KEYS = st.sampled_from(["k0", "k1", "k2", "k3", None])

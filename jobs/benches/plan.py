@@ -1,7 +1,8 @@
 """Measures how long it takes to find what changed in a large catalog, and in how much memory.
 
 Knows nothing of embedding. Catalog and store are made for it: keys and versions of rows, of which
-some changed, a few went and a few came; the store's files have no embeddings, which no plan reads.
+some changed, a few went and a few came; the store's files are as many as a run writes, and their
+embeddings, which no plan reads, are short.
 """
 
 import os
@@ -24,10 +25,12 @@ from pipelines.fingerprints import row_fingerprints
 from pipelines.ledger import Ledger
 from pipelines.planning import catalog_record, fill
 from pipelines.snapshots import EngineRecord, Snapshot, StoredFile, commit, current_snapshot
+from pipelines.stages import Resources
 from pipelines.store import Store
 
-NUM_FILES = 20
+NUM_FILES = 20  # of the catalog
 ROWS_PER_GROUP = 100_000
+EMBEDDING_DIM = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,26 +132,12 @@ def _make(folder: Path, *, num_keys: int, num_changed: int, num_gone: int) -> No
     everything = np.random.default_rng(0).permutation(num_keys + num_gone)
     stored_files = []
     for number, part in enumerate(np.array_split(everything, NUM_FILES)):
-        name = f"text-{number:04d}.parquet"
-        before = part[part < num_keys]
-        fingerprints = row_fingerprints(_rows(before, num_changed=0), modality="text")
-        path = folder / "store" / "embeddings" / "made" / name
-        pq.write_table(
-            pa.table({schema.KEY: _keys(before), schema.FINGERPRINT: fingerprints}), path
-        )
-        stored_files.append(
-            StoredFile(
-                path=f"embeddings/made/{name}",
-                kind="embeddings",
-                modality="text",
-                num_rows=len(before),
-                num_bytes=path.stat().st_size,
-            )
-        )
+        stored_files += _store(folder / "store", part[part < num_keys], number=number)
         # The keys that went are the first; those that changed come after them.
         now = _rows(part[part >= num_gone], num_changed=num_gone + num_changed)
         now = now.append_column("text", pa.repeat("a caption", now.num_rows))
-        pq.write_table(now, folder / "catalog" / name, row_group_size=ROWS_PER_GROUP)
+        path = folder / "catalog" / f"{number:04d}.parquet"
+        pq.write_table(now, path, row_group_size=ROWS_PER_GROUP)
     catalog = open_catalog(_catalog_config(folder))
     snapshot = Snapshot(
         number=1,
@@ -159,12 +148,45 @@ def _make(folder: Path, *, num_keys: int, num_changed: int, num_gone: int) -> No
         # No file is the same, so that no row is trusted by its key.
         catalog=replace(catalog_record(catalog, num_keys=num_keys), files={}),
         key_type=str(catalog.key_type),
-        embedding_dim=1,
+        embedding_dim=EMBEDDING_DIM,
         embedding_dtype="float32",
         modalities=catalog.modalities,
         files=tuple(stored_files),
     )
     commit(Store(str(folder / "store")), snapshot)
+
+
+def _store(folder: Path, numbers: NDArray[np.int64], *, number: int) -> list[StoredFile]:
+    """Write the embeddings of some keys of one file of the catalog."""
+    files = []
+    rows_per_file = Resources().rows_per_file
+    columns = schema.embeddings_schema(
+        key_type=pa.string(), embedding_dim=EMBEDDING_DIM, dtype="float32"
+    )
+    for first in range(0, len(numbers), rows_per_file):
+        before = numbers[first : first + rows_per_file]
+        path = f"embeddings/made/text-{number:04d}-{first:09d}.parquet"
+        values = pa.array(np.zeros(len(before) * EMBEDDING_DIM, dtype=np.float32))
+        table = pa.table(
+            {
+                schema.KEY: _keys(before),
+                schema.MODALITY: pa.repeat("text", len(before)),
+                schema.EMBEDDING: pa.FixedSizeListArray.from_arrays(values, EMBEDDING_DIM),
+                schema.FINGERPRINT: row_fingerprints(_rows(before, num_changed=0), modality="text"),
+                schema.ENGINE_ID: pa.repeat("made", len(before)),
+            }
+        )
+        pq.write_table(table.cast(columns), folder / path)
+        files.append(
+            StoredFile(
+                path=path,
+                kind="embeddings",
+                modality="text",
+                num_rows=len(before),
+                num_bytes=(folder / path).stat().st_size,
+            )
+        )
+    return files
 
 
 def _keys(numbers: NDArray[np.int64]) -> pa.Array:
