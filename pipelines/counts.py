@@ -66,6 +66,11 @@ class Counts:
         return {modality: keys.num_due for modality, keys in self.keys.items()}
 
     @property
+    def num_planned(self) -> int:
+        """To be done, or done by a run that did not finish, of all modalities."""
+        return sum(keys.num_due + keys.num_staged for keys in self.keys.values())
+
+    @property
     def num_encoded(self) -> int:
         """To be embedded, of all modalities."""
         return sum(keys.num_encoded for keys in self.keys.values())

@@ -11,7 +11,6 @@ from functools import partial
 from pipelines.candidate import Candidate
 from pipelines.counts import Counts
 from pipelines.embedding import EmbedConfig, EmbedResult, Plan, embed, plan
-from pipelines.errors import TooManyRejectsError
 from pipelines.guard_limits import GuardLimits
 from pipelines.guards import MIN_ROWS_TO_TRIP, check, measure, measure_index
 from pipelines.index_manifest import (
@@ -23,7 +22,7 @@ from pipelines.index_manifest import (
 from pipelines.indexing import check_max_memory_bytes, check_memory, index_snapshot
 from pipelines.lineage import GUARDS, GuardName, Measurement
 from pipelines.progress import Progress
-from pipelines.rounds import check_rejects
+from pipelines.rounds import has_too_many_rejects
 from pipelines.schema import Modality
 from pipelines.snapshots import Snapshot
 from pipelines.store import Store
@@ -148,21 +147,16 @@ def _embed_config(config: NightlyConfig) -> EmbedConfig:
 
 def _rejects_let_pass(candidate: Candidate, *, config: NightlyConfig) -> Iterator[Measurement]:
     """What would have stopped the run, were it not accepted."""
-    max_share = config.embed.limits.max_reject_share
-    try:
-        check_rejects(
-            candidate.num_rejected, counts=candidate.counts, max_share=max_share, folder=""
-        )
-    except TooManyRejectsError:
-        keys = candidate.counts.keys.values()
-        num_planned = sum(of.num_due + of.num_staged for of in keys)
+    counts, max_share = candidate.counts, config.embed.limits.max_reject_share
+    if has_too_many_rejects(candidate.num_rejected, counts=counts, max_share=max_share):
         yield Measurement(
             guard="rejects",
             modality=None,
-            value=candidate.num_rejected / num_planned,
+            value=candidate.num_rejected / counts.num_planned,
             bound=max_share,
             is_tripped=True,
-            detail=f"{candidate.num_rejected:,} of {num_planned:,} rows that were to be done",
+            detail=f"{candidate.num_rejected:,} of {counts.num_planned:,} rows that were to be "
+            "done",
         )
 
 

@@ -119,24 +119,34 @@ def write_due(
     return written
 
 
-def check_rejects(num_rejected: int, *, counts: Counts, max_share: float, folder: str) -> None:
-    """Raise TooManyRejectsError if so many rejects of a plan are too many.
+def has_too_many_rejects(num_rejected: int, *, counts: Counts, max_share: float) -> bool:
+    """Whether so many rejects of a plan stop it.
 
     Args:
         num_rejected: By this run, and by those of the same plan that did not finish.
         counts: Of the plan.
         max_share: `RowLimits.max_reject_share`.
-        folder: Where the rejects lie, for the message.
     """
-    # Against all rows of the plan, not those seen so far: the bad ones may come first.
-    num_planned = sum(keys.num_due + keys.num_staged for keys in counts.keys.values())
     # Those that are tried again were let pass before: that they fail again is no news.
     num_retried = sum(keys.num_retried for keys in counts.keys.values())
-    if num_rejected > max(max_share * num_planned, MIN_REJECTS_TO_STOP - 1) + num_retried:
+    # Against all rows of the plan, not those seen so far: the bad ones may come first.
+    return num_rejected > max(max_share * counts.num_planned, MIN_REJECTS_TO_STOP - 1) + num_retried
+
+
+def check_rejects(num_rejected: int, *, counts: Counts, max_share: float, folder: str) -> None:
+    """Raise TooManyRejectsError if `has_too_many_rejects`.
+
+    Args:
+        num_rejected: As there.
+        counts: As there.
+        max_share: As there.
+        folder: Where the rejects lie, for the message.
+    """
+    if has_too_many_rejects(num_rejected, counts=counts, max_share=max_share):
         raise TooManyRejectsError(
-            f"{num_rejected} of {num_planned} rows rejected: more than {max_share:.1%}. Nothing "
-            f"was committed; the rejects with their reasons are in {folder}. Accept more with "
-            "--max-reject-share, or all with `clipmill nightly --accept rejects`: what was "
+            f"{num_rejected} of {counts.num_planned} rows rejected: more than {max_share:.1%}. "
+            f"Nothing was committed; the rejects with their reasons are in {folder}. Accept more "
+            "with --max-reject-share, or all with `clipmill nightly --accept rejects`: what was "
             "embedded is kept for that. Or mend the catalog: then all that the last snapshot lacks "
             "of it is embedded"
         )
