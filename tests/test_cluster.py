@@ -86,16 +86,32 @@ def test_an_address_is_joined_and_left_running():
 
 ON_ONE_CPU = """
 import os
+import tempfile
+import time
 import ray
 from jobs.cluster import ray_cluster
+
+@ray.remote(num_cpus=0.25)
+def worker(folder):
+    open(os.path.join(folder, str(os.getpid())), "w").close()
+    while len(os.listdir(folder)) < 4:
+        time.sleep(0.1)
+    return os.getpid()
+
+def four_at_once():
+    with tempfile.TemporaryDirectory() as folder:
+        return set(ray.get([worker.remote(folder) for _ in range(4)]))
 
 os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 with ray_cluster(None):
     print(int(ray.cluster_resources()["CPU"]))
+    before = four_at_once()
+    time.sleep(3)  # Ray ends what it has too many of after 1 s
+    print(len(four_at_once() - before))
 """
 
 
-def test_a_ray_of_its_own_has_the_cpus_that_the_process_may_use():
+def test_a_ray_of_its_own_has_the_cpus_that_the_process_may_use_and_keeps_idle_workers():
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     started = subprocess.run(
         [sys.executable, "-c", ON_ONE_CPU],
@@ -106,7 +122,9 @@ def test_a_ray_of_its_own_has_the_cpus_that_the_process_may_use():
         env=environment,
     )
     assert started.returncode == 0, started.stderr
-    assert started.stdout.split() == ["1"]
+    cpus, num_new_workers = map(int, started.stdout.split())
+    assert cpus == 1
+    assert num_new_workers == 0
 
 
 @pytest.mark.parametrize(
