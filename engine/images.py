@@ -9,7 +9,7 @@ import struct
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -29,6 +29,7 @@ RejectReason = Literal[
 REASONS: frozenset[str] = frozenset(get_args(RejectReason))
 """Why bytes are no usable image; a damaged image of a supported format is `truncated_image`."""
 
+_Result = TypeVar("_Result")
 Size = tuple[int, int]
 """(width, height) in pixels."""
 
@@ -129,6 +130,25 @@ def rgb_image(encoded: bytes | memoryview, *, limits: ImageLimits) -> Image.Imag
     Raises:
         ImageRejected: The bytes are no usable image; nothing else is raised, whatever they are.
     """
+    return _of_opened(encoded, _pixels, limits=limits)
+
+
+def image_size(encoded: bytes | memoryview, *, limits: ImageLimits) -> Size:
+    """Width and height as the header says, before it is turned upright; no pixel is decoded.
+
+    Raises:
+        ImageRejected: The bytes are no image, or one above the limits; nothing else is raised.
+    """
+    return _of_opened(encoded, lambda stream, image: image.size, limits=limits)
+
+
+def _of_opened(
+    encoded: bytes | memoryview,
+    function: Callable[[io.BytesIO, ImageFile], _Result],
+    *,
+    limits: ImageLimits,
+) -> _Result:
+    """What a function makes of an image and its stream, the header read and the size checked."""
     num_bytes = memoryview(encoded).nbytes
     if num_bytes == 0:
         raise ImageRejected("empty_image", "0 bytes")
@@ -146,13 +166,7 @@ def rgb_image(encoded: bytes | memoryview, *, limits: ImageLimits) -> Image.Imag
     try:
         image = opener(stream)
         _check_size(image.size, limits=limits)
-        # Not a subclass: Pillow has moved on in the stream of a file with several frames.
-        if type(image) is JpegImageFile:
-            strip_end_marker(stream, image)
-        upright = _load_upright(image)
-        if isinstance(image, PngImageFile) and has_missing_rows(stream, image):
-            raise ImageRejected("truncated_image", "PNG: fewer rows than its header says")
-        return upright
+        return function(stream, image)
     except ImageRejected:
         raise
     except (Image.DecompressionBombError, MemoryError) as error:
@@ -164,6 +178,16 @@ def rgb_image(encoded: bytes | memoryview, *, limits: ImageLimits) -> Image.Imag
             "unsupported_image" if unusual else "truncated_image",
             f"{format_name}: {error or type(error).__name__}",
         ) from error
+
+
+def _pixels(stream: io.BytesIO, image: ImageFile) -> Image.Image:
+    # Not a subclass: Pillow has moved on in the stream of a file with several frames.
+    if type(image) is JpegImageFile:
+        strip_end_marker(stream, image)
+    upright = _load_upright(image)
+    if isinstance(image, PngImageFile) and has_missing_rows(stream, image):
+        raise ImageRejected("truncated_image", "PNG: fewer rows than its header says")
+    return upright
 
 
 def _identify(prefix: bytes) -> tuple[str, Callable[[io.BytesIO], ImageFile]]:

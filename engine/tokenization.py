@@ -47,6 +47,10 @@ class Tokenizer:
             chosen = order[first : first + max_rows]
             yield chosen, self._padded([rows[row] for row in chosen], length_step=length_step)
 
+    def are_cut(self, texts: Sequence[str]) -> list[bool]:
+        """Whether each text has more tokens than are kept of it."""
+        return [bool(found.overflowing) for found in self._tokenizer.encode_batch(list(texts))]
+
     def _padded(self, rows: Sequence[Sequence[int]], *, length_step: int) -> NDArray[np.int32]:
         """Rows in ascending length -> int32 [rows, length]."""
         length = self._text.max_tokens

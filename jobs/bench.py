@@ -16,6 +16,7 @@ from jobs.command import Actions, CommandParser, dispatch, print_result, run
 from jobs.demo.run import CHECKPOINT_DIR
 from jobs.progress import shown_steps
 from pipelines.engines import EngineChoice
+from pipelines.indexes.options import DEFAULT_MIN_RECALL
 from pipelines.schema import WANTED_DECODERS
 
 
@@ -210,6 +211,35 @@ def _nights(argv: Sequence[str]) -> int:
     return 0
 
 
+def _index(argv: Sequence[str]) -> int:
+    from jobs.benches.index import IndexBenchConfig, index_lines, measure_index
+
+    parser = CommandParser(
+        "bench index",
+        description="Time, memory and recall of an index: built, and with some rows changed.",
+    )
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--changed", type=float, default=0.01, metavar="SHARE")
+    parser.add_argument("--max-memory-bytes", type=int, default=2**30)
+    parser.add_argument("--min-recall", type=float, default=DEFAULT_MIN_RECALL, metavar="SHARE")
+    parser.add_argument("--factory", metavar="NAME", help="as of `clipmill index`")
+    options = parser.parse_options(argv)
+    words = ["--max-memory-bytes", str(options.max_memory_bytes)]
+    words += ["--min-recall", str(options.min_recall)]
+    words += ["--factory", options.factory] if options.factory else []
+    figures = measure_index(
+        IndexBenchConfig(
+            num_rows=options.rows,
+            embedding_dim=options.dim,
+            words=tuple(words),
+            changed_share=options.changed,
+        )
+    )
+    print_result(figures, as_json=options.json, text="\n".join(index_lines(figures)))
+    return 0
+
+
 def _query(argv: Sequence[str]) -> int:
     from pipelines.retrieval import pair_recall, recall_line
 
@@ -276,6 +306,7 @@ BENCHES: Actions = {
     "pipeline": (_pipeline, "speed and memory of embed over catalog sizes"),
     "plan": (_plan, "time and memory to find what changed in a catalog"),
     "nights": (_nights, "time and memory of nights, by what changed"),
+    "index": (_index, "time, memory and recall of an index, built and changed"),
     "query": (_query, "recall of the pairs of a store"),
     "agreement": (_agreement, "cosine of an engine's embeddings to transformers' own"),
 }

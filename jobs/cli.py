@@ -20,6 +20,7 @@ COMMANDS = {
     ),
     "index": ("jobs.index", "build the index of the current snapshot"),
     "query": ("jobs.query", "find the nearest rows to a text or an image"),
+    "serve": ("jobs.serve", "an HTTP API and a page that searches"),
     "bench": ("jobs.bench", "measure encoders, the pipeline, the answers of a store"),
 }
 

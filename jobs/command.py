@@ -25,6 +25,7 @@ from ray.exceptions import (
 
 from engine.errors import ClipmillError
 from engine.images import ImageRejected
+from pipelines.errors import QueryError
 from pipelines.json_text import json_text
 
 Main = Callable[[Sequence[str] | None], int]
@@ -88,7 +89,7 @@ class CommandParser(argparse.ArgumentParser):
                 )
             if self._is_overruled(action, argv):
                 continue
-            takes_list = action.nargs in ("*", "+")
+            takes_list = action.nargs in ("*", "+") or isinstance(action, argparse._AppendAction)
             if takes_list != isinstance(value, list):
                 expected = "a list" if takes_list else "one value"
                 self.error(f"--config {path}: {name}: expected {expected}, found {value!r}")
@@ -104,8 +105,13 @@ class CommandParser(argparse.ArgumentParser):
                     group.required = False
 
     def _is_overruled(self, action: argparse.Action, argv: Sequence[str]) -> bool:
-        """Whether a flag says otherwise: of options that exclude each other, the flag's counts."""
+        """Whether a flag says otherwise: of options that exclude each other, the flag's counts.
+
+        Also of one that may be said several times, which argparse would add to the file's.
+        """
         given = {word.split("=", 1)[0] for word in argv}
+        if isinstance(action, argparse._AppendAction) and given & set(action.option_strings):
+            return True
         return any(
             given & set(other.option_strings)
             for group in self._mutually_exclusive_groups
@@ -165,7 +171,7 @@ def run(main: Main, argv: Sequence[str] | None = None) -> NoReturn:
         code = _fail(str(error), code=1)
     except ValueError as error:
         # Libraries derive their own errors from it; those are no fault of the user.
-        if type(error) not in (ValueError, ImageRejected):
+        if type(error) is not ValueError and not isinstance(error, ImageRejected | QueryError):
             raise
         code = _fail(str(error), code=2)
     sys.exit(code)

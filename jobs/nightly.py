@@ -12,12 +12,13 @@ from typing import Literal
 from jobs.cluster import ray_cluster
 from jobs.command import CommandParser, print_result, run
 from jobs.embed_options import add_embed_options, embed_config_from
+from jobs.index_options import add_index_options, index_options_from
 from jobs.progress import shown_progress
 from jobs.saved_report import saved_report
 from pipelines.counts import KeyCounts, plan_line
 from pipelines.embedding import Plan
 from pipelines.guard_limits import GuardLimits
-from pipelines.index_manifest import IndexManifest
+from pipelines.indexes.manifest import IndexManifest
 from pipelines.lineage import GUARDS, Lineage, measurement_line
 from pipelines.nightly import NightlyConfig, NightResult, plan_night, run_night
 from pipelines.report import RunReport, make_report, summary
@@ -104,11 +105,7 @@ def _parser() -> CommandParser:
         action="store_true",
         help="try all rejected rows again that another try may heal",
     )
-    parser.add_argument(
-        "--max-memory-bytes",
-        type=int,
-        help="for indexing; half of this machine's if left out",
-    )
+    add_index_options(parser)
     guards = parser.add_argument_group("guards")
     guards.add_argument(
         "--accept",
@@ -154,7 +151,7 @@ def _config_from(options: Namespace, *, command: Sequence[str]) -> NightlyConfig
             min_recall=options.min_recall,
         ),
         accepted=tuple(options.accept),
-        max_memory_bytes=options.max_memory_bytes,
+        index=index_options_from(options, min_recall=options.min_recall),
     )
 
 

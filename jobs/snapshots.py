@@ -12,7 +12,7 @@ from jobs.command import Actions, CommandParser, dispatch, print_result, run
 from pipelines.changes import find_changes
 from pipelines.counts import plan_line
 from pipelines.errors import StoreError
-from pipelines.index_manifest import check_rollback
+from pipelines.indexes.manifest import check_rollback
 from pipelines.lineage import Lineage, measurement_line
 from pipelines.schema import MODALITIES
 from pipelines.snapshots import (

@@ -1,4 +1,4 @@
-"""The exceptions of the pipelines; all are ClipmillErrors.
+"""The exceptions of the pipelines: ClipmillErrors, and ValueErrors of who asks an index.
 
 Knows nothing of where they are raised.
 
@@ -10,7 +10,14 @@ Knows nothing of where they are raised.
     ├── IncompleteRunError       the rows written are not the catalog's: nothing was committed
     ├── GuardError               a guard tripped: nothing was committed
     ├── ScratchSpaceError        this machine has too little temporary space for a plan
+    ├── RecallError              an index finds less than was asked for: it was not promoted
     └── IndexMissingError        there is no index to query yet
+
+What one who asks an index can cause is a ValueError:
+
+    QueryError
+    ├── UnknownKeyError          a key was asked with that the index does not have
+    └── UnknownColumnError       a column was filtered by that the index does not have
 """
 
 from engine.errors import ClipmillError
@@ -48,5 +55,21 @@ class ScratchSpaceError(PipelineError):
     """This machine's temporary folder is full."""
 
 
+class RecallError(PipelineError):
+    """An index finds less than was asked for; it was not promoted."""
+
+
 class IndexMissingError(PipelineError):
     """There is no index of the current snapshot to query."""
+
+
+class QueryError(ValueError):
+    """A query that cannot be asked, as whoever asks could have known."""
+
+
+class UnknownKeyError(QueryError):
+    """A key is not among those that are searched."""
+
+
+class UnknownColumnError(QueryError):
+    """A column is none that rows can be filtered by."""

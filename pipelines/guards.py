@@ -9,25 +9,18 @@ snapshots lists. Vectors are judged by samples of at most 4,096 rows of at most 
 
 from collections.abc import Collection, Iterator, Sequence
 
-import numpy as np
-import pyarrow.compute as pc
-
-from engine.accuracy import NEIGHBOURS, TIE
 from pipelines.candidate import Candidate
 from pipelines.changes import find_changes
 from pipelines.errors import GuardError
 from pipelines.guard_limits import GuardLimits
-from pipelines.indexing import load_index, search_among
+from pipelines.indexes.manifest import IndexManifest
 from pipelines.lineage import Measurement, measurement_line
 from pipelines.snapshots import Snapshot
 from pipelines.store import Store
-from pipelines.stored_samples import draw_sample
 from pipelines.vector_guards import measure_vectors
 
 # Fewer deletions or rejects than this trip nothing: a share of a handful of rows says nothing.
 MIN_ROWS_TO_TRIP = 20
-# Rows that the index is asked for.
-NUM_QUERIES = 256
 
 
 def measure(store: Store, candidate: Candidate, *, limits: GuardLimits) -> list[Measurement]:
@@ -48,17 +41,24 @@ def measure(store: Store, candidate: Candidate, *, limits: GuardLimits) -> list[
     return [*found, *measure_vectors(store, candidate, limits=limits)]
 
 
-def measure_index(store: Store, snapshot: Snapshot, *, limits: GuardLimits) -> list[Measurement]:
-    """Measure the recall of a snapshot's indexes.
-
-    Of at most 4,096 sampled rows, 256 are asked for. The exact answer is the nearest ten among the
-    sampled; the index must give those when it may answer with no others.
-
-    Raises:
-        IndexMissingError: One is not built.
-        StoreError: The store cannot be read.
-    """
-    return list(_recalls(store, snapshot, limits=limits))
+def measure_index(manifest: IndexManifest, *, limits: GuardLimits) -> list[Measurement]:
+    """The recall of an index, of the kind of queries that it finds least of; none if none asked."""
+    recalls = manifest.recall_at(10)
+    if not recalls:
+        return []
+    worst = min(recalls, key=lambda kind: recalls[kind])
+    num_queries = next(entry.num_queries for entry in manifest.measured if entry.kind == worst)
+    return [
+        Measurement(
+            guard="recall",
+            modality=manifest.modality,
+            value=recalls[worst],
+            bound=limits.min_recall,
+            is_tripped=recalls[worst] < limits.min_recall,
+            detail=f"10 nearest of {num_queries:,} {worst} queries among {manifest.num_rows:,} "
+            f"embeddings, by {manifest.factory}",
+        )
+    ]
 
 
 def check(measurements: Sequence[Measurement], *, accepted: Collection[str], outcome: str) -> None:
@@ -135,33 +135,3 @@ def _deletions(
         detail=f"{num_gone:,} of {num_keys:,} keys of snapshot {parent.number} are gone"
         + (", the catalog is empty" if is_emptied else ""),
     )
-
-
-def _recalls(store: Store, snapshot: Snapshot, *, limits: GuardLimits) -> Iterator[Measurement]:
-    for modality in snapshot.modalities:
-        sample = draw_sample(store, snapshot.files_of("embeddings", modality=modality))
-        if sample is None:
-            continue
-        index, keys = load_index(store, snapshot, modality=modality)
-        ids = pc.index_in(sample.keys, value_set=keys).fill_null(-1).to_numpy().astype(np.int64)
-        queries = sample.vectors[:: -(-len(ids) // NUM_QUERIES)]
-        num_hits = min(NEIGHBOURS, len(ids))
-        scores = queries @ sample.vectors.T
-        last = np.partition(scores, -num_hits, axis=1)[:, -num_hits]
-        answers = search_among(index, queries, ids=ids[ids >= 0], num_hits=num_hits)
-        places = {int(id_): place for place, id_ in enumerate(ids)}
-        shared = [
-            scores[query, places[hit]] >= last[query] - TIE
-            for query, hits in enumerate(answers.tolist())
-            for hit in hits
-            if hit >= 0
-        ]
-        recall = float(np.sum(shared)) / answers.size
-        yield Measurement(
-            guard="recall",
-            modality=modality,
-            value=recall,
-            bound=limits.min_recall,
-            is_tripped=recall < limits.min_recall,
-            detail=f"{num_hits} nearest of {len(queries):,} among {len(ids):,} embeddings",
-        )

@@ -1,68 +1,52 @@
-"""Builds a FAISS index of a snapshot: exact, one for each modality, keys beside it.
+"""Indexes a snapshot, each modality by itself: keeps, updates or builds, measures, promotes.
 
 Knows nothing of how the embeddings were made or who will query them. What an index is:
-`pipelines.index_manifest`.
+`pipelines.indexes.manifest`.
 """
 
-import dataclasses
-import hashlib
-import io
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 
-import faiss
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
-from ray._common.utils import get_system_memory
-
-from pipelines import schema
-from pipelines.errors import IndexMissingError, PipelineError, StoreError
-from pipelines.index_manifest import (
-    FORMAT_VERSION,
-    INDEX_FILE,
-    KEYS_FILE,
-    MANIFEST_FILE,
+from pipelines.errors import RecallError
+from pipelines.indexes import recall
+from pipelines.indexes.choice import Recipe, named_recipe
+from pipelines.indexes.making import Parent, asked_hash, make_index
+from pipelines.indexes.manifest import (
     IndexManifest,
     find_index,
-    index_dir,
-    index_id_of,
     indexed_files,
+    publish_index,
+    remove_other_builds,
+)
+from pipelines.indexes.opening import (
+    open_build,
+)
+from pipelines.indexes.options import IndexOptions, recipe_for
+from pipelines.indexes.row_changes import (
+    all_rows_coming,
+    find_row_changes,
 )
 from pipelines.schema import Modality
-from pipelines.snapshots import Snapshot, StoredFile, read_snapshot
+from pipelines.snapshots import Snapshot, is_other_engine, read_snapshot, snapshot_numbers
 from pipelines.store import Store
-from pipelines.stored_samples import vectors_of
 
-# Of the vectors as float32: themselves, what FAISS keeps free to grow into, and two copies while
-# they are serialized and written. Of 250 MB of vectors, 3.3 to 3.5 were seen.
-MEMORY_TIMES = 4
+# Of the rows that an index was trained on: when more came, went or changed, it is built anew.
+MAX_CHANGED_SHARE = 0.3
+# When more are free, keys get new ids.
+MAX_IDS_PER_ROW = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IndexConfig:
-    """Which store to index, and within what memory."""
+    """Which store to index, and how."""
 
     store_uri: str
     """A store with at least one snapshot."""
     snapshot: int | None = None
     """Its number; None: the current one."""
-    max_memory_bytes: int | None = None
-    """For the vectors and their serialized copies; None: half of this machine's memory, or of what
-    its container may use."""
-
-    def __post_init__(self) -> None:
-        """Check the bounds."""
-        check_max_memory_bytes(self.max_memory_bytes)
-
-
-def check_max_memory_bytes(max_memory_bytes: int | None) -> None:
-    """Raise ValueError if a bound is none."""
-    if max_memory_bytes is not None and max_memory_bytes < 1:
-        raise ValueError(f"max_memory_bytes={max_memory_bytes}: expected at least 1")
+    options: IndexOptions = field(default_factory=IndexOptions)
+    """What the index shall be."""
 
 
 def build_index(config: IndexConfig) -> list[IndexManifest]:
@@ -70,151 +54,141 @@ def build_index(config: IndexConfig) -> list[IndexManifest]:
 
     Raises:
         StoreError: There is no such snapshot, or the store cannot be read or written.
-        PipelineError: The vectors do not fit in the memory allowed.
+        PipelineError: No index fits in the memory allowed.
+        RecallError: An index finds less than was asked for; it is not promoted.
     """
     store = Store(config.store_uri)
     snapshot = read_snapshot(store, config.snapshot)
-    return index_snapshot(store, snapshot, max_memory_bytes=config.max_memory_bytes)
+    return index_snapshot(store, snapshot, options=config.options, promote=check_recall)
+
+
+def check_recall(manifest: IndexManifest) -> None:
+    """Raise RecallError if an index finds less than was asked for."""
+    short = {
+        kind: found
+        for kind, found in manifest.recall_at(recall.CHOSEN_K).items()
+        if found < manifest.min_recall
+    }
+    if short:
+        words = ", ".join(f"{found:.3f} of {kind} queries" for kind, found in short.items())
+        raise RecallError(
+            f"index of {manifest.modality} embeddings ({manifest.factory}): recall@10 is {words}, "
+            f"{manifest.min_recall:g} was asked for; it is not promoted. Allow more memory "
+            "(--max-memory-bytes), name another --factory, or ask for less (--min-recall)"
+        )
 
 
 def index_snapshot(
-    store: Store, snapshot: Snapshot, *, max_memory_bytes: int | None = None
+    store: Store,
+    snapshot: Snapshot,
+    *,
+    options: IndexOptions,
+    promote: Callable[[IndexManifest], None],
 ) -> list[IndexManifest]:
     """Index a snapshot, also one that is not committed yet; an index that is there is kept.
 
     Args:
         store: Where its files lie.
         snapshot: Each of its modalities is indexed by itself.
-        max_memory_bytes: `IndexConfig.max_memory_bytes`.
+        options: What the indexes shall be.
+        promote: Called before an index is there for readers; raises if it shall not be.
 
     Raises:
         StoreError: The store cannot be read or written.
-        PipelineError: The vectors do not fit in the memory allowed.
+        PipelineError: No index fits in the memory allowed.
     """
-    return [
-        find_index(store, snapshot, modality=modality)
-        or _build(store, snapshot, modality=modality, max_memory_bytes=max_memory_bytes)
-        for modality in snapshot.modalities
-    ]
+    manifests = []
+    for modality in snapshot.modalities:
+        manifest = find_index(store, snapshot, modality=modality)
+        if manifest is None:
+            manifest = _indexed(store, snapshot, modality=modality, options=options)
+            promote(manifest)
+            publish_index(store, manifest)
+            remove_other_builds(store, manifest)
+        manifests.append(manifest)
+    return manifests
 
 
-def load_index(store: Store, snapshot: Snapshot, *, modality: Modality) -> tuple[Any, pa.Array]:
-    """Load an index and its keys.
-
-    Returns:
-        The FAISS index, and keys [num_rows] (string or int64) by id.
-
-    Raises:
-        IndexMissingError: It is not built.
-        StoreError: A file is damaged.
-    """
-    manifest = find_index(store, snapshot, modality=modality)
-    if manifest is None:
-        raise IndexMissingError(
-            f"store {store.uri}: no index of {modality} embeddings of snapshot "
-            f"{snapshot.number}; run `clipmill index --store {store.uri}`"
-        )
-    folder = index_dir(snapshot, modality=modality)
-    try:
-        content = _checked(store, f"{folder}/{INDEX_FILE}", sha256=manifest.index_sha256)
-        index = faiss.deserialize_index(np.frombuffer(content, dtype=np.uint8))
-        content = _checked(store, f"{folder}/{KEYS_FILE}", sha256=manifest.keys_sha256)
-        keys = pq.read_table(io.BytesIO(content))[schema.KEY]
-    except (RuntimeError, KeyError, OSError, ValueError, pa.ArrowException) as error:
-        raise StoreError(
-            f"store {store.uri}: {folder} is damaged ({str(error).splitlines()[0]}); remove the "
-            "folder and run `clipmill index` again"
-        ) from error
-    if not index.ntotal == len(keys) == manifest.num_rows:
-        raise StoreError(
-            f"store {store.uri}: {folder} has {index.ntotal} vectors, {len(keys)} keys and "
-            f"{manifest.num_rows} rows in its manifest; remove the folder and run "
-            "`clipmill index` again"
-        )
-    return index, keys.combine_chunks()
-
-
-def read_embeddings(
-    store: Store, files: list[StoredFile]
-) -> Iterator[tuple[pa.Array, NDArray[np.float32]]]:
-    """Keys [N] and embeddings float32 [N, D] of each file."""
-    for stored in files:
-        with store.open(stored.path) as file:
-            table = pq.read_table(file, columns=[schema.KEY, schema.EMBEDDING])
-        yield table[schema.KEY].combine_chunks(), vectors_of(table)
-
-
-def search_among(
-    index: Any, vectors: NDArray[np.float32], *, ids: NDArray[np.int64], num_hits: int
-) -> NDArray[np.int64]:
-    """Ids int64 [N, num_hits] of the nearest among some rows of an index, best first, -1 for none.
-
-    Args:
-        index: From `load_index`.
-        vectors: float32 [N, D], unit norm.
-        ids: Of the rows that may be answers.
-        num_hits: For each vector.
-    """
-    among = faiss.SearchParameters(sel=faiss.IDSelectorBatch(ids))  # type: ignore[call-arg]
-    _, found = index.search(vectors, num_hits, params=among)
-    return np.asarray(found, dtype=np.int64)
-
-
-def check_memory(*, num_rows: int, embedding_dim: int, max_memory_bytes: int | None) -> None:
-    """Raise PipelineError if an index of so many rows is beyond `IndexConfig.max_memory_bytes`."""
-    max_bytes = get_system_memory() // 2 if max_memory_bytes is None else max_memory_bytes
-    needed = MEMORY_TIMES * 4 * num_rows * embedding_dim
-    if needed > max_bytes:
-        raise PipelineError(
-            f"max_memory_bytes={max_bytes}: an exact index of {num_rows} x {embedding_dim} needs "
-            f"{needed}; use a machine with more memory or raise --max-memory-bytes"
-        )
-
-
-def _checked(store: Store, path: str, *, sha256: str | None) -> bytes:
-    """A file's content; ValueError if its digest is not that of the manifest."""
-    content = store.read(path)
-    if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
-        raise ValueError(f"{path} is not what was written")
-    return content
-
-
-def _build(
-    store: Store, snapshot: Snapshot, *, modality: Modality, max_memory_bytes: int | None
+def _indexed(
+    store: Store, snapshot: Snapshot, *, modality: Modality, options: IndexOptions
 ) -> IndexManifest:
+    """An index, whole and measured, that no reader sees yet."""
     num_rows = snapshot.num_rows("embeddings", modality=modality)
-    check_memory(
-        num_rows=num_rows,
-        embedding_dim=snapshot.embedding_dim,
-        max_memory_bytes=max_memory_bytes,
-    )
-    index = faiss.IndexFlatIP(snapshot.embedding_dim)
-    keys = []
-    for file_keys, vectors in read_embeddings(store, indexed_files(snapshot, modality=modality)):
-        index.add(vectors)
-        keys.append(file_keys)
-    key_type = pa.int64() if snapshot.key_type == "int64" else pa.string()
-    key_table = pa.table({schema.KEY: pa.chunked_array(keys, key_type)})
-    key_buffer = io.BytesIO()
-    pq.write_table(key_table, key_buffer)
-    contents = {
-        INDEX_FILE: faiss.serialize_index(index).tobytes(),
-        KEYS_FILE: key_buffer.getvalue(),
-    }
-    digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    manifest = IndexManifest(
-        index_id=index_id_of(snapshot, modality=modality),
-        engine_id=snapshot.engine.engine_id,
-        modality=modality,
-        num_rows=num_rows,
-        embedding_dim=snapshot.embedding_dim,
-        factory="Flat",
-        index_sha256=digests[INDEX_FILE],
-        keys_sha256=digests[KEYS_FILE],
-    )
-    folder = index_dir(snapshot, modality=modality)
-    for name, content in contents.items():
-        store.publish(f"{folder}/{name}", content)
-    record = {"format_version": FORMAT_VERSION, **dataclasses.asdict(manifest)}
-    store.publish(f"{folder}/{MANIFEST_FILE}", (json.dumps(record, indent=2) + "\n").encode())
-    return manifest
+    recipe = recipe_for(options, num_rows=num_rows, embedding_dim=snapshot.embedding_dim)
+    make = partial(make_index, store, snapshot, modality=modality, options=options)
+    parent = _parent(store, snapshot, modality=modality)
+    if parent is None:
+        return make(recipe, parent=None)
+    obstacle = _obstacle(snapshot, parent, recipe=recipe, options=options)
+    if obstacle is None:
+        same = replace(
+            named_recipe(
+                parent.index.manifest.factory,
+                num_rows=num_rows,
+                embedding_dim=snapshot.embedding_dim,
+            ),
+            reason=f"index of snapshot {parent.snapshot.number} with "
+            f"{parent.changes.num_coming:,} rows that came or changed, and without "
+            f"{len(parent.changes.removed_ids):,} that went",
+        )
+        manifest = make(same, parent=parent, is_update=True)
+        if min(manifest.recall_at(recall.CHOSEN_K).values(), default=1.0) >= options.min_recall:
+            return manifest
+        obstacle = f"updated, it found less than {options.min_recall:g}"
+    if parent.index.manifest.num_ids > MAX_IDS_PER_ROW * num_rows:
+        return make(recipe, parent=None)  # most ids are free, and take their place
+    return make(replace(recipe, reason=f"{recipe.reason}; built anew: {obstacle}"), parent=parent)
+
+
+def _parent(store: Store, snapshot: Snapshot, *, modality: Modality) -> Parent | None:
+    """The index of the nearest snapshot before that has one."""
+    number = snapshot.parent
+    numbers = set(snapshot_numbers(store))
+    while number in numbers:
+        before = read_snapshot(store, number)
+        manifest = find_index(store, before, modality=modality)
+        if before.key_type != snapshot.key_type:
+            return None
+        if manifest is not None:
+            index = open_build(store, manifest)
+            after = indexed_files(snapshot, modality=modality)
+            changes = (
+                all_rows_coming(store, index.rows, after=after)
+                # Of a row that changed and changed back, the carried columns may be others.
+                if is_other_engine(snapshot.engine, before)
+                or (number != snapshot.parent and len(index.rows.schema) > 1)
+                else find_row_changes(
+                    store, index.rows, before=indexed_files(before, modality=modality), after=after
+                )
+            )
+            return Parent(snapshot=before, index=index, changes=changes)
+        number = before.parent
+    return None
+
+
+def _obstacle(
+    snapshot: Snapshot, parent: Parent, *, recipe: Recipe, options: IndexOptions
+) -> str | None:
+    """Why an index is not made from that before, None if it is."""
+    manifest, changes = parent.index.manifest, parent.changes
+    if is_other_engine(snapshot.engine, parent.snapshot):
+        return "another engine"
+    if recipe.kind != "ivf" or manifest.kind != "ivf":
+        return "only inverted lists are changed"
+    if options.factory is not None and options.factory != manifest.factory:
+        return f"{options.factory} was asked for by name, it was {manifest.factory}"
+    if options.factory is None and _code(recipe.factory) != _code(manifest.factory):
+        return f"{recipe.factory} is the best that fits now, it was {manifest.factory}"
+    if asked_hash(options) != manifest.asked:
+        return "its recall was measured with other queries"
+    coming_bytes = 4 * snapshot.embedding_dim * changes.num_coming
+    if 2 * coming_bytes > options.memory_bytes:
+        return f"what comes takes {coming_bytes:,} bytes"
+    share = (manifest.num_changed_rows + changes.num_all) / max(manifest.num_trained_rows, 1)
+    if share > MAX_CHANGED_SHARE:
+        return f"{share:.0%} of the rows that it was trained on came, went or changed since"
+    return None
+
+
+def _code(factory: str) -> str:
+    return factory.partition(",")[2]

@@ -4,7 +4,7 @@ Knows nothing of the command line or of schedules. Readers see a night whole or 
 index is there before the commit, which is the promotion.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -13,13 +13,9 @@ from pipelines.counts import Counts
 from pipelines.embedding import EmbedConfig, EmbedResult, Plan, embed, plan
 from pipelines.guard_limits import GuardLimits
 from pipelines.guards import MIN_ROWS_TO_TRIP, check, measure, measure_index
-from pipelines.index_manifest import (
-    IndexManifest,
-    index_dir,
-    missing_indexes,
-    remove_index,
-)
-from pipelines.indexing import check_max_memory_bytes, check_memory, index_snapshot
+from pipelines.indexes.manifest import IndexManifest, missing_indexes
+from pipelines.indexes.options import IndexOptions, recipe_for
+from pipelines.indexing import index_snapshot
 from pipelines.lineage import GUARDS, GuardName, Measurement
 from pipelines.progress import Progress
 from pipelines.rounds import has_too_many_rejects
@@ -38,12 +34,11 @@ class NightlyConfig:
     """How far the new snapshot may be from the one before."""
     accepted: tuple[GuardName, ...] = ()
     """Guards that may trip this time."""
-    max_memory_bytes: int | None = None
-    """For indexing, as `IndexConfig.max_memory_bytes`."""
+    index: IndexOptions = field(default_factory=IndexOptions)
+    """What its indexes shall be; the recall that they shall have is of `limits`."""
 
     def __post_init__(self) -> None:
         """Check the bounds."""
-        check_max_memory_bytes(self.max_memory_bytes)
         unknown = set(self.accepted).difference(GUARDS)
         if unknown:
             raise ValueError(
@@ -96,9 +91,8 @@ def run_night(
         found += _rejects_let_pass(candidate, config=config)
         check(found, accepted=config.accepted, outcome=outcome)
         built = missing_indexes(store, snapshot)
-        index_snapshot(store, snapshot, max_memory_bytes=config.max_memory_bytes)
-        served = _index_dirs(candidate.parent)
-        found += _measured_index(store, snapshot, config=config, served=served)
+        for index in _indexed(store, snapshot, config=config, outcome=outcome):
+            found += measure_index(index, limits=config.limits)
         check(found, accepted=config.accepted, outcome=outcome)
         return _with_verdict(snapshot, found)
 
@@ -110,16 +104,22 @@ def run_night(
     )
     if not result.committed:
         built = missing_indexes(store, result.snapshot)
-    indexes = index_snapshot(store, result.snapshot, max_memory_bytes=config.max_memory_bytes)
-    if built and not result.committed:
-        of_built = {index_dir(result.snapshot, modality=modality) for modality in built}
-        served = _index_dirs(result.snapshot) - of_built
-        check(
-            _measured_index(store, result.snapshot, config=config, served=served),
-            accepted=config.accepted,
-            outcome=f"Snapshot {result.snapshot.number} is current, and stays without this index.",
-        )
+    outcome = f"Snapshot {result.snapshot.number} is current, and stays without this index."
+    indexes = _indexed(store, result.snapshot, config=config, outcome=outcome)
     return NightResult(embedded=result, indexes=indexes, num_indexes_built=len(built))
+
+
+def _indexed(
+    store: Store, snapshot: Snapshot, *, config: NightlyConfig, outcome: str
+) -> list[IndexManifest]:
+    """The indexes of a snapshot; GuardError before a new one is there whose recall is too low."""
+
+    def promote(manifest: IndexManifest) -> None:
+        found = measure_index(manifest, limits=config.limits)
+        check(found, accepted=config.accepted, outcome=outcome)
+
+    options = replace(config.index, min_recall=config.limits.min_recall)
+    return index_snapshot(store, snapshot, options=options, promote=promote)
 
 
 def _check_memory(counts: Counts, embedding_dim: int, *, config: NightlyConfig) -> None:
@@ -131,10 +131,10 @@ def _check_memory(counts: Counts, embedding_dim: int, *, config: NightlyConfig) 
     if "rejects" not in config.accepted:
         for num_due in counts.num_due.values():
             if num_due:  # else the index may be there already
-                check_memory(
+                recipe_for(
+                    config.index,
                     num_rows=max(counts.num_keys - most_rejects, 0),
                     embedding_dim=embedding_dim,
-                    max_memory_bytes=config.max_memory_bytes,
                 )
 
 
@@ -158,33 +158,6 @@ def _rejects_let_pass(candidate: Candidate, *, config: NightlyConfig) -> Iterato
             detail=f"{candidate.num_rejected:,} of {counts.num_planned:,} rows that were to be "
             "done",
         )
-
-
-def _measured_index(
-    store: Store, snapshot: Snapshot, *, config: NightlyConfig, served: Collection[str]
-) -> list[Measurement]:
-    """Measure the indexes, and remove those that trip: nobody shall find them later.
-
-    Args:
-        store: Where they are.
-        snapshot: Whose they are.
-        config: What is accepted.
-        served: Folders of indexes that readers have already: they stay. One that was there
-            before the run may be none of them: a run may be killed before it measures.
-    """
-    found = measure_index(store, snapshot, limits=config.limits)
-    tripped = {measurement.modality for measurement in found if measurement.is_tripped}
-    for modality in snapshot.modalities:
-        is_served = index_dir(snapshot, modality=modality) in served
-        if modality in tripped and not is_served and "recall" not in config.accepted:
-            remove_index(store, snapshot, modality=modality)
-    return found
-
-
-def _index_dirs(snapshot: Snapshot | None) -> set[str]:
-    if snapshot is None:
-        return set()
-    return {index_dir(snapshot, modality=modality) for modality in snapshot.modalities}
 
 
 def _with_verdict(candidate: Snapshot, measurements: list[Measurement]) -> Snapshot:

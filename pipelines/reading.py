@@ -129,7 +129,7 @@ class CatalogDatasource(Datasource):
 def _read(
     catalog: Catalog, piece: RowGroupRows, content: Sequence[Modality], meter: StageMeter | None
 ) -> Iterator[pa.Table]:
-    tables = _tables(catalog, piece, content)
+    tables = read_rows(catalog, piece, content)
     while True:
         with metered(meter) as size:
             table = next(tables, None)
@@ -139,9 +139,14 @@ def _read(
         yield table
 
 
-def _tables(
+def read_rows(
     catalog: Catalog, piece: RowGroupRows, content: Sequence[Modality]
 ) -> Iterator[pa.Table]:
+    """The chosen rows, in the form and the order that `CatalogDatasource` gives.
+
+    Raises:
+        CatalogError: The file cannot be read, or is another now.
+    """
     config = catalog.config
     columns = [config.key_column]
     columns += [config.version_column] if config.version_column else []

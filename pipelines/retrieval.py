@@ -4,15 +4,18 @@ Knows nothing of how queries are encoded; both sides are in the store.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 
 from pipelines.errors import StoreError
-from pipelines.indexing import load_index, read_embeddings
+from pipelines.indexes.opening import open_index
+from pipelines.indexes.shards import read_vectors
 from pipelines.schema import Modality
-from pipelines.snapshots import current_snapshot
+from pipelines.snapshots import Snapshot, current_snapshot
 from pipelines.store import Store
 
 QUERY_ROWS = 256
@@ -59,23 +62,22 @@ def pair_recall(
     results = []
     directions: tuple[tuple[Modality, Modality], ...] = (("text", "image"), ("image", "text"))
     for query, among in directions:
-        index, keys = load_index(store, snapshot, modality=among)
-        ids = {key: row for row, key in enumerate(keys.to_pylist())}
+        index = open_index(store, snapshot, modality=among)
+        num_rows = index.manifest.num_rows
+        num_hits = max(min(max(ks), num_rows), 1)
         ranks: list[int] = []
         seconds: list[float] = []
-        for query_keys, vectors in read_embeddings(
-            store, snapshot.files_of("embeddings", modality=query)
-        ):
-            own = np.array([ids.get(key, -1) for key in query_keys.to_pylist()])
+        for query_keys, vectors in _stored_vectors(store, snapshot, modality=query):
+            own = index.rows.ids_of(query_keys)
             paired = np.flatnonzero(own >= 0)[: max_queries - len(ranks)]
             for first in range(0, len(paired), QUERY_ROWS):
-                rows = paired[first : first + QUERY_ROWS]
-                _, found = index.search(vectors[rows], min(max(ks), len(keys)))
-                hits = found == own[rows][:, None]
+                asked = paired[first : first + QUERY_ROWS]
+                _, found = index.search(vectors[asked], num_hits=num_hits)
+                hits = found == own[asked][:, None]
                 ranks += np.where(hits.any(axis=1), hits.argmax(axis=1), max(ks)).tolist()
             for row in paired[:20]:
                 started = time.perf_counter()
-                index.search(vectors[row : row + 1], min(max(ks), len(keys)))
+                index.search(vectors[row : row + 1], num_hits=num_hits)
                 seconds.append(time.perf_counter() - started)
             if len(ranks) >= max_queries:
                 break
@@ -84,12 +86,19 @@ def pair_recall(
                 query=query,
                 among=among,
                 num_queries=len(ranks),
-                num_rows=len(keys),
+                num_rows=num_rows,
                 recall={k: float(np.mean(np.array(ranks) < k)) if ranks else 0.0 for k in ks},
                 search_seconds=float(np.median(seconds)) if seconds else 0.0,
             )
         )
     return results
+
+
+def _stored_vectors(
+    store: Store, snapshot: Snapshot, *, modality: Modality
+) -> Iterator[tuple[pa.Array, NDArray[np.float32]]]:
+    for file in snapshot.files_of("embeddings", modality=modality):
+        yield from read_vectors(store, file)
 
 
 def recall_line(result: PairRecall) -> str:

@@ -6,7 +6,7 @@ Knows nothing of what the files hold.
       snapshots/00000001.json      one complete state each, written last, never changed
       embeddings/PLAN/*.parquet    rows; what no snapshot lists does not exist for a reader
       rejects/PLAN/*.parquet
-      indexes/INDEX/               index.faiss, keys.parquet, manifest.json last
+      indexes/INDEX/               manifest.json last, and BUILD/ with its files
       runs/RUN/                    report.html, report.json
 """
 

@@ -18,7 +18,7 @@ from typing import Literal, get_args
 
 from engine.publishing.folders import ListedFile
 from pipelines.errors import StoreError
-from pipelines.index_manifest import MANIFEST_FILE, index_dir
+from pipelines.indexes.manifest import MANIFEST_FILE, index_dir
 from pipelines.snapshots import (
     SNAPSHOTS_DIR,
     Snapshot,

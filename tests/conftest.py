@@ -85,6 +85,14 @@ def scene_store(
     return folder / "store"
 
 
+@pytest.fixture(scope="session")
+def carried_store(tmp_path_factory: pytest.TempPathFactory, engines_dir: Path) -> Path:
+    """A store of the same scenes with carried columns, made without Ray; tests only read it."""
+    from tests.searchable import searchable_store  # loads an engine, and most tests do without
+
+    return searchable_store(tmp_path_factory.mktemp("carried") / "store", engines_dir=engines_dir)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip GPU tests where there is none; with REQUIRE_GPU=1 its absence fails them."""
     if item.get_closest_marker("gpu") is None or torch.cuda.is_available():

@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 
 from jobs.demo.run import CHECKPOINT_DIR
 from pipelines import schema
-from pipelines.index_manifest import index_dir
-from pipelines.indexing import load_index
+from pipelines.indexes.manifest import index_dir
+from pipelines.indexes.opening import open_index
 from pipelines.schema import MODALITIES, Modality
 from pipelines.snapshots import Snapshot, current_snapshot
 from pipelines.store import Store
@@ -97,14 +97,15 @@ def state_of(store_dir: Path | str) -> State:
     assert len(places) == len(set(places)) == 2 * snapshot.catalog.num_keys
     vectors, answers = {}, {}
     for modality in MODALITIES:
-        index, keys = load_index(store, snapshot, modality=modality)
-        matrix = index.reconstruct_n(0, index.ntotal)
-        by_key = dict(zip(keys.to_pylist(), matrix, strict=True))
+        index = open_index(store, snapshot, modality=modality)
+        ids = np.flatnonzero(np.unpackbits(index.rows.alive(), bitorder="little"))
+        keys = index.rows.keys_of(ids).to_pylist()
+        by_key = {key: index.vector_of(int(row_id)) for key, row_id in zip(keys, ids, strict=True)}
         vectors[modality] = {key: vector.tobytes() for key, vector in by_key.items()}
         queries = np.stack([by_key[key] for key in sorted(by_key)[::NUM_HITS]])
         answers[modality] = [
-            _certain(scores, [keys[int(hit)].as_py() for hit in ids])
-            for scores, ids in zip(*index.search(queries, NUM_HITS), strict=True)
+            _certain(scores, index.rows.keys_of(hits).to_pylist())
+            for scores, hits in zip(*index.search(queries, num_hits=NUM_HITS), strict=True)
         ]
     return State(manifest=manifest, rows=rows, vectors=vectors, answers=answers)
 

@@ -1,6 +1,5 @@
 """Stores made by hand, with embeddings that a test knows."""
 
-import json
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -8,7 +7,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines import schema
-from pipelines.index_manifest import MANIFEST_FILE
+from pipelines.indexes.manifest import IndexManifest, MeasuredRecall
+from pipelines.indexes.options import IndexOptions
+from pipelines.indexing import check_recall, index_snapshot
 from pipelines.schema import EmbeddingDtype, Modality
 from pipelines.snapshots import CatalogRecord, EngineRecord, Snapshot, StoredFile, commit
 from pipelines.store import Store
@@ -31,6 +32,7 @@ def embeddings_file(
     modality: Modality = "image",
     dtype: EmbeddingDtype = "float32",
     plan_id: str = PLAN_ID,
+    fingerprints: Sequence[bytes] | None = None,
 ) -> StoredFile:
     """Write one file of embeddings, in the order given."""
     table_schema = schema.embeddings_schema(
@@ -46,7 +48,7 @@ def embeddings_file(
                 [np.asarray(vector, dtype=dtype) for vector in vectors.values()],
                 table_schema.field(schema.EMBEDDING).type,
             ),
-            schema.FINGERPRINT: [fingerprint(str(key)) for key in vectors],
+            schema.FINGERPRINT: fingerprints or [fingerprint(str(key)) for key in vectors],
             schema.ENGINE_ID: [ENGINE_ID] * len(vectors),
         },
         schema=table_schema,
@@ -107,9 +109,39 @@ def commit_vectors(
     return snapshot
 
 
-def without_digests(store: Store, index_dir: str) -> None:
-    """Make an index's manifest one of before digests: what its files hold is then not compared."""
-    path = f"{index_dir}/{MANIFEST_FILE}"
-    record = json.loads(store.read(path))
-    del record["index_sha256"], record["keys_sha256"]
-    store.publish(path, json.dumps(record).encode())
+def indexed(store: Store, snapshot: Snapshot) -> list[IndexManifest]:
+    """Index a snapshot as `clipmill index` does, committed or not."""
+    return index_snapshot(store, snapshot, options=IndexOptions(), promote=check_recall)
+
+
+def index_manifest(**recalls: float) -> IndexManifest:
+    """An index that finds so much of each kind of queries; more of each at a larger setting."""
+    measured = [
+        MeasuredRecall(
+            kind=kind,
+            setting=setting,
+            num_queries=512,
+            recall={"1": 1.0, "10": found + (setting - 4) / 1000, "100": 0.0},
+            search_seconds=setting / 4000,
+        )
+        for setting in (4, 8)
+        for kind, found in recalls.items()
+    ]
+    return IndexManifest(
+        index_id="0" * 32,
+        build_id="0" * 16,
+        engine_id=ENGINE_ID,
+        modality="image",
+        num_rows=700,
+        num_ids=700,
+        embedding_dim=16,
+        kind="ivf",
+        factory="IVF64,SQ8",
+        reason="asked for, and <so> on",
+        memory_bytes=1,
+        setting=4,
+        min_recall=0.95,
+        measured=tuple(measured),
+        num_trained_rows=700,
+        num_changed_rows=0,
+    )

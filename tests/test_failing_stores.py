@@ -71,7 +71,7 @@ def test_a_night_on_a_full_disk_is_finished_once_there_is_room(
     assert own_ray(night.words(whole)).code == 0
 
     disk.mkdir()
-    mount = f"mount -t tmpfs -o size=4m tmpfs {disk}"
+    mount = f"mount -t tmpfs -o size=8m tmpfs {disk}"
     try:
         subprocess.run([*MOUNT, mount], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:

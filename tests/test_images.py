@@ -1,5 +1,6 @@
 """Tests of engine/images.py: the colours a person sees, and a verdict on any bytes."""
 
+import io
 import pickle
 import struct
 import threading
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.ImageFile import ImageFile
 
-from engine.images import REASONS, ImageLimits, ImageRejected, rgb_image
+from engine.images import REASONS, ImageLimits, ImageRejected, image_size, rgb_image
 from tests import image_files
 
 LIMITS = ImageLimits()
@@ -280,6 +281,18 @@ def test_too_many_pixels() -> None:
         assert error.reason == "image_too_large"
         assert "max_image_pixels is 10" in error.detail
     rgb_image(image_files.png(), limits=ImageLimits(max_image_pixels=width * height))
+
+
+def test_the_size_is_known_without_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(buffer, "PNG")
+    encoded = buffer.getvalue()
+    monkeypatch.setattr(ImageFile, "load", lambda self: pytest.fail("decoded"))
+    assert image_size(encoded, limits=ImageLimits()) == (40, 30)
+    with pytest.raises(ImageRejected, match="max_image_pixels is 1199"):
+        image_size(encoded, limits=ImageLimits(max_image_pixels=1199))
+    with pytest.raises(ImageRejected, match="not_an_image"):
+        image_size(b"no picture", limits=ImageLimits())
 
 
 def test_a_bomb_is_rejected_by_its_header(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,30 +1,29 @@
-"""Tests of pipelines/indexing.py and index_manifest.py: a real FAISS, and answers from numpy."""
+"""Tests of pipelines/indexing.py and indexes/manifest.py: a real FAISS, and answers from numpy."""
 
 import dataclasses
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from jobs import index, snapshots
-from pipelines import indexing
 from pipelines.errors import IndexMissingError, PipelineError, StoreError
-from pipelines.index_manifest import (
+from pipelines.indexes import options as options_module
+from pipelines.indexes.manifest import (
     FORMAT_VERSION,
     find_index,
     index_dir,
     missing_indexes,
-    remove_index,
 )
+from pipelines.indexes.opening import OpenIndex, open_index
+from pipelines.indexes.options import IndexOptions
 from pipelines.indexing import (
     IndexConfig,
     build_index,
-    index_snapshot,
-    load_index,
-    read_embeddings,
 )
 from pipelines.snapshots import (
     Snapshot,
@@ -39,8 +38,8 @@ from tests.stored import (
     ENGINE_ID,
     commit_vectors,
     embeddings_file,
+    indexed,
     make_snapshot,
-    without_digests,
 )
 
 DIM = 16
@@ -64,6 +63,17 @@ def keyed(vectors: np.ndarray, *, first: int = 0) -> dict[str, np.ndarray]:
     return {f"k{first + row}": vector for row, vector in enumerate(vectors)}
 
 
+def build_of(store: Store, snapshot: Snapshot) -> str:
+    """The folder with the files of an index."""
+    manifest = find_index(store, snapshot, modality="image")
+    assert manifest is not None
+    return manifest.folder
+
+
+def keys_of(index: OpenIndex, ids: np.ndarray) -> list:
+    return [index.rows.keys_of(row).to_pylist() for row in ids]
+
+
 def small_index(store: Store) -> Snapshot:
     """Three vectors, indexed."""
     snapshot = commit_vectors(store, image=[keyed(unit_vectors(3))])
@@ -81,14 +91,12 @@ def test_finds_what_an_exact_search_in_numpy_finds(store, dtype):
     assert (manifest.engine_id, manifest.factory) == (ENGINE_ID, "Flat")
     assert f"indexes/{manifest.index_id}" == folder_of(snapshot)
 
-    index, keys = load_index(store, snapshot, modality="image")
+    index = open_index(store, snapshot, modality="image")
     queries = unit_vectors(20, seed=1)
-    scores, ids = index.search(queries, 10)
+    scores, ids = index.search(queries, num_hits=10)
     stored = vectors.astype(dtype).astype(np.float32)
     exact = np.argsort(-queries @ stored.T, axis=1)[:, :10]
-    assert [[keys[id_].as_py() for id_ in row] for row in ids.tolist()] == [
-        [f"k{row}" for row in rows] for rows in exact
-    ]
+    assert keys_of(index, ids) == [[f"k{row}" for row in rows] for rows in exact]
     assert np.allclose(scores, np.take_along_axis(queries @ stored.T, exact, 1), atol=1e-6)
 
 
@@ -104,10 +112,10 @@ def test_each_modality_has_an_index_of_its_own_and_keys_keep_their_type(store):
         ("image", 2),
         ("text", 3),
     ]
-    index, keys = load_index(store, snapshot, modality="text")
-    assert keys.type == pa.int64()
-    assert keys.to_pylist() == [-1, 7, 2**62]
-    assert index.search(texts[2:], 1)[1].tolist() == [[2]]
+    index = open_index(store, snapshot, modality="text")
+    assert index.rows.key_type == pa.int64()
+    assert index.rows.keys_of(np.arange(3)).to_pylist() == [-1, 7, 2**62]
+    assert index.search(texts[2:], num_hits=1)[1].tolist() == [[2]]
 
 
 def test_a_modality_of_which_all_rows_were_rejected_has_an_empty_index(store):
@@ -116,49 +124,48 @@ def test_a_modality_of_which_all_rows_were_rejected_has_an_empty_index(store):
     assert manifest.num_rows == 0
     snapshot = current_snapshot(store)
     assert snapshot is not None
-    index, keys = load_index(store, snapshot, modality="image")
-    assert (index.ntotal, len(keys)) == (0, 0)
+    index = open_index(store, snapshot, modality="image")
+    scores, ids = index.search(unit_vectors(1), num_hits=2)
+    assert (index.rows.num_rows, ids.tolist(), scores.tolist()) == (0, [[-1, -1]], [[-np.inf] * 2])
 
 
 def test_an_index_that_is_there_is_kept(store, tmp_path):
-    folder = tmp_path / "store" / folder_of(small_index(store))
-    path = folder / "index.faiss"
+    snapshot = small_index(store)
+    path = tmp_path / "store" / build_of(store, snapshot) / "index.faiss"
     before = path.stat().st_ino
     assert build_index(IndexConfig(store_uri=store.uri))[0].num_rows == 3
     assert path.stat().st_ino == before
 
-    (folder / "manifest.json").unlink()
+    (tmp_path / "store" / folder_of(snapshot) / "manifest.json").unlink()
+    store.remove(build_of_only(store, snapshot))
+    assert not path.exists()
     build_index(IndexConfig(store_uri=store.uri))
-    assert path.stat().st_ino != before
+    assert path.exists()
 
 
-def test_of_two_indexes_one_is_removed(store):
-    snapshot = commit_vectors(store, image=[{"a": [1.0, 0.0]}], text=[{"a": [0.0, 1.0]}])
-    index_snapshot(store, snapshot)
-    remove_index(store, snapshot, modality="image")
-    assert find_index(store, snapshot, modality="image") is None
-    assert store.names("indexes") == [index_dir(snapshot, modality="text").split("/")[1]]
-    remove_index(store, snapshot, modality="image")
+def build_of_only(store: Store, snapshot: Snapshot) -> str:
+    (name,) = store.names(folder_of(snapshot))
+    return f"{folder_of(snapshot)}/{name}"
 
 
 def test_a_new_snapshot_has_a_new_index_and_the_old_one_stays(store):
     first = small_index(store)
     second = commit_vectors(store, number=2, image=[keyed(unit_vectors(5))])
     with pytest.raises(IndexMissingError, match=f"clipmill index --store {store.uri}"):
-        load_index(store, second, modality="image")
+        open_index(store, second, modality="image")
     build_index(IndexConfig(store_uri=store.uri))
-    assert load_index(store, second, modality="image")[0].ntotal == 5
-    assert load_index(store, first, modality="image")[0].ntotal == 3
+    assert open_index(store, second, modality="image").manifest.num_rows == 5
+    assert open_index(store, first, modality="image").manifest.num_rows == 3
 
 
 def test_snapshots_of_the_same_embeddings_share_an_index(store, tmp_path):
     first = commit_vectors(store, image=[keyed(unit_vectors(3)), keyed(unit_vectors(2), first=3)])
-    (manifest,) = index_snapshot(store, first)
+    (manifest,) = indexed(store, first)
     rejects = dataclasses.replace(first.files[0], path="rejects/p/1.parquet", kind="rejects")
     again = dataclasses.replace(first, number=7, files=(*reversed(first.files), rejects))
-    path = tmp_path / "store" / folder_of(first) / "index.faiss"
+    path = tmp_path / "store" / build_of(store, first) / "index.faiss"
     before = path.stat().st_ino
-    assert index_snapshot(store, again) == [manifest]
+    assert indexed(store, again) == [manifest]
     assert path.stat().st_ino == before
 
 
@@ -167,13 +174,13 @@ def test_a_rollback_moves_the_index_with_it(store):
     queries = unit_vectors(5, seed=9)
 
     def answers(snapshot: Snapshot) -> tuple:
-        index, keys = load_index(store, snapshot, modality="image")
-        scores, ids = index.search(queries, 3)
-        return scores.tolist(), [[keys[id_].as_py() for id_ in row] for row in ids.tolist()]
+        index = open_index(store, snapshot, modality="image")
+        scores, ids = index.search(queries, num_hits=3)
+        return scores.tolist(), keys_of(index, ids)
 
     before = answers(first)
     second = commit_vectors(store, number=2, image=[keyed(unit_vectors(50, seed=1))])
-    index_snapshot(store, second)
+    indexed(store, second)
     assert answers(second) != before
     assert answers(rollback(store, 1)) == before
     assert answers(rollback(store, 2)) == answers(second)
@@ -202,90 +209,80 @@ def test_a_snapshot_is_indexed_before_it_is_committed(store):
     commit_vectors(store, image=[keyed(unit_vectors(3))])
     files = [embeddings_file(store, keyed(unit_vectors(5, seed=1)))]
     following = make_snapshot(files, number=2, embedding_dim=DIM)
-    assert [manifest.num_rows for manifest in index_snapshot(store, following)] == [5]
+    assert [manifest.num_rows for manifest in indexed(store, following)] == [5]
     commit(store, following)
-    assert load_index(store, following, modality="image")[0].ntotal == 5
+    assert open_index(store, following, modality="image").manifest.num_rows == 5
 
 
 def test_whoever_builds_an_index_writes_the_same_bytes(store):
     snapshot = commit_vectors(store, image=[keyed(unit_vectors(3)), keyed(unit_vectors(2))])
     contents = []
     for files in (snapshot.files, snapshot.files[::-1]):
-        index_snapshot(store, dataclasses.replace(snapshot, files=files))
-        names = store.list(folder_of(snapshot), suffix="")
+        indexed(store, dataclasses.replace(snapshot, files=files))
+        names = store.list(build_of(store, snapshot), suffix="")
         contents.append({name: store.read(name) for name in names})
         store.remove(folder_of(snapshot))
-    assert len(contents[0]) == 3
+    assert len(contents[0]) == 4
     assert contents[0] == contents[1]
 
 
-def test_an_old_index_by_number_is_passed_over(store):
-    snapshot = small_index(store)
-    for name in ("index.faiss", "keys.parquet", "manifest.json"):
-        content = store.read(f"{folder_of(snapshot)}/{name}")
-        store.publish(f"indexes/00000001/image/{name}", content)
-    store.remove(folder_of(snapshot))
+def test_an_index_of_format_1_is_built_anew(store):
+    snapshot = commit_vectors(store, image=[keyed(unit_vectors(3))])
+    record = {"format_version": 1, "index_id": "x", "modality": "image", "num_rows": 3}
+    store.publish(f"{folder_of(snapshot)}/manifest.json", json.dumps(record).encode())
     assert find_index(store, snapshot, modality="image") is None
     build_index(IndexConfig(store_uri=store.uri))
-    assert load_index(store, snapshot, modality="image")[0].ntotal == 3
+    assert open_index(store, snapshot, modality="image").manifest.num_rows == 3
 
 
-class FillsUp(Store):
-    """A store whose disk is full when a file of a certain name is written."""
-
-    full_at = ""
-
-    def publish(self, relative: str, content: bytes) -> None:
-        if relative.endswith(self.full_at):
-            raise StoreError(f"no space for {relative}")
-        super().publish(relative, content)
+FILES = ("index.faiss", "rows.arrow", "hashes.npy", "queries.npz")
 
 
-@pytest.mark.parametrize("full_at", ["index.faiss", "keys.parquet", "manifest.json"])
+@pytest.mark.parametrize("full_at", [*FILES, "manifest.json"])
 def test_a_half_written_index_is_not_found_and_is_built_again(store, monkeypatch, full_at):
     snapshot = commit_vectors(store, image=[keyed(unit_vectors(3))])
+    replace = os.replace
+
+    def full(source: str | Path, target: str | Path) -> None:
+        if str(target).endswith(full_at):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
     with monkeypatch.context() as patch:
-        patch.setattr(FillsUp, "full_at", full_at)
-        patch.setattr(indexing, "Store", FillsUp)
-        with pytest.raises(StoreError, match="no space"):
+        patch.setattr(os, "replace", full)
+        with pytest.raises(StoreError, match=r"(?i)no space left"):
             build_index(IndexConfig(store_uri=store.uri))
     assert find_index(store, snapshot, modality="image") is None
     assert build_index(IndexConfig(store_uri=store.uri))[0].num_rows == 3
-    assert load_index(store, snapshot, modality="image")[0].ntotal == 3
+    assert open_index(store, snapshot, modality="image").manifest.num_rows == 3
 
 
-@pytest.mark.parametrize("name", ["index.faiss", "keys.parquet", "manifest.json"])
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("share", [0, 0.5, 0.99])
 def test_a_truncated_file_is_an_error_with_the_way_out(store, tmp_path, name, share):
     snapshot = small_index(store)
-    path: Path = tmp_path / "store" / folder_of(snapshot) / name
+    path: Path = tmp_path / "store" / build_of(store, snapshot) / name
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content.rstrip()))])
     with pytest.raises(StoreError, match=r"(?s)is damaged.*remove the folder.*`clipmill index`"):
-        load_index(store, snapshot, modality="image")
+        open_index(store, snapshot, modality="image")
 
 
-@pytest.mark.parametrize("name", ["index.faiss", "keys.parquet", "manifest.json"])
-def test_a_file_of_something_else_is_an_error_with_the_way_out(store, name):
+@pytest.mark.parametrize("share", [0, 0.5, 0.99])
+def test_a_truncated_manifest_is_an_error_with_the_way_out(store, share):
     snapshot = small_index(store)
-    store.publish(f"{folder_of(snapshot)}/{name}", b"this is something else entirely" * 10)
+    path = f"{folder_of(snapshot)}/manifest.json"
+    content = store.read(path).rstrip()
+    store.publish(path, content[: int(share * len(content))])
     with pytest.raises(StoreError, match=r"(?s)is damaged.*remove the folder.*`clipmill index`"):
-        load_index(store, snapshot, modality="image")
+        open_index(store, snapshot, modality="image")
 
 
 def test_a_file_that_is_missing_is_an_error(store, tmp_path):
     snapshot = small_index(store)
-    (tmp_path / "store" / folder_of(snapshot) / "keys.parquet").unlink()
-    with pytest.raises(StoreError, match=r"keys\.parquet cannot be read"):
-        load_index(store, snapshot, modality="image")
-
-
-@pytest.mark.parametrize("columns", [{"key": ["k0", "k1"]}, {"id": ["k0", "k1", "k2"]}])
-def test_keys_that_are_not_those_of_the_vectors_are_an_error(store, tmp_path, columns):
-    snapshot = small_index(store)
-    pq.write_table(pa.table(columns), tmp_path / "store" / folder_of(snapshot) / "keys.parquet")
-    with pytest.raises(StoreError, match="remove the folder and run `clipmill index` again"):
-        load_index(store, snapshot, modality="image")
+    (tmp_path / "store" / build_of(store, snapshot) / "rows.arrow").unlink()
+    with pytest.raises(StoreError, match=r"(?s)damaged.*rows\.arrow.*`clipmill index` again"):
+        open_index(store, snapshot, modality="image")
 
 
 def test_an_index_of_a_newer_format_is_refused(store):
@@ -293,7 +290,7 @@ def test_an_index_of_a_newer_format_is_refused(store):
     record = json.loads(store.read(f"{folder_of(snapshot)}/manifest.json"))
     record |= {"format_version": FORMAT_VERSION + 1, "unknown": "field"}
     store.publish(f"{folder_of(snapshot)}/manifest.json", json.dumps(record).encode())
-    with pytest.raises(StoreError, match="is of format 2, this Clipmill reads 1; upgrade"):
+    with pytest.raises(StoreError, match="is of format 3, this Clipmill reads 2; upgrade"):
         find_index(store, snapshot, modality="image")
 
 
@@ -305,41 +302,18 @@ def test_a_field_of_a_newer_clipmill_is_no_damage(store):
         find_index(store, snapshot, modality="image")
 
 
-@pytest.mark.parametrize("name", ["index.faiss", "keys.parquet"])
-@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("share", [0.2, 0.8])
 def test_a_flipped_bit_is_seen(store, name, share):
-    """FAISS loads the vectors that it gives, and Parquet keys."""
+    """FAISS loads the vectors that it gives, and Arrow keys."""
     snapshot = commit_vectors(store, image=[keyed(unit_vectors(300))])
     build_index(IndexConfig(store_uri=store.uri))
-    content = bytearray(store.read(f"{folder_of(snapshot)}/{name}"))
+    path = f"{build_of(store, snapshot)}/{name}"
+    content = bytearray(store.read(path))
     content[int(share * len(content))] ^= 1
-    store.publish(f"{folder_of(snapshot)}/{name}", bytes(content))
-    with pytest.raises(StoreError, match=rf"is damaged \(.*{name} is not what was written\)"):
-        load_index(store, snapshot, modality="image")
-
-
-def test_an_index_of_before_digests_is_read(store):
-    snapshot = small_index(store)
-    without_digests(store, folder_of(snapshot))
-    index, keys = load_index(store, snapshot, modality="image")
-    assert index.ntotal == len(keys) == 3
-
-
-def test_damaged_keys_of_before_digests_are_an_error_of_the_store(store):
-    """Some of which pyarrow tells as an OSError, and some not at all."""
-    snapshot = commit_vectors(store, image=[keyed(unit_vectors(500))])
-    build_index(IndexConfig(store_uri=store.uri))
-    without_digests(store, folder_of(snapshot))
-    path = f"{folder_of(snapshot)}/keys.parquet"
-    whole = store.read(path)
-    num_damaged = 0
-    for place in range(0, len(whole), 16):
-        store.publish(path, whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
-        try:
-            load_index(store, snapshot, modality="image")
-        except StoreError:
-            num_damaged += 1
-    assert num_damaged > 10
+    store.publish(path, bytes(content))
+    with pytest.raises(StoreError, match=rf"is damaged \({name} is not what was written\)"):
+        open_index(store, snapshot, modality="image")
 
 
 def test_a_snapshot_is_indexed_by_its_number(store):
@@ -368,7 +342,7 @@ def test_readers_that_can_query_are_not_rolled_back_to_where_they_cannot(store):
     assert command(snapshots.main, words).code == 0
     current = current_snapshot(store)
     assert current is not None
-    assert load_index(store, current, modality="image")[0].ntotal == 3
+    assert open_index(store, current, modality="image").manifest.num_rows == 3
 
 
 def test_a_store_without_indexes_is_rolled_back_without_them(store):
@@ -377,26 +351,29 @@ def test_a_store_without_indexes_is_rolled_back_without_them(store):
     assert command(snapshots.main, ["rollback", "1", "--store", store.uri]).code == 0
 
 
+# Of 100 rows the least that any index wants: a bit a value, two factors, an id; 32 centroids.
+LEAST_BYTES = 100 * (2 + 8 + 8) + 4 * 32 * DIM
+
+
 def test_half_of_what_a_container_may_use_is_the_bound(store, monkeypatch):
     """Of the container, not of the machine."""
     commit_vectors(store, image=[keyed(unit_vectors(100))])
-    needed = 4 * 4 * 100 * DIM
-    monkeypatch.setattr(indexing, "get_system_memory", lambda: 2 * needed - 1)
-    with pytest.raises(PipelineError, match=f"max_memory_bytes={needed - 1}: .* needs {needed}"):
+    monkeypatch.setattr(options_module, "get_system_memory", lambda: 2 * LEAST_BYTES - 1)
+    with pytest.raises(PipelineError, match=f"max_memory_bytes={LEAST_BYTES - 1}: .* wants"):
         build_index(IndexConfig(store_uri=store.uri))
-    monkeypatch.setattr(indexing, "get_system_memory", lambda: 2 * needed)
-    build_index(IndexConfig(store_uri=store.uri))
+    monkeypatch.setattr(options_module, "get_system_memory", lambda: 2 * 4 * 100 * DIM)
+    assert build_index(IndexConfig(store_uri=store.uri))[0].factory == "Flat"
 
 
-def test_vectors_that_do_not_fit_are_refused_before_they_are_read(store, tmp_path):
+def test_vectors_that_do_not_fit_are_refused_before_they_are_read(store):
     snapshot = commit_vectors(store, image=[keyed(unit_vectors(100))])
-    needed = 4 * 4 * 100 * DIM
-    config = IndexConfig(store_uri=store.uri, max_memory_bytes=needed - 1)
-    with pytest.raises(PipelineError, match=f"max_memory_bytes={needed - 1}: .* needs {needed}"):
+    config = IndexConfig(
+        store_uri=store.uri, options=IndexOptions(max_memory_bytes=LEAST_BYTES - 1)
+    )
+    with pytest.raises(PipelineError, match=f"wants {LEAST_BYTES} at least"):
         build_index(config)
+    assert store.names("indexes") == []
     assert find_index(store, snapshot, modality="image") is None
-    build_index(IndexConfig(store_uri=store.uri, max_memory_bytes=needed))
-    assert find_index(store, snapshot, modality="image") is not None
 
 
 def test_a_store_without_a_snapshot_is_refused(store):
@@ -412,15 +389,14 @@ def test_a_damaged_file_of_embeddings_is_named(store, tmp_path):
         build_index(IndexConfig(store_uri=store.uri))
 
 
-def test_embeddings_are_read_as_float32_with_their_keys(store):
-    vectors = unit_vectors(5)
-    snapshot = commit_vectors(store, image=[keyed(vectors[:2]), keyed(vectors[2:], first=2)])
-    (first_keys, first), (keys, rest) = read_embeddings(store, list(snapshot.files))
-    assert (first_keys.to_pylist(), keys.to_pylist()) == (["k0", "k1"], ["k2", "k3", "k4"])
-    assert first.dtype == rest.dtype == np.float32
-    assert np.array_equal(np.concatenate([first, rest]), vectors)
-
-
-def test_memory_out_of_bounds_is_refused():
-    with pytest.raises(ValueError, match="max_memory_bytes=0: expected at least 1"):
-        IndexConfig(store_uri="store", max_memory_bytes=0)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_memory_bytes": 0}, "max_memory_bytes=0: expected at least 1"),
+        ({"min_recall": 1.5}, "min_recall=1.5: expected 0 to 1"),
+        ({"factory": "IVF"}, "factory='IVF': expected one of Flat; "),
+    ],
+)
+def test_options_out_of_bounds_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        IndexOptions(**options)

@@ -3,10 +3,13 @@
 import json
 import math
 from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, time, timedelta
+from decimal import Decimal
+from typing import Any
 
 import pytest
 
-from pipelines.json_text import json_text
+from pipelines.json_text import json_text, json_value
 
 
 @dataclass(frozen=True)
@@ -60,3 +63,26 @@ def test_numbers_that_json_does_not_have_are_null(number: float) -> None:
 def test_what_has_no_json_form_is_a_bug() -> None:
     with pytest.raises(TypeError, match="set is not JSON serializable"):
         json_text({"names": {"a"}})
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, None),
+        (True, True),
+        (2**63, 2**63),
+        ("é", "é"),
+        (0.5, 0.5),
+        (math.nan, None),
+        (Decimal("1.20"), 1.2),
+        (datetime(2026, 3, 1, 12, tzinfo=UTC), "2026-03-01T12:00:00+00:00"),
+        (date(2026, 3, 1), "2026-03-01"),
+        (time(12, 30), "12:30:00"),
+        (timedelta(days=1), "1 day, 0:00:00"),
+        (b"\xff", "/w=="),
+        ({"a": [Decimal(1), b""], 2: (None, math.inf)}, {"a": [1.0, ""], "2": [None, None]}),
+    ],
+)
+def test_values_of_columns_become_ones_that_json_has(value: Any, expected: Any) -> None:
+    assert json_value(value) == expected
+    assert strict(json_text(json_value(value))) == expected

@@ -46,8 +46,8 @@ from pipelines.decode import RowLimits
 from pipelines.embedding import EmbedConfig
 from pipelines.engines import EngineChoice
 from pipelines.errors import CatalogError, GuardError, StoreError, TooManyRejectsError
-from pipelines.index_manifest import INDEXES_DIR, index_dir
-from pipelines.indexing import load_index
+from pipelines.indexes.manifest import INDEXES_DIR, index_dir
+from pipelines.indexes.opening import open_index
 from pipelines.lineage import GUARDS
 from pipelines.nightly import NightlyConfig, run_night
 from pipelines.schema import MODALITIES, RETRYABLE_REASONS, Modality
@@ -404,10 +404,12 @@ class Nights(RuleBasedStateMachine):
                 self.check_index(snapshot, modality)
 
     def check_index(self, snapshot: Snapshot, modality: Modality) -> None:
-        index, keys = load_index(self.store, snapshot, modality=modality)
-        vectors = index.reconstruct_n(0, index.ntotal)
+        index = open_index(self.store, snapshot, modality=modality)
+        ids = np.flatnonzero(np.unpackbits(index.rows.alive(), bitorder="little"))
+        keys = index.rows.keys_of(ids).to_pylist()
+        vectors = [index.vector_of(int(row_id)) for row_id in ids]
         found: dict[Key, bytes] = {
-            key: vector.tobytes() for key, vector in zip(keys.to_pylist(), vectors, strict=True)
+            key: vector.tobytes() for key, vector in zip(keys, vectors, strict=True)
         }
         assert len(found) == len(keys)
         assert found == {
@@ -416,8 +418,8 @@ class Nights(RuleBasedStateMachine):
             if of == modality and stored.vector is not None
         }
         if found:
-            _, nearest = index.search(vectors, 1)
-            scores = np.sum(vectors * vectors[nearest[:, 0]], axis=1)
+            scores, nearest = index.search(np.stack(vectors), num_hits=1)
+            assert set(nearest[:, 0].tolist()) <= set(ids.tolist())
             assert np.all(scores > 1 - TOLERANCE)
 
 

@@ -77,3 +77,10 @@ def test_damaged_file(tmp_path: Path, content: str | None) -> None:
         path.write_text(content)
     with pytest.raises(EngineError, match=r"tokenizer.json: cannot be loaded .*builds it anew"):
         Tokenizer(path, text=TextInput(max_tokens=16, pad_token_id=PAD))
+
+
+def test_texts_that_lose_their_ends_are_told(tmp_path: Path) -> None:
+    cutting = tokenizer(tmp_path, max_tokens=5)
+    texts = ["red red red", "red red red red", "", "red " * 500]
+    assert cutting.are_cut(texts) == [False, True, False, True]
+    assert cutting.are_cut([]) == []

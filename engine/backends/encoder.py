@@ -121,6 +121,10 @@ class TowerEncoder:
         parts = self._text.run(token_ids for _, token_ids in batches)
         return self._joined([rows for rows, _ in batches], parts, num_rows=len(texts))
 
+    def are_cut(self, texts: Sequence[str]) -> list[bool]:
+        """Whether each text is beyond the token length, so that its end is not encoded."""
+        return [] if self._text is None else self._tokenizer.are_cut(texts)
+
     def _joined(
         self, rows: Sequence[Any], parts: Iterable[NDArray[np.float32]], *, num_rows: int
     ) -> NDArray[np.float32]:

@@ -227,8 +227,7 @@ class Folder:
             list(threads.map(self._remove_file, paths))
         if self.is_local:
             for folder in {path.rpartition("/")[0] for path in paths}:
-                with suppress(OSError):  # not empty
-                    os.rmdir(folder)
+                self._remove_empty(folder)
 
     def modified_at(self, relative: str) -> datetime:
         """When a file, or the newest one in a folder, was last written; `error` if there is none.
@@ -240,6 +239,13 @@ class Folder:
             if not paths:
                 raise FileNotFoundError(f"no file at {self.full_path(relative)}")
             return cast("datetime", max(self._fs.modified(path) for path in paths))
+
+    def _remove_empty(self, folder: str) -> None:
+        """Remove a folder, and those around it that this empties, but those at the top."""
+        with suppress(OSError):  # not empty
+            while folder.removeprefix(self.full_path("")).count("/"):
+                os.rmdir(folder)
+                folder = folder.rpartition("/")[0]
 
     def _remove_file(self, path: str) -> None:
         with suppress(FileNotFoundError):

@@ -19,8 +19,8 @@ from jobs.benches.memory import MemoryWatch
 class Watched:
     """A program that has ended."""
 
-    report: dict[str, Any]
-    """The JSON object that it printed."""
+    report: Any
+    """What it printed, JSON."""
     seconds: float
     """The whole command, Ray's start included."""
     peak_memory_bytes: int

@@ -15,6 +15,7 @@ from jobs.embed import run_embed
 from pipelines.catalog import CatalogConfig
 from pipelines.embedding import EmbedConfig
 from pipelines.engines import EngineChoice
+from pipelines.indexes.queries import Part, Query
 from pipelines.indexing import IndexConfig, build_index
 from pipelines.report import RunReport, summary
 from pipelines.report_page import Hit, QuerySheet
@@ -61,18 +62,19 @@ def _save_page(config: EmbedConfig, *, report: RunReport, rows: Sequence[SampleR
     searcher = Searcher(config.store_uri, engines_uri=config.engine.engines_uri, modality="image")
     asked = rows[:: len(rows) // NUM_SHEETS][:NUM_SHEETS]
     by_words, by_picture = asked[:-2], asked[-2:]
-    answers = [
-        *searcher.by_text([row.text for row in by_words], num_hits=NUM_HITS),
-        *searcher.by_image([row.image for row in by_picture], num_hits=NUM_HITS),
-    ]
+    parts = [Part(text=row.text) for row in by_words]
+    parts += [Part(image=row.image) for row in by_picture]
+    answers = searcher.search([Query(parts=(part,)) for part in parts], num_hits=NUM_HITS)
     by_key = {row.key: row for row in rows}
     sheets = [
         QuerySheet(
             query=row.text,
             query_image=row.image if row in by_picture else None,
-            hits=tuple(_hit(found, row=by_key[str(found.key)], expected=row) for found in hits),
+            hits=tuple(
+                _hit(found, row=by_key[str(found.key)], expected=row) for found in answer.hits
+            ),
         )
-        for row, hits in zip(asked, answers, strict=True)
+        for row, answer in zip(asked, answers, strict=True)
     ]
     return save_report(report, sheets=sheets)
 

@@ -1,0 +1,1 @@
+"""The HTTP service of `clipmill serve`: its API, its page, its limits and its metrics."""

@@ -1,0 +1,297 @@
+"""Builds an index of a snapshot's embeddings from nothing but them: trains, divides, merges.
+
+Knows nothing of what becomes of an index whose recall is too low. Killed at any point, the same
+call goes on with the files that are whole; when that of the queries' answers is there, all are.
+"""
+
+import io
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import ray
+from numpy.typing import NDArray
+
+from pipelines.indexes.bitmaps import Bitmap
+from pipelines.indexes.choice import Recipe
+from pipelines.indexes.index_files import IndexFiles
+from pipelines.indexes.key_hashes import HASHES_FILE
+from pipelines.indexes.lists import Lists, merged_lists, write_lists
+from pipelines.indexes.opening import LISTS_FILE, PLACES_FILE, TRUTH_FILE, VECTORS_FILE
+from pipelines.indexes.row_writing import write_rows
+from pipelines.indexes.rows import ROWS_FILE
+from pipelines.indexes.shards import (
+    ASKED_FILE,
+    FRAME_FILE,
+    SHARDS_DIR,
+    TRAINED_FILE,
+    Shard,
+    build_shard,
+    read_vectors,
+    rows_of,
+    shards_of,
+)
+from pipelines.indexes.training import draw_vectors, num_sample_rows, train
+from pipelines.indexes.truth import Truth
+from pipelines.schema import Modality
+from pipelines.snapshots import StoredFile
+from pipelines.store import Store
+from pipelines.stored_rows import read_stored
+from pipelines.stored_samples import draw_sample
+
+# Queries of each kind that recall is measured with. An exact search finds all, or has a fault that
+# a few show.
+NUM_QUERIES = 512
+NUM_QUERIES_OF_EXACT = 64
+# Enough for a task of a minute, and few enough that a machine's memory holds many.
+SHARD_ROWS = 500_000
+
+Vectors = NDArray[np.float32]
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Build:
+    """One index that is being built."""
+
+    store: Store
+    """Of the embeddings."""
+    work: IndexFiles
+    """Where its files go."""
+    files: tuple[StoredFile, ...]
+    """Of the embeddings, in the order of their rows."""
+    columns: pa.Schema
+    """Key and carried columns of the rows."""
+    embedding_dim: int
+    """D."""
+    recipe: Recipe
+    """What to build."""
+    seed: int
+    """Of sample, clusters and rotation."""
+
+    @property
+    def num_rows(self) -> int:
+        """Of all files."""
+        return sum(file.num_rows for file in self.files)
+
+
+def build_rows(build: Build) -> None:
+    """Write the rows of an index that has no parent: ids are positions."""
+    if HASHES_FILE in build.work.names():
+        return
+    build.work.create()
+    names = build.columns.names
+    tables = (table for _, table in read_stored(build.store, build.files, columns=names))
+    write_rows(build.work.directory, tables, columns=build.columns)
+    publish_rows(build.work)
+
+
+def publish_rows(work: IndexFiles) -> None:
+    """Bring the rows that were written into the store, the file that tells of both last."""
+    work.publish(ROWS_FILE)
+    work.publish(HASHES_FILE)
+
+
+def draw_queries(
+    build: Build,
+    *,
+    modality: Modality,
+    files: Mapping[Modality, Sequence[StoredFile]],
+    own_queries: Vectors | None,
+) -> Truth:
+    """Queries of each kind, not answered yet.
+
+    Args:
+        build: Whose rows are written.
+        modality: Of the index: rows of it that are drawn are no answers to themselves.
+        files: Of the embeddings of each modality.
+        own_queries: float32 [N, D], unit norm: asked in place of drawn texts; None: no others.
+    """
+    rows = rows_of(build.work)
+    num_queries = NUM_QUERIES_OF_EXACT if build.recipe.kind == "exact" else NUM_QUERIES
+    queries: list[tuple[str, Vectors, Ids]] = []
+    for kind, kind_files in files.items():
+        if kind == "text" and own_queries is not None:
+            continue
+        sample = draw_sample(build.store, kind_files)
+        if sample is None:
+            continue
+        drawn = np.linspace(0, len(sample.keys) - 1, min(num_queries, len(sample.keys))).astype(int)
+        ids = np.full(len(drawn), -1, dtype=np.int64)
+        if kind == modality:
+            ids = rows.ids_of(sample.keys.take(pa.array(drawn)))
+        queries.append((kind, sample.vectors[drawn], ids))
+    if own_queries is not None:
+        queries.append(("text", own_queries, np.full(len(own_queries), -1, dtype=np.int64)))
+    return Truth.unanswered(queries, embedding_dim=build.embedding_dim)
+
+
+def build_lists(build: Build, *, are_ids_positions: bool) -> None:
+    """Train, build shards (as Ray tasks where Ray runs) and merge them.
+
+    The rows and the queries that are asked are there.
+
+    Raises:
+        StoreError: A file cannot be read or written.
+    """
+    work, recipe = build.work, build.recipe
+    if TRAINED_FILE not in work.names():
+        sample = draw_vectors(
+            build.store,
+            build.files,
+            num_wanted=num_sample_rows(recipe),
+            embedding_dim=build.embedding_dim,
+            seed=build.seed,
+        )
+        frame, index = train(recipe, sample, seed=build.seed)
+        del sample
+        work.write(FRAME_FILE, frame.to_bytes())
+        _write_index(work, index)
+    shards = shards_of(build.files, max_rows=SHARD_ROWS, are_ids_positions=are_ids_positions)
+    _build_shards(build, shards)
+    merge_parts(work, [Lists(work.local(shard.lists_file)) for shard in shards])
+    num_ids = rows_of(work).num_ids
+    if recipe.is_reranked:
+        write_vectors(
+            work, _placed(build, are_ids_positions), num_ids=num_ids, dim=build.embedding_dim
+        )
+    else:
+        write_places(work, num_ids=num_ids)
+    truth = Truth.from_bytes(work.local(ASKED_FILE).read_bytes())
+    for shard in shards:
+        truth = truth.merged(Truth.from_bytes(work.local(shard.truth_file).read_bytes()))
+    work.write(TRUTH_FILE, truth.to_bytes())
+
+
+def merge_parts(work: IndexFiles, parts: Sequence[Lists], *, removed: Bitmap | None = None) -> None:
+    """Merge lists into those of the index, the first less some ids; kept if they are there."""
+    if LISTS_FILE not in work.names():
+        with work.writing(LISTS_FILE) as path:
+            write_lists(path, merged_lists(parts, removed=removed), code_size=parts[0].code_size)
+
+
+def write_places(work: IndexFiles, *, num_ids: int) -> None:
+    """Write where in the lists each id is: list * 2^32 + position."""
+    if PLACES_FILE in work.names():
+        return
+    lists = Lists(work.local(LISTS_FILE))
+    with work.writing(PLACES_FILE) as path:
+        _new_array(path, descr="<i8", shape=(num_ids,))
+        places = np.load(path, mmap_mode="r+")
+        for number in range(len(lists.sizes)):
+            ids = lists.ids(number)
+            places[ids] = number * 2**32 + np.arange(len(ids))
+        places.flush()
+
+
+def write_vectors(
+    work: IndexFiles, placed: Iterator[tuple[Vectors, Ids]], *, num_ids: int, dim: int
+) -> None:
+    """Write vectors by id, as 16-bit floats."""
+    if VECTORS_FILE in work.names():
+        return
+    with work.writing(VECTORS_FILE) as path:
+        write_at_ids(path, placed, first_byte=resize_vectors(path, num_ids=num_ids, dim=dim))
+
+
+def resize_vectors(path: Path, *, num_ids: int, dim: int) -> int:
+    """Make a file one of so many vectors, those that it has first; the place of the first byte."""
+    return _new_array(path, descr="<f2", shape=(num_ids, dim))
+
+
+def write_at_ids(path: Path, placed: Iterable[tuple[Vectors, Ids]], *, first_byte: int) -> None:
+    """Write rows [N, D] of 16-bit floats into a file, each where its id says.
+
+    Not through a map: what is written that way stays in the process's memory.
+    """
+    with path.open("r+b") as file:
+        for vectors, ids in placed:
+            halves = np.ascontiguousarray(vectors, dtype=np.float16)
+            # Runs of ids that follow each other are written at once.
+            starts = np.flatnonzero(np.diff(ids, prepend=-2) != 1)
+            for run in np.split(np.arange(len(ids)), starts[1:]):
+                if len(run):
+                    file.seek(first_byte + int(ids[run[0]]) * halves.shape[1] * 2)
+                    file.write(halves[run[0] : run[-1] + 1].data)
+
+
+def build_whole(build: Build, *, are_ids_positions: bool) -> None:
+    """Build an index that is held in memory: an exact one, or a graph.
+
+    Raises:
+        StoreError: A file cannot be read or written.
+    """
+    work = build.work
+    num_ids = rows_of(work).num_ids
+    truth = Truth.from_bytes(work.local(ASKED_FILE).read_bytes())
+    vectors = np.zeros((num_ids, build.embedding_dim), dtype=np.float32)
+    is_used = np.zeros(num_ids, dtype=np.bool_)
+    for part, ids in _placed(build, are_ids_positions):
+        vectors[ids], is_used[ids] = part, True
+        truth = truth.with_rows(part, ids)
+    index = faiss.index_factory(
+        build.embedding_dim, build.recipe.factory, faiss.METRIC_INNER_PRODUCT
+    )
+    if build.recipe.kind == "hnsw":
+        graph_ids = np.flatnonzero(is_used)
+        vectors = vectors[graph_ids]
+        index.train(vectors)
+        with work.writing(PLACES_FILE) as path, path.open("wb") as file:
+            np.save(file, graph_ids)
+    index.add(vectors)
+    _write_index(work, index)
+    work.write(TRUTH_FILE, truth.to_bytes())
+
+
+def _build_shards(build: Build, shards: Sequence[Shard]) -> None:
+    done = set(build.work.names_in(SHARDS_DIR))
+    left = [shard for shard in shards if Path(shard.truth_file).name not in done]
+    if len(left) > 1 and ray.is_initialized():
+        task = cast("Any", ray.remote)(num_cpus=1)(build_shard)
+        ray.get([task.remote(shard, store=build.store, work=build.work) for shard in left])
+        return
+    for shard in left:
+        build_shard(shard, store=build.store, work=build.work)
+
+
+def _placed(build: Build, are_ids_positions: bool) -> Iterator[tuple[Vectors, Ids]]:
+    """All vectors and their ids, a few at a time."""
+    rows = rows_of(build.work)
+    first = 0
+    for file in build.files:
+        for keys, vectors in read_vectors(build.store, file):
+            ids = np.arange(first, first + len(keys))
+            yield vectors, ids if are_ids_positions else rows.ids_of(keys)
+            first += len(keys)
+
+
+def _new_array(path: Path, *, descr: str, shape: tuple[int, ...]) -> int:
+    """Make a file one array, with what it holds already in it; the place of its first byte.
+
+    Its place on the disk is taken at once: a map of a file that turns out to have none kills.
+    """
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": descr, "fortran_order": False, "shape": shape}
+    )
+    first_byte = len(header.getvalue())  # the same for all shapes: numpy leaves room in it
+    num_bytes = first_byte + np.dtype(descr).itemsize * int(np.prod(shape))
+    path.touch()
+    with path.open("r+b") as file:
+        file.write(header.getvalue())
+        file.truncate(num_bytes)
+        os.posix_fallocate(file.fileno(), 0, num_bytes)
+    return first_byte
+
+
+def _write_index(work: IndexFiles, index: Any) -> None:
+    with work.writing(TRAINED_FILE) as path:
+        try:
+            faiss.write_index(index, str(path))
+        except RuntimeError as error:  # what FAISS makes of a full disk
+            raise OSError(str(error).splitlines()[0]) from error

@@ -1,0 +1,126 @@
+"""One shard of an index: some files' vectors as codes in lists, and what queries find in them.
+
+Knows nothing of how shards are merged. A shard is two files, the second written last.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipelines import schema
+from pipelines.indexes.frame import Frame
+from pipelines.indexes.index_files import IndexFiles
+from pipelines.indexes.key_hashes import HASHES_FILE
+from pipelines.indexes.lists import lists_of, write_lists
+from pipelines.indexes.rows import ROWS_FILE, RowTable
+from pipelines.indexes.truth import Truth
+from pipelines.snapshots import StoredFile
+from pipelines.store import Store
+from pipelines.stored_samples import vectors_of
+
+SHARDS_DIR = "shards"
+TRAINED_FILE, FRAME_FILE = "index.faiss", "frame.npz"
+# Without answers, which shards find.
+ASKED_FILE = "asked.npz"
+
+Vectors = NDArray[np.float32]
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """What a shard is made of."""
+
+    number: int
+    """Counts from 0."""
+    files: tuple[StoredFile, ...]
+    """Whose rows are in it."""
+    first_ids: tuple[int, ...] | None
+    """The id of each file's first row, the others follow; None: ids are looked up by key."""
+
+    @property
+    def lists_file(self) -> str:
+        """Its lists."""
+        return f"{SHARDS_DIR}/{self.number:05d}.ivf"
+
+    @property
+    def truth_file(self) -> str:
+        """What queries find in it; there when the shard is whole."""
+        return f"{SHARDS_DIR}/{self.number:05d}.npz"
+
+
+def shards_of(
+    files: Sequence[StoredFile], *, max_rows: int, are_ids_positions: bool
+) -> list[Shard]:
+    """Divide files among shards of about so many rows."""
+    first_ids = np.cumsum([0, *(file.num_rows for file in files)]).tolist()
+    groups: list[list[int]] = []
+    num_rows = 0
+    for place, file in enumerate(files):
+        if not groups or num_rows + file.num_rows > max_rows:
+            groups.append([])
+            num_rows = 0
+        groups[-1].append(place)
+        num_rows += file.num_rows
+    return [
+        Shard(
+            number=number,
+            files=tuple(files[place] for place in group),
+            first_ids=tuple(first_ids[place] for place in group) if are_ids_positions else None,
+        )
+        for number, group in enumerate(groups)
+    ]
+
+
+def build_shard(shard: Shard, *, store: Store, work: IndexFiles) -> None:
+    """Write a shard; one that is there is kept.
+
+    Args:
+        shard: Which.
+        store: Where its embeddings are.
+        work: Where the trained index, its frame, the queries, and the rows are.
+
+    Raises:
+        StoreError: A file cannot be read or written.
+    """
+    frame = Frame.from_bytes(work.local(FRAME_FILE).read_bytes())
+    truth = Truth.from_bytes(work.local(ASKED_FILE).read_bytes())
+    index = faiss.read_index(str(work.local(TRAINED_FILE)))
+    rows = None if shard.first_ids is not None else rows_of(work)
+    for place, file in enumerate(shard.files):
+        num_before = 0
+        for keys, vectors in read_vectors(store, file):
+            if shard.first_ids is not None:
+                first = shard.first_ids[place] + num_before
+                ids = np.arange(first, first + len(vectors))
+            else:
+                assert rows is not None
+                ids = rows.ids_of(keys)
+            index.add_with_ids(frame.of_rows(vectors), ids)
+            truth = truth.with_rows(vectors, ids)
+            num_before += len(vectors)
+    with work.writing(shard.lists_file) as path:
+        write_lists(path, lists_of(index), code_size=index.code_size)
+    work.write(shard.truth_file, truth.to_bytes())
+
+
+def rows_of(work: IndexFiles) -> RowTable:
+    """The rows of an index that is being built; StoreError if they cannot be read."""
+    for name in (ROWS_FILE, HASHES_FILE):
+        work.local(name)
+    return RowTable(work.directory)
+
+
+def read_vectors(store: Store, file: StoredFile) -> Iterator[tuple[pa.Array, Vectors]]:
+    """Keys [N] and embeddings float32 [N, D] of a file, a few row groups at once."""
+    with store.open(file.path) as opened:
+        for batch in pq.ParquetFile(opened).iter_batches(
+            16_384, columns=[schema.KEY, schema.EMBEDDING]
+        ):
+            table = pa.Table.from_batches([batch])
+            yield table[schema.KEY].combine_chunks(), vectors_of(table)

@@ -1,0 +1,98 @@
+"""Clients that ask a service again and again over connections that stay open; times each answer."""
+
+import asyncio
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+import numpy as np
+
+
+@dataclass
+class Load:
+    """What came of it."""
+
+    statuses: Counter = field(default_factory=Counter)
+    seconds: list[float] = field(default_factory=list)
+    snapshots: list[int] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    wall_seconds: float = 0.0
+
+    def __str__(self) -> str:
+        p50, p99 = np.percentile(self.seconds, [50, 99]) * 1000
+        rate = len(self.seconds) / self.wall_seconds
+        return (
+            f"{rate:,.0f} requests/s, p50 {p50:.0f} ms, p99 {p99:.0f} ms, {dict(self.statuses)}, "
+            f"{len(self.errors)} errors"
+        )
+
+
+def load(url: str, texts: Sequence[str], *, seconds: float, num_clients: int = 16) -> Load:
+    """POST /search with these texts in turn, by several clients at once."""
+    return asyncio.run(_load(url, texts, seconds=seconds, num_clients=num_clients))
+
+
+async def _load(url: str, texts: Sequence[str], *, seconds: float, num_clients: int) -> Load:
+    found = Load()
+    started = time.monotonic()
+    clients = (
+        _client(url, texts[number::num_clients], found, until=started + seconds)
+        for number in range(num_clients)
+    )
+    await asyncio.gather(*clients)
+    found.wall_seconds = time.monotonic() - started
+    return found
+
+
+async def _client(url: str, texts: Sequence[str], found: Load, *, until: float) -> None:
+    place = urlsplit(url)
+    connection = None
+    turn = 0
+    while time.monotonic() < until:
+        turn += 1
+        started = time.monotonic()
+        try:
+            if connection is None:
+                connection = await asyncio.open_connection(place.hostname, place.port)
+            status, body = await _ask(*connection, texts[turn % len(texts)], host=place.netloc)
+        except (OSError, EOFError, ValueError) as error:
+            found.errors.append(repr(error))
+            connection = None
+            await asyncio.sleep(0.05)
+            continue
+        found.seconds.append(time.monotonic() - started)
+        found.statuses[status] += 1
+        if status == 200:
+            found.snapshots.append(json.loads(body)["snapshot"])
+        else:
+            found.errors.append(body.decode(errors="replace")[:300])
+            # Ray's proxy closes a connection whose replica died: another request on it is lost too.
+            connection[1].close()
+            connection = None
+    if connection is not None:
+        connection[1].close()
+
+
+async def _ask(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, text: str, *, host: str
+) -> tuple[int, bytes]:
+    body = json.dumps({"query": {"parts": [{"text": text}]}, "k": 10}).encode()
+    head = (
+        f"POST /search HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    writer.write(head.encode() + body)
+    await writer.drain()
+    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+    status = int(head.split(" ", 2)[1])
+    if "transfer-encoding: chunked" in head:
+        content = b""
+        while size := int((await reader.readuntil(b"\r\n")).strip(), 16):
+            content += (await reader.readexactly(size + 2))[:-2]
+        await reader.readexactly(2)
+        return status, content
+    length = head.split("content-length: ", 1)[1].split("\r\n", 1)[0]
+    return status, await reader.readexactly(int(length))
