@@ -267,6 +267,15 @@ def test_files_are_removed_and_folders_that_this_empties(folder: Folder, tmp_pat
 
 
 @pytest.mark.parametrize("folder", ["local"], indirect=True)
+def test_folders_in_folders_go_too_but_not_those_at_the_top(folder: Folder, tmp_path: Path):
+    folder.publish("a/b/c/d", b"x")
+    folder.publish("e/f", b"x")
+    folder.remove_files(["e/f"])
+    folder.remove_files(["a/b/c/d"])
+    assert [path.name for path in (tmp_path / "shelf").rglob("*")] == ["a"]
+
+
+@pytest.mark.parametrize("folder", ["local"], indirect=True)
 def test_what_cannot_be_removed_is_an_error(folder: Folder):
     folder.publish("a/b", b"x")
     with pytest.raises(ShelfError, match=r"files cannot be removed: .*librarian"):

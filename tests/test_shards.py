@@ -1,6 +1,7 @@
 """Tests of pipelines/indexes/shards.py, building.py and training.py: parts, interrupted, on Ray."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +29,8 @@ def store(tmp_path) -> Store:
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     monkeypatch.setattr(building, "SHARD_ROWS", 2 * ROWS_PER_FILE)
+    # One that other tests started would build them.
+    monkeypatch.setattr(building, "ray", SimpleNamespace(is_initialized=lambda: False))
 
 
 def snapshot_of(store: Store) -> Snapshot:
@@ -56,16 +59,12 @@ def test_parts_are_the_same_as_a_whole(store, monkeypatch):
     assert built(store, snapshot).files == in_parts.files
 
 
-def test_ray_builds_the_same(store):
+def test_ray_builds_the_same(store, local_ray, monkeypatch):
     snapshot = snapshot_of(store)
     here = built(store, snapshot)
     store.remove("indexes")
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        there = built(store, snapshot)
-    finally:
-        ray.shutdown()
-    assert there.files == here.files
+    monkeypatch.setattr(building, "ray", ray)
+    assert built(store, snapshot).files == here.files
 
 
 def test_a_build_that_was_killed_goes_on_with_the_shards_that_are_whole(store, monkeypatch):

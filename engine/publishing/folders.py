@@ -242,10 +242,11 @@ class Folder:
 
     def _remove_empty(self, folder: str) -> None:
         """Remove a folder, and those around it that this empties, but those at the top."""
+        num_root = len(self.full_path(""))
         with suppress(OSError):  # not empty
-            while folder.removeprefix(self.full_path("")).count("/"):
+            os.rmdir(folder)
+            while "/" in (folder := folder.rpartition("/")[0])[num_root:]:
                 os.rmdir(folder)
-                folder = folder.rpartition("/")[0]
 
     def _remove_file(self, path: str) -> None:
         with suppress(FileNotFoundError):
