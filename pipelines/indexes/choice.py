@@ -12,10 +12,10 @@ from pipelines.errors import PipelineError
 
 Kind = Literal["exact", "hnsw", "ivf"]
 
-# An exact search of 20,000 x 512 takes 2 ms on one thread (11 GB/s of float32).
+# An exact search of 20,000 x 512 takes 2.6 ms on one thread (AMD EPYC, AVX2).
 MAX_EXACT_VALUES = 20_000 * 512
 # A graph answers quickest, but nothing can be removed from it: it is built anew each time, which
-# for so many rows takes half a minute on two cores.
+# for 100,000 x 512 takes 12 s on two cores.
 MAX_HNSW_ROWS = 200_000
 HNSW_LINKS = 32
 # More lists are found through a graph of their centroids.
@@ -162,8 +162,7 @@ def named_recipe(
 def num_lists_for(num_rows: int) -> int:
     """Of inverted lists: a power of two near four times the square root of the rows.
 
-    Then comparing a query with all centroids costs about as much as searching the lists, and
-    k-means of 10 million rows takes minutes.
+    Of a million, 4,096 lists and no more than 35 s of k-means on two cores.
     """
     power = round(math.log2(4 * math.sqrt(max(num_rows, 1))) - 0.2)
     return min(max(1 << power, MIN_LISTS), MAX_LISTS)
