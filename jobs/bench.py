@@ -45,14 +45,12 @@ def _encode(argv: Sequence[str]) -> int:
         seconds=options.seconds,
     )
     with shown_steps() as on_progress:
-        figures = measure_encode(
-            config,
-            on_progress=on_progress,
-            on_encoder=lambda encoder: _say(*timing_lines(encoder)),
-        )
+        for figures in measure_encode(config, on_progress=on_progress):
+            _say(*timing_lines(figures.encoders[-1]))
+            if options.page:
+                Path(options.page).write_text(render_encode_page(figures), encoding="utf-8")
     lines = encode_lines(figures)
     if options.page:
-        Path(options.page).write_text(render_encode_page(figures), encoding="utf-8")
         lines.append(f"plots: {options.page}")
     print_result(figures, as_json=options.json, text="\n".join(lines))
     return 0

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,15 +51,18 @@ def told(checkpoint_dir: Path, engines_dir: Path, tmp_path_factory: pytest.TempP
     words += ["--batch-sizes", *map(str, BATCH_SIZES), "--seconds", "0.05", "--page", str(page)]
     out, err, measured = io.StringIO(), io.StringIO(), []
 
-    def measure(*args: Any, **options: Any) -> EncodeFigures:
-        measured.append(measure_encode(*args, **options))
-        return measured[0]
+    def measure(*args: Any, **options: Any) -> Iterator[EncodeFigures]:
+        for figures in measure_encode(*args, **options):
+            yield figures
+            # The page is there before the next is measured.
+            measured.append(figures)
+            assert figures.encoders[-1].name in page.read_text()
 
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr("jobs.benches.encode.measure_encode", measure)
         assert main(["encode", *words]) == 0
-    (figures,) = measured
-    return Told(figures=figures, out=out.getvalue(), err=err.getvalue(), page=page.read_text())
+    assert [len(figures.encoders) for figures in measured] == [1, 2]
+    return Told(figures=measured[-1], out=out.getvalue(), err=err.getvalue(), page=page.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +72,8 @@ def figures(told: Told) -> EncodeFigures:
 
 def test_every_tower_is_timed_at_every_size_by_engine_and_baseline(figures: EncodeFigures) -> None:
     assert [encoder.name for encoder in figures.encoders] == [
-        "fp32 onnxruntime",
         "transformers float32",
+        "fp32 onnxruntime",
     ]
     for encoder in figures.encoders:
         timed = [(timing.modality, timing.batch_rows) for timing in encoder.timings]

@@ -82,18 +82,16 @@ class _Task:
     """Or else only its embeddings are wanted."""
 
 
-def measure_encode(
-    config: EncodeConfig,
-    *,
-    on_progress: OnProgress,
-    on_encoder: Callable[[EncoderFigures], None] = lambda encoder: None,
-) -> EncodeFigures:
+def measure_encode(config: EncodeConfig, *, on_progress: OnProgress) -> Iterator[EncodeFigures]:
     """Time an engine and its baselines, one after the other.
+
+    Yields the figures of those measured so far after each, so that one that takes too long costs
+    nothing of the others: transformers in float32, with which all are compared, the engine, and
+    on a GPU transformers in 16 bit, eager and by torch.compile.
 
     Args:
         config: What.
         on_progress: Called with the encoder's name, and how many of how many are done.
-        on_encoder: Called with the figures of each, without its cosines, once it is measured.
 
     Raises:
         CheckpointError, EngineError, DeviceError: The engine cannot be had or run here.
@@ -106,28 +104,28 @@ def measure_encode(
     on_gpu = backend != "onnxruntime"
     task_of = partial(_Task, config=config, record=record, backend=backend)
     # On a GPU nobody would run float32, which is only what the others are compared with.
-    tasks = [task_of(baseline=None), task_of(baseline="float32", is_timed=not on_gpu)]
+    tasks = [task_of(baseline="float32", is_timed=not on_gpu), task_of(baseline=None)]
     if on_gpu:
         tasks += [task_of(baseline="float16"), task_of(baseline="bfloat16", compiled=True)]
-    measured = []
-    for number, task in enumerate(tasks):
-        on_progress(_name(task, manifest), number, len(tasks))
-        measured.append(_in_process(_measure, task))
-        on_encoder(measured[-1][0])
-    on_progress("product rate", len(tasks), len(tasks))
-    rates = _in_process(product_rate, "cuda" if on_gpu else "cpu")
-    exact = measured[1][1]
-    return EncodeFigures(
+    on_progress("product rate", 0, len(tasks))
+    figures = EncodeFigures(
         engine_id=record.engine_id,
         checkpoint=record.checkpoint,
         device=machine.architecture or f"{_num_cores()} CPU cores",
-        product_tflops=rates,
+        product_tflops=_in_process(product_rate, "cuda" if on_gpu else "cpu"),
         product_type={"fp32": "float32", "fp16": "float16", "fp8": "float8"}[manifest.precision]
         if on_gpu
         else "float32",
         pixels_on_gpu=_takes_gpu_pixels(backend),
-        encoders=tuple(_compared(figures, found, exact) for figures, found in measured),
     )
+    exact = None
+    for number, task in enumerate(tasks):
+        on_progress(_name(task, manifest), number, len(tasks))
+        encoder, embeddings = _in_process(_measure, task)
+        exact = exact or embeddings
+        encoder = _compared(encoder, embeddings, exact)
+        figures = replace(figures, encoders=(*figures.encoders, encoder))
+        yield figures
 
 
 def _takes_gpu_pixels(backend: Backend) -> bool:
@@ -193,7 +191,7 @@ def _measure(task: _Task) -> tuple[EncoderFigures, dict[str, NDArray[np.float32]
                 dtype=getattr(torch, task.baseline),
             )
             if task.compiled:
-                bulk.compiled()
+                bulk.compile()
         load_seconds = time.perf_counter() - started
         timings = []
         for modality, chosen in rows.items() if task.is_timed else ():

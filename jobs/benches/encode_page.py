@@ -10,13 +10,15 @@ from pipelines import drawing
 from pipelines.drawing import ACCENT, INK, MUTED, WARNING, Plot, compact, render, svg_of
 from pipelines.report_page import size_text
 
-COLORS = (ACCENT, WARNING, INK, MUTED)
-MARKERS = ("o", "s", "^", "D")
+COLORS = (MUTED, ACCENT, WARNING, INK)
+MARKERS = ("D", "o", "s", "^")
 
 
 def render_encode_page(figures: EncodeFigures) -> str:
     """Draw the figures; an HTML document without scripts, to be written as UTF-8."""
-    modalities = dict.fromkeys(timing.modality for timing in figures.encoders[0].timings)
+    modalities = dict.fromkeys(
+        timing.modality for encoder in figures.encoders for timing in encoder.timings
+    )
     plots = {}
     for modality in modalities:
         plots[f"{modality}-throughput"] = _plot(
@@ -43,7 +45,7 @@ def render_encode_page(figures: EncodeFigures) -> str:
 def _plot(
     figures: EncodeFigures, *, modality: str, what: str, value: Callable[[Timing], float]
 ) -> Plot:
-    best = []
+    found, batch_sizes = [], set()
     with drawing.figure(height_inches=3.0) as figure:
         axes = figure.subplots()
         for encoder, color, marker in zip(figures.encoders, COLORS, MARKERS, strict=False):
@@ -52,10 +54,12 @@ def _plot(
                 continue
             rows, values = [timing.batch_rows for timing in timings], list(map(value, timings))
             axes.plot(rows, values, color=color, marker=marker, markersize=4, label=encoder.name)
-            best.append(f"{encoder.name} {compact(values[0])} to {compact(values[-1])}")
+            batch_sizes.update(rows)
+            found.append(f"{encoder.name} {compact(values[0])} to {compact(values[-1])}")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.set_xticks(rows, [f"{number:,}" for number in rows])
+        ticks = sorted(batch_sizes)
+        axes.set_xticks(ticks, [f"{number:,}" for number in ticks])
         axes.minorticks_off()
         axes.yaxis.set_major_formatter(lambda number, _: compact(number))
         axes.grid(visible=True)
@@ -64,5 +68,6 @@ def _plot(
         figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=2)
         svg = svg_of(figure, name=f"{modality}-{what.replace('/', '-').replace(' ', '-')}")
     return Plot(
-        svg=svg, alt=f"{modality}, {what} from the smallest to the largest batch: {'; '.join(best)}"
+        svg=svg,
+        alt=f"{modality}, {what} from the smallest to the largest batch: {'; '.join(found)}",
     )
