@@ -222,16 +222,20 @@ def _index(argv: Sequence[str]) -> int:
     parser.add_argument("--max-memory-bytes", type=int, default=2**30)
     parser.add_argument("--min-recall", type=float, default=DEFAULT_MIN_RECALL, metavar="SHARE")
     parser.add_argument("--factory", metavar="NAME", help="as of `clipmill index`")
+    parser.add_argument(
+        "--autofaiss", metavar="PYTHON", help="one that has autofaiss, which is measured as well"
+    )
     options = parser.parse_options(argv)
-    words = ["--max-memory-bytes", str(options.max_memory_bytes)]
-    words += ["--min-recall", str(options.min_recall)]
+    words = ["--min-recall", str(options.min_recall)]
     words += ["--factory", options.factory] if options.factory else []
     figures = measure_index(
         IndexBenchConfig(
             num_rows=options.rows,
             embedding_dim=options.dim,
+            memory_bytes=options.max_memory_bytes,
             words=tuple(words),
             changed_share=options.changed,
+            autofaiss_python=options.autofaiss,
         )
     )
     print_result(figures, as_json=options.json, text="\n".join(index_lines(figures)))

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray
-import ray.data
 from ray._common.utils import get_system_memory
 from ray._private.utils import get_num_cpus
 
@@ -82,7 +81,9 @@ def _object_store_bytes() -> int:
 
 def _quiet_console() -> None:
     """Leave stderr to the progress; Ray Data's own log file keeps everything."""
-    for handler in logging.getLogger("ray.data").handlers:
+    import ray.data  # half a second that commands without a cluster need not wait for
+
+    for handler in logging.getLogger(ray.data.__name__).handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setLevel(logging.ERROR)
 

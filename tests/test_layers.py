@@ -29,7 +29,9 @@ ONLY_IN = {
         "engine/decoding/resample.py",
     ),
     "nvidia": ("engine/decoding/gpu_decoder.py",),
+    "autofaiss": ("jobs/benches/autofaiss_program.py",),
     "faiss": (
+        "jobs/benches/autofaiss_program.py",
         "pipelines/indexes/building.py",
         "pipelines/indexes/lists.py",
         "pipelines/indexes/opening.py",

@@ -1,13 +1,15 @@
 """Measures indexing: a build and an update of 1 % of the rows, in time, memory and recall.
 
 Knows nothing of how it is done: each is `clipmill index`, the whole command, on a store of vectors
-like CLIP's that is made for it.
+like CLIP's that is made for it; and beside it what autofaiss makes of the same vectors.
 """
 
 import dataclasses
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -18,6 +20,8 @@ import xxhash
 from jobs.benches.clip_like import ClipLike, Vectors, clip_like
 from jobs.benches.programs import run_watched
 from pipelines import schema
+from pipelines.indexes.manifest import find_index, indexed_files
+from pipelines.indexes.opening import TRUTH_FILE
 from pipelines.indexes.recall import CHOSEN_K
 from pipelines.schema import Modality
 from pipelines.snapshots import CatalogRecord, EngineRecord, Snapshot, StoredFile, commit
@@ -40,10 +44,14 @@ class IndexBenchConfig:
     """Images."""
     embedding_dim: int
     """D."""
+    memory_bytes: int = 2**30
+    """What a search may want in memory."""
     words: tuple[str, ...] = ()
-    """Options of `clipmill index`, besides its store."""
+    """More options of `clipmill index`."""
     changed_share: float = 0.01
     """Of the rows: half of these have another vector, a quarter goes, and a quarter is new."""
+    autofaiss_python: str | None = None
+    """A Python that has autofaiss, to be measured beside it; None: it is not."""
 
     def __post_init__(self) -> None:
         """Check the bounds."""
@@ -54,25 +62,37 @@ class IndexBenchConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SettingFigures:
+    """Searches at one setting."""
+
+    kind: str
+    """Of queries: image or text."""
+    setting: int
+    """Lists that are visited; of autofaiss, the milliseconds that it chose its parameters for."""
+    recall: float
+    """Of the 10 nearest."""
+    search_seconds: float
+    """Of one, the median, on one thread."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class IndexFigures:
-    """One run of `clipmill index`."""
+    """An index that was made."""
 
     name: str
-    """What was done to the store before it."""
+    """What was done to the store before it, or by what it was made."""
     seconds: float
-    """The whole command."""
+    """The whole command; of autofaiss, the build alone."""
     peak_memory_bytes: int
     """Proportional set size, mapped pages included."""
     factory: str
     """FAISS's name of the type."""
     reason: str
     """Why."""
-    memory_bytes: int
-    """What a search wants in memory."""
-    recall: dict[str, float]
-    """Kind of queries -> recall@10 at the setting of searches."""
-    search_seconds: dict[str, float]
-    """Kind of queries -> median of a search on one thread."""
+    setting: int | None
+    """That searches will have; None: whichever of them."""
+    measured: tuple[SettingFigures, ...]
+    """All that were tried."""
 
 
 def measure_index(config: IndexBenchConfig) -> list[IndexFigures]:
@@ -83,30 +103,36 @@ def measure_index(config: IndexBenchConfig) -> list[IndexFigures]:
     """
     with tempfile.TemporaryDirectory(prefix="clipmill-bench-") as scratch:
         store = Store(f"{scratch}/store")
-        words = ["-m", "jobs.cli", "index", "--store", store.uri, "--json", *config.words]
+        words = ["-m", "jobs.cli", "index", "--store", store.uri, "--json"]
+        words += ["--max-memory-bytes", str(config.memory_bytes), *config.words]
         vectors = clip_like(num_rows=config.num_rows, embedding_dim=config.embedding_dim)
         snapshot = _first(store, vectors, config)
         commit(store, snapshot)
         figures = [_figures("first", words)]
+        if config.autofaiss_python is not None:
+            figures.append(
+                _of_autofaiss(store, snapshot, config, scratch=Path(scratch) / "autofaiss")
+            )
         commit(store, _changed(store, snapshot, vectors, config))
         share = f"{config.changed_share:.0%} changed"
         return [*figures, _figures(share, words)]
 
 
 def index_lines(figures: Sequence[IndexFigures]) -> list[str]:
-    """A table of the runs."""
-    lines = [
-        f"{'':<12} {'seconds':>8} {'MiB at most':>12} {'MiB searched':>13} {'queries':>8} "
-        f"{'recall@10':>10} {'ms':>6}"
-    ]
+    """A table of the runs; the setting of searches is marked."""
+    lines = []
     for run in figures:
-        for kind, recall in run.recall.items():
+        lines.append(
+            f"{run.name}: {run.seconds:,.1f} s, {run.peak_memory_bytes / 2**20:,.0f} MiB at most, "
+            f"{run.factory}: {run.reason}"
+        )
+        lines.append(f"{'setting':>9} {'queries':>8} {'recall@10':>10} {'ms':>7}")
+        for found in run.measured:
+            mark = "*" if found.setting == run.setting else " "
             lines.append(
-                f"{run.name:<12} {run.seconds:>8.1f} {run.peak_memory_bytes / 2**20:>12,.0f} "
-                f"{run.memory_bytes / 2**20:>13,.0f} {kind:>8} {recall:>10.3f} "
-                f"{run.search_seconds[kind] * 1e3:>6.2f}"
+                f"{mark}{found.setting:>8,} {found.kind:>8} {found.recall:>10.3f} "
+                f"{found.search_seconds * 1e3:>7.2f}"
             )
-        lines.append(f"  {run.factory}: {run.reason}")
     return lines
 
 
@@ -114,16 +140,50 @@ def _figures(name: str, words: Sequence[str]) -> IndexFigures:
     run = run_watched(words)
     # Of images; that of texts is there for its queries.
     manifest = next(entry for entry in run.report if entry["modality"] == "image")
-    chosen = [entry for entry in manifest["measured"] if entry["setting"] == manifest["setting"]]
     return IndexFigures(
         name=name,
         seconds=run.seconds,
         peak_memory_bytes=run.peak_memory_bytes,
         factory=manifest["factory"],
         reason=manifest["reason"],
-        memory_bytes=manifest["memory_bytes"],
-        recall={entry["kind"]: entry["recall"][str(CHOSEN_K)] for entry in chosen},
-        search_seconds={entry["kind"]: entry["search_seconds"] for entry in chosen},
+        setting=manifest["setting"],
+        measured=tuple(
+            SettingFigures(
+                kind=entry["kind"],
+                setting=entry["setting"],
+                recall=entry["recall"][str(CHOSEN_K)],
+                search_seconds=entry["search_seconds"],
+            )
+            for entry in manifest["measured"]
+        ),
+    )
+
+
+def _of_autofaiss(
+    store: Store, snapshot: Snapshot, config: IndexBenchConfig, *, scratch: Path
+) -> IndexFigures:
+    """An index by autofaiss of the vectors that another was built of, asked the same."""
+    assert config.autofaiss_python is not None
+    manifest = find_index(store, snapshot, modality="image")
+    assert manifest is not None
+    (scratch / "vectors").mkdir(parents=True)
+    shutil.copy(Path(store.full_path(manifest.folder)) / TRUTH_FILE, scratch / "queries.npz")
+    for number, file in enumerate(indexed_files(snapshot, modality="image")):
+        with store.open(file.path) as opened:
+            vectors = _stored_vectors(opened, num_skipped=0)
+        np.save(scratch / "vectors" / f"{number:05d}.npy", vectors)
+    program = str(Path(__file__).with_name("autofaiss_program.py"))
+    run = run_watched(
+        [program, str(scratch), str(config.memory_bytes)], python=config.autofaiss_python
+    )
+    return IndexFigures(
+        name="autofaiss",
+        seconds=run.report["seconds"],
+        peak_memory_bytes=run.peak_memory_bytes,
+        factory=run.report["factory"],
+        reason="chosen by it",
+        setting=None,
+        measured=tuple(SettingFigures(**entry) for entry in run.report["measured"]),
     )
 
 

@@ -27,9 +27,9 @@ class Watched:
     """Of all processes together: proportional set size, so that shared pages count once."""
 
 
-def run_watched(words: Sequence[str]) -> Watched:
-    """Run `python WORDS` to its end; ClipmillError if it fails."""
-    command = [sys.executable, *words]
+def run_watched(words: Sequence[str], *, python: str = sys.executable) -> Watched:
+    """Run `PYTHON WORDS` to its end; ClipmillError if it fails."""
+    command = [python, *words]
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
     with MemoryWatch(process.pid) as watch:

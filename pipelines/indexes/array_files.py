@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 def arrays_to_bytes(arrays: Mapping[str, NDArray[Any]]) -> bytes:
     """The content of a file with these arrays."""
     file = io.BytesIO()
-    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    np.savez(file, **arrays)  # type: ignore[arg-type]
     return file.getvalue()
 
 

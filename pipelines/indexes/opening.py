@@ -104,6 +104,11 @@ class OpenIndex:
             vector = self._frame.row_of(code)
         return np.asarray(vector / max(float(np.linalg.norm(vector)), 1e-12), dtype=np.float32)
 
+    def give_pages_back(self) -> None:
+        """Keep no page of the vectors in this process's memory, though the disk's cache may."""
+        if self._map is not None:
+            self._map.madvise(mmap.MADV_DONTNEED)
+
     @property
     def frame(self) -> Frame:
         """The coordinates of its vectors."""
@@ -121,15 +126,18 @@ class OpenIndex:
         self._frame = identity(self.manifest.embedding_dim)
         self._places: Any = None
         self._vectors: Any = None
+        self._map: mmap.mmap | None = None
         self._alive: Bitmap | None = None
         if kind == "ivf":
             self._frame = Frame.from_bytes((self.directory / FRAME_FILE).read_bytes())
             lists = Lists(self.directory / LISTS_FILE)
             lists.attach(self._index)
             if self.manifest.factory.endswith("Refine(SQfp16)"):
-                self._vectors = np.load(self.directory / VECTORS_FILE, mmap_mode="r")
+                mapped = np.load(self.directory / VECTORS_FILE, mmap_mode="r")
+                self._map = mapped._mmap
                 # One row here and there: nothing around it is of use.
-                self._vectors._mmap.madvise(mmap.MADV_RANDOM)
+                self._map.madvise(mmap.MADV_RANDOM)
+                self._vectors = mapped.view(np.ndarray)  # whose rows are had faster
             else:
                 self._places = np.load(self.directory / PLACES_FILE, mmap_mode="r")
         elif kind == "hnsw":
