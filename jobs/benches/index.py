@@ -4,36 +4,21 @@ Knows nothing of how it is done: each is `clipmill index`, the whole command, on
 like CLIP's that is made for it; and beside it what autofaiss makes of the same vectors.
 """
 
-import dataclasses
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-import xxhash
 
-from jobs.benches.clip_like import ClipLike, Vectors, clip_like
 from jobs.benches.programs import run_watched
-from pipelines import schema
+from jobs.benches.vector_stores import NUM_FILES, change_store, make_store, stored_vectors
 from pipelines.indexes.manifest import find_index, indexed_files
 from pipelines.indexes.opening import TRUTH_FILE
 from pipelines.indexes.recall import CHOSEN_K
-from pipelines.schema import Modality
-from pipelines.snapshots import CatalogRecord, EngineRecord, Snapshot, StoredFile, commit
+from pipelines.snapshots import Snapshot
 from pipelines.store import Store
-from pipelines.stored_samples import vectors_of
-from pipelines.writing import write_table
-
-NUM_FILES = 20
-# Of the store, to draw queries from.
-NUM_TEXTS = 4096
-_ENGINE = EngineRecord(engine_id="0" * 16, checkpoint="vectors at random", revision=None)
-_PLAN_ID = "bench"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,8 +80,8 @@ class IndexFigures:
     """All that were tried."""
 
 
-def measure_index(config: IndexBenchConfig) -> list[IndexFigures]:
-    """Make a store, index it, change some rows, index it again.
+def measure_index(config: IndexBenchConfig) -> Iterator[IndexFigures]:
+    """Make a store, index it, change some rows, index it again; yields each when it is measured.
 
     Raises:
         ClipmillError: A command failed.
@@ -105,34 +90,27 @@ def measure_index(config: IndexBenchConfig) -> list[IndexFigures]:
         store = Store(f"{scratch}/store")
         words = ["-m", "jobs.cli", "index", "--store", store.uri, "--json"]
         words += ["--max-memory-bytes", str(config.memory_bytes), *config.words]
-        vectors = clip_like(num_rows=config.num_rows, embedding_dim=config.embedding_dim)
-        snapshot = _first(store, vectors, config)
-        commit(store, snapshot)
-        figures = [_figures("first", words)]
+        snapshot = make_store(store, num_rows=config.num_rows, embedding_dim=config.embedding_dim)
+        yield _figures("first", words)
         if config.autofaiss_python is not None:
-            figures.append(
-                _of_autofaiss(store, snapshot, config, scratch=Path(scratch) / "autofaiss")
-            )
-        commit(store, _changed(store, snapshot, vectors, config))
-        share = f"{config.changed_share:.0%} changed"
-        return [*figures, _figures(share, words)]
+            yield _of_autofaiss(store, snapshot, config, scratch=Path(scratch) / "autofaiss")
+        change_store(store, snapshot, changed_share=config.changed_share)
+        yield _figures(f"{config.changed_share:.0%} changed", words)
 
 
-def index_lines(figures: Sequence[IndexFigures]) -> list[str]:
-    """A table of the runs; the setting of searches is marked."""
-    lines = []
-    for run in figures:
+def index_lines(run: IndexFigures) -> list[str]:
+    """A table of one of them; the setting of searches is marked."""
+    lines = [
+        f"{run.name}: {run.seconds:,.1f} s, {run.peak_memory_bytes / 2**20:,.0f} MiB at most, "
+        f"{run.factory}: {run.reason}",
+        f"{'setting':>9} {'queries':>8} {'recall@10':>10} {'ms':>7}",
+    ]
+    for found in run.measured:
+        mark = "*" if found.setting == run.setting else " "
         lines.append(
-            f"{run.name}: {run.seconds:,.1f} s, {run.peak_memory_bytes / 2**20:,.0f} MiB at most, "
-            f"{run.factory}: {run.reason}"
+            f"{mark}{found.setting:>8,} {found.kind:>8} {found.recall:>10.3f} "
+            f"{found.search_seconds * 1e3:>7.2f}"
         )
-        lines.append(f"{'setting':>9} {'queries':>8} {'recall@10':>10} {'ms':>7}")
-        for found in run.measured:
-            mark = "*" if found.setting == run.setting else " "
-            lines.append(
-                f"{mark}{found.setting:>8,} {found.kind:>8} {found.recall:>10.3f} "
-                f"{found.search_seconds * 1e3:>7.2f}"
-            )
     return lines
 
 
@@ -170,8 +148,7 @@ def _of_autofaiss(
     shutil.copy(Path(store.full_path(manifest.folder)) / TRUTH_FILE, scratch / "queries.npz")
     for number, file in enumerate(indexed_files(snapshot, modality="image")):
         with store.open(file.path) as opened:
-            vectors = _stored_vectors(opened, num_skipped=0)
-        np.save(scratch / "vectors" / f"{number:05d}.npy", vectors)
+            np.save(scratch / "vectors" / f"{number:05d}.npy", stored_vectors(opened))
     program = str(Path(__file__).with_name("autofaiss_program.py"))
     run = run_watched(
         [program, str(scratch), str(config.memory_bytes)], python=config.autofaiss_python
@@ -185,88 +162,3 @@ def _of_autofaiss(
         setting=None,
         measured=tuple(SettingFigures(**entry) for entry in run.report["measured"]),
     )
-
-
-def _first(store: Store, vectors: ClipLike, config: IndexBenchConfig) -> Snapshot:
-    rng = np.random.default_rng(1)
-    per_file = -(-config.num_rows // NUM_FILES)
-    files = []
-    for first in range(0, config.num_rows, per_file):
-        rows = range(first, min(first + per_file, config.num_rows))
-        files.append(_write(store, "image", rows, vectors.images(len(rows), rng=rng)))
-    num_texts = min(NUM_TEXTS, config.num_rows)
-    files.append(_write(store, "text", range(num_texts), vectors.texts(num_texts, rng=rng)))
-    return Snapshot(
-        number=1,
-        parent=None,
-        created_at="2026-01-01T00:00:00+00:00",
-        run_id="bench",
-        engine=_ENGINE,
-        catalog=CatalogRecord(
-            uri="", num_rows=config.num_rows, num_keys=config.num_rows, columns={}, files={}
-        ),
-        key_type="string",
-        embedding_dim=config.embedding_dim,
-        embedding_dtype="float16",
-        modalities=("image", "text"),
-        files=tuple(files),
-    )
-
-
-def _changed(
-    store: Store, before: Snapshot, vectors: ClipLike, config: IndexBenchConfig
-) -> Snapshot:
-    """The same but for one file, with as many rows."""
-    num = max(4, int(config.num_rows * config.changed_share))
-    num_changed, num_gone = num // 2, num // 4
-    rng = np.random.default_rng(2)
-    images = before.files_of("embeddings", modality="image")
-    kept, changed = images[:-1], images[-1]
-    first, end = config.num_rows - changed.num_rows, config.num_rows
-    # Of the file's rows the first go, the next have another vector, and the last are new.
-    rows = [*range(first + num_gone, end), *range(end, end + num_gone)]
-    new = np.concatenate(list(vectors.images(num_changed + num_gone, rng=rng)))
-    with store.open(changed.path) as file:
-        old = _stored_vectors(file, num_skipped=num_gone + num_changed)
-    contents = [1] * num_changed + [0] * len(old) + [1] * num_gone
-    parts = iter([new[:num_changed], old, new[num_changed:]])
-    written = _write(store, "image", rows, parts, versions=contents)
-    texts = before.files_of("embeddings", modality="text")
-    files = (*kept, written, *texts)
-    return dataclasses.replace(before, number=2, parent=1, files=files)
-
-
-def _stored_vectors(file: BinaryIO, *, num_skipped: int) -> Vectors:
-    return vectors_of(pq.read_table(file, columns=[schema.EMBEDDING]).slice(num_skipped))
-
-
-def _write(
-    store: Store,
-    modality: Modality,
-    rows: Sequence[int],
-    parts: Iterator[Vectors],
-    *,
-    versions: Iterable[int] | None = None,
-) -> StoredFile:
-    vectors = np.concatenate(list(parts)).astype(np.float16)
-    keys = [f"item-{row:010d}" for row in rows]
-    of_rows = zip(keys, versions or [0] * len(keys), strict=True)
-    table_schema = schema.embeddings_schema(
-        key_type=pa.string(), embedding_dim=vectors.shape[1], dtype="float16"
-    )
-    table = pa.table(
-        {
-            schema.KEY: keys,
-            schema.MODALITY: [modality] * len(keys),
-            schema.EMBEDDING: pa.FixedSizeListArray.from_arrays(
-                pa.array(vectors.reshape(-1)), type=table_schema.field(schema.EMBEDDING).type
-            ),
-            schema.FINGERPRINT: pa.array(
-                [xxhash.xxh3_128_digest(f"{key} {version}".encode()) for key, version in of_rows],
-                schema.FINGERPRINT_TYPE,
-            ),
-            schema.ENGINE_ID: [_ENGINE.engine_id] * len(keys),
-        },
-        schema=table_schema,
-    )
-    return write_table(table, kind="embeddings", modality=modality, plan_id=_PLAN_ID, store=store)

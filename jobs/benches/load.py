@@ -1,4 +1,7 @@
-"""Clients that ask a service again and again over connections that stay open; times each answer."""
+"""Clients that ask a service again and again over connections that stay open; times each answer.
+
+Knows nothing of what answers, but where it takes queries.
+"""
 
 import asyncio
 import json
@@ -11,22 +14,35 @@ from urllib.parse import urlsplit
 import numpy as np
 
 
-@dataclass
+@dataclass(slots=True)
 class Load:
     """What came of it."""
 
-    statuses: Counter = field(default_factory=Counter)
+    statuses: Counter[int] = field(default_factory=Counter)
+    """HTTP status -> answers."""
     seconds: list[float] = field(default_factory=list)
+    """Of each request that was answered, be it by an error."""
     snapshots: list[int] = field(default_factory=list)
+    """That each answer is of."""
     errors: list[str] = field(default_factory=list)
+    """Of each request that was not answered, or not with 200."""
     wall_seconds: float = 0.0
+    """Of all."""
+
+    @property
+    def requests_per_second(self) -> float:
+        """Answered."""
+        return len(self.seconds) / self.wall_seconds
+
+    def milliseconds(self, percent: float) -> float:
+        """A percentile of what a request took."""
+        return 1e3 * float(np.percentile(self.seconds, percent))
 
     def __str__(self) -> str:
-        p50, p99 = np.percentile(self.seconds, [50, 99]) * 1000
-        rate = len(self.seconds) / self.wall_seconds
+        """One line."""
         return (
-            f"{rate:,.0f} requests/s, p50 {p50:.0f} ms, p99 {p99:.0f} ms, {dict(self.statuses)}, "
-            f"{len(self.errors)} errors"
+            f"{self.requests_per_second:,.0f} requests/s, p50 {self.milliseconds(50):.0f} ms, p99 "
+            f"{self.milliseconds(99):.0f} ms, {dict(self.statuses)}, {len(self.errors)} errors"
         )
 
 
@@ -49,7 +65,7 @@ async def _load(url: str, texts: Sequence[str], *, seconds: float, num_clients: 
 
 async def _client(url: str, texts: Sequence[str], found: Load, *, until: float) -> None:
     place = urlsplit(url)
-    connection = None
+    connection: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
     turn = 0
     while time.monotonic() < until:
         turn += 1
