@@ -12,11 +12,11 @@ from pathlib import Path
 
 from engine.backends.choice import WANTED
 from engine.registry import default_engines_uri
-from jobs.command import Actions, CommandParser, dispatch, print_result, run
+from jobs.benches.search_commands import index, query, serve
+from jobs.command import Actions, CommandParser, dispatch, print_result, run, say
 from jobs.demo.run import CHECKPOINT_DIR
 from jobs.progress import shown_steps
 from pipelines.engines import EngineChoice
-from pipelines.indexes.options import DEFAULT_MIN_RECALL
 from pipelines.schema import WANTED_DECODERS
 
 
@@ -46,7 +46,7 @@ def _encode(argv: Sequence[str]) -> int:
     )
     with shown_steps() as on_progress:
         for figures in measure_encode(config, on_progress=on_progress):
-            _say(*timing_lines(figures.encoders[-1]))
+            say(*timing_lines(figures.encoders[-1]))
             if options.page:
                 Path(options.page).write_text(render_encode_page(figures), encoding="utf-8")
     lines = encode_lines(figures)
@@ -143,7 +143,7 @@ def _pipeline(argv: Sequence[str]) -> int:
     figures = [
         measure(
             PipelineConfig(num_rows=rows, engine=engine, images=images, num_runs=options.runs),
-            on_run=_say,
+            on_run=say,
         )
         for rows in options.rows
         for measure in programs
@@ -209,55 +209,6 @@ def _nights(argv: Sequence[str]) -> int:
     return 0
 
 
-def _index(argv: Sequence[str]) -> int:
-    from jobs.benches.index import IndexBenchConfig, index_lines, measure_index
-
-    parser = CommandParser(
-        "bench index",
-        description="Time, memory and recall of an index: built, and with some rows changed.",
-    )
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--dim", type=int, default=512)
-    parser.add_argument("--changed", type=float, default=0.01, metavar="SHARE")
-    parser.add_argument("--max-memory-bytes", type=int, default=2**30)
-    parser.add_argument("--min-recall", type=float, default=DEFAULT_MIN_RECALL, metavar="SHARE")
-    parser.add_argument("--factory", metavar="NAME", help="as of `clipmill index`")
-    parser.add_argument(
-        "--autofaiss", metavar="PYTHON", help="one that has autofaiss, which is measured as well"
-    )
-    options = parser.parse_options(argv)
-    words = ["--min-recall", str(options.min_recall)]
-    words += ["--factory", options.factory] if options.factory else []
-    config = IndexBenchConfig(
-        num_rows=options.rows,
-        embedding_dim=options.dim,
-        memory_bytes=options.max_memory_bytes,
-        words=tuple(words),
-        changed_share=options.changed,
-        autofaiss_python=options.autofaiss,
-    )
-    figures = []
-    for run_figures in measure_index(config):
-        figures.append(run_figures)
-        _say(*index_lines(run_figures))
-    lines = [line for run_figures in figures for line in index_lines(run_figures)]
-    print_result(figures, as_json=options.json, text="\n".join(lines))
-    return 0
-
-
-def _query(argv: Sequence[str]) -> int:
-    from pipelines.retrieval import pair_recall, recall_line
-
-    parser = CommandParser("bench query", description="Recall of the pairs of a store.")
-    parser.add_argument("--store", required=True, metavar="URI", help="an indexed store of pairs")
-    parser.add_argument("-k", type=int, nargs="+", default=[1, 5, 10], help="cut-offs")
-    options = parser.parse_options(argv)
-    recalls = pair_recall(options.store, ks=options.k)
-    text = "\n".join(map(recall_line, recalls))
-    print_result(recalls, as_json=options.json, text=text)
-    return 0
-
-
 def _agreement(argv: Sequence[str]) -> int:
     from jobs.benches.agreement import agreement_line, measure_agreement
 
@@ -278,12 +229,6 @@ def _agreement(argv: Sequence[str]) -> int:
     text = "\n".join(map(agreement_line, agreements))
     print_result(agreements, as_json=options.json, text=text)
     return 0
-
-
-def _say(*lines: str) -> None:
-    """On stderr, at once: a long bench that ends early has then said what it had."""
-    sys.stderr.write("".join(f"{line}\n" for line in lines))
-    sys.stderr.flush()
 
 
 def _add_engine(parser: CommandParser) -> None:
@@ -311,8 +256,9 @@ BENCHES: Actions = {
     "pipeline": (_pipeline, "speed and memory of embed over catalog sizes"),
     "plan": (_plan, "time and memory to find what changed in a catalog"),
     "nights": (_nights, "time and memory of nights, by what changed"),
-    "index": (_index, "time, memory and recall of an index, built and changed"),
-    "query": (_query, "recall of the pairs of a store"),
+    "index": (index, "time, memory and recall of an index, built and changed"),
+    "serve": (serve, "requests a second of the service, and how long they take"),
+    "query": (query, "recall of the pairs of a store"),
     "agreement": (_agreement, "cosine of an engine's embeddings to transformers' own"),
 }
 

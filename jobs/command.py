@@ -182,6 +182,12 @@ def print_result(result: Any, *, as_json: bool, text: str) -> None:
     print(json_text(result) if as_json else text)
 
 
+def say(*lines: str) -> None:
+    """Print on stderr, at once: what takes long and ends early has then said what it had."""
+    sys.stderr.write("".join(f"{line}\n" for line in lines))
+    sys.stderr.flush()
+
+
 def _lost(error: RayError) -> str:
     what = str(error).strip().splitlines()[0]
     return f"the cluster lost a worker or a node ({what}); run the same command again to go on"

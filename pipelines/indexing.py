@@ -50,7 +50,9 @@ class IndexConfig:
 
 
 def build_index(config: IndexConfig) -> list[IndexManifest]:
-    """Index a snapshot, each modality by itself; an index that is there is kept.
+    """Index a snapshot, each modality by itself.
+
+    An index that is there is kept, unless another type is named.
 
     Raises:
         StoreError: There is no such snapshot, or the store cannot be read or written.
@@ -85,7 +87,9 @@ def index_snapshot(
     options: IndexOptions,
     promote: Callable[[IndexManifest], None],
 ) -> list[IndexManifest]:
-    """Index a snapshot, also one that is not committed yet; an index that is there is kept.
+    """Index a snapshot, also one that is not committed yet.
+
+    An index that is there is kept, unless another type is named: readers have it until then.
 
     Args:
         store: Where its files lie.
@@ -100,7 +104,9 @@ def index_snapshot(
     manifests = []
     for modality in snapshot.modalities:
         manifest = find_index(store, snapshot, modality=modality)
-        if manifest is None:
+        if manifest is None or (
+            manifest.num_rows and options.factory not in (None, manifest.factory)
+        ):
             manifest = _indexed(store, snapshot, modality=modality, options=options)
             promote(manifest)
             publish_index(store, manifest)

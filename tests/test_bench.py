@@ -225,7 +225,17 @@ def test_what_to_measure_must_be_named(what: str, option: str, capsys):
 def test_what_there_is_to_measure(capsys):
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    names = ("encode", "decode", "pipeline", "plan", "nights", "query", "agreement")
+    names = (
+        "encode",
+        "decode",
+        "pipeline",
+        "plan",
+        "nights",
+        "index",
+        "serve",
+        "query",
+        "agreement",
+    )
     assert all(f"\n  {name} " in shown for name in names)
     assert main([]) == 0
     assert main(["speed"]) == 2
