@@ -5,12 +5,15 @@ Knows nothing of how it was measured.
 
 from collections.abc import Callable
 
+from matplotlib.ticker import LogLocator
+
 from jobs.benches.encode_figures import EncodeFigures, Timing
 from pipelines import drawing
 from pipelines.drawing import ACCENT, INK, MUTED, WARNING, Plot, compact, render, svg_of
 from pipelines.report_page import size_text
 
 COLORS = (MUTED, ACCENT, WARNING, INK)
+THROUGHPUT, LATENCY = "rows/s", "p50 ms"
 MARKERS = ("D", "o", "s", "^")
 
 
@@ -24,11 +27,11 @@ def render_encode_page(figures: EncodeFigures) -> str:
         plots[f"{modality}-throughput"] = _plot(
             figures,
             modality=modality,
-            what="rows/s",
+            what=THROUGHPUT,
             value=lambda timing: max(timing.rows_per_second, timing.stream_rows_per_second),
         )
         plots[f"{modality}-latency"] = _plot(
-            figures, modality=modality, what="p50 ms", value=lambda timing: timing.p50_ms
+            figures, modality=modality, what=LATENCY, value=lambda timing: timing.p50_ms
         )
     return render(
         "encode.html",
@@ -57,7 +60,11 @@ def _plot(
             batch_sizes.update(rows)
             found.append(f"{encoder.name} {compact(values[0])} to {compact(values[-1])}")
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
+        if what == LATENCY:  # over three orders of magnitude
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        else:
+            axes.set_ylim(bottom=0)
         ticks = sorted(batch_sizes)
         axes.set_xticks(ticks, [f"{number:,}" for number in ticks])
         axes.minorticks_off()
