@@ -4,7 +4,6 @@ Knows nothing of how it was built, of queries but their vectors, or of condition
 of the ids that they allow.
 """
 
-import mmap
 import os
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from pipelines.indexes.lists import Lists
 from pipelines.indexes.manifest import FileRecord, IndexManifest, find_index
 from pipelines.indexes.rows import RowTable
 from pipelines.indexes.shards import FRAME_FILE, TRAINED_FILE
+from pipelines.indexes.vector_file import VectorFile
 from pipelines.schema import Modality
 from pipelines.snapshots import Snapshot
 from pipelines.store import Store
@@ -94,7 +94,7 @@ class OpenIndex:
         if self.manifest.kind == "exact":
             return np.asarray(self._index.reconstruct(row_id), dtype=np.float32)
         if self._vectors is not None:
-            vector = np.asarray(self._vectors[row_id], dtype=np.float32)
+            vector = self._vectors.rows(np.array([row_id]))[0]
         elif self.manifest.kind == "hnsw":
             vector = self._index.reconstruct(int(np.flatnonzero(self._places == row_id)[0]))
         else:
@@ -103,11 +103,6 @@ class OpenIndex:
             self._index.reconstruct_from_offset(number, offset, faiss.swig_ptr(code))
             vector = self._frame.row_of(code)
         return np.asarray(vector / max(float(np.linalg.norm(vector)), 1e-12), dtype=np.float32)
-
-    def give_pages_back(self) -> None:
-        """Keep no page of the vectors in this process's memory, though the disk's cache may."""
-        if self._map is not None:
-            self._map.madvise(mmap.MADV_DONTNEED)
 
     @property
     def frame(self) -> Frame:
@@ -125,19 +120,14 @@ class OpenIndex:
         self._index = faiss.read_index(path, faiss.IO_FLAG_MMAP_IFC if kind == "exact" else 0)
         self._frame = identity(self.manifest.embedding_dim)
         self._places: Any = None
-        self._vectors: Any = None
-        self._map: mmap.mmap | None = None
+        self._vectors: VectorFile | None = None
         self._alive: Bitmap | None = None
         if kind == "ivf":
             self._frame = Frame.from_bytes((self.directory / FRAME_FILE).read_bytes())
             lists = Lists(self.directory / LISTS_FILE)
             lists.attach(self._index)
             if self.manifest.factory.endswith("Refine(SQfp16)"):
-                mapped = np.load(self.directory / VECTORS_FILE, mmap_mode="r")
-                self._map = mapped._mmap
-                # One row here and there: nothing around it is of use.
-                self._map.madvise(mmap.MADV_RANDOM)
-                self._vectors = mapped.view(np.ndarray)  # whose rows are had faster
+                self._vectors = VectorFile(self.directory / VECTORS_FILE)
             else:
                 self._places = np.load(self.directory / PLACES_FILE, mmap_mode="r")
         elif kind == "hnsw":
@@ -212,7 +202,7 @@ class OpenIndex:
             products[few], ids[few] = ask(queries[few], nprobe=nprobe)
             few = few[(ids[few] >= 0).sum(axis=1) < num_hits]
         if self._vectors is not None:
-            return self._reranked(vectors, ids, num_hits=num_hits)
+            return _reranked(vectors, ids, kept=self._vectors, num_hits=num_hits)
         scores = np.where(ids < 0, -np.inf, self._frame.cosines(products, vectors))
         return scores.astype(np.float32), ids
 
@@ -224,16 +214,6 @@ class OpenIndex:
             parameters = faiss.IVFRaBitQSearchParameters(nprobe=nprobe, sel=selector)
         products, ids = self._index.search(queries, num_hits, params=parameters)
         return products, ids
-
-    def _reranked(self, vectors: Vectors, ids: Ids, *, num_hits: int) -> tuple[Vectors, Ids]:
-        """The best of the candidates [N, C], by the vectors that are kept."""
-        scores = np.full(ids.shape, -np.inf, dtype=np.float32)
-        for query, row_ids in enumerate(ids):
-            found = row_ids >= 0
-            kept = np.asarray(self._vectors[row_ids[found]], dtype=np.float32)
-            scores[query, found] = kept @ vectors[query]
-        order = np.lexsort((ids, -scores), axis=1)[:, :num_hits]
-        return np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
 
 
 def open_index(store: Store, snapshot: Snapshot, *, modality: Modality) -> OpenIndex:
@@ -274,6 +254,18 @@ def cache_root(store: Store) -> Path:
     """Where copies of the indexes of a store go."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "clipmill" / "indexes" / xxhash.xxh3_64_hexdigest(store.uri.encode())
+
+
+def _reranked(
+    vectors: Vectors, ids: Ids, *, kept: VectorFile, num_hits: int
+) -> tuple[Vectors, Ids]:
+    """The best of the candidates [N, C], by the vectors that are kept."""
+    scores = np.full(ids.shape, -np.inf, dtype=np.float32)
+    for query, row_ids in enumerate(ids):
+        found = row_ids >= 0
+        scores[query, found] = kept.rows(row_ids[found]) @ vectors[query]
+    order = np.lexsort((ids, -scores), axis=1)[:, :num_hits]
+    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
 
 
 def _is_whole(path: Path, record: FileRecord) -> bool:

@@ -20,9 +20,6 @@ KS = (1, 10, 100)
 CHOSEN_K = 10
 # Queries of each kind that are timed, one at a time.
 NUM_TIMED = 64
-# Answers that are asked for before the pages of the vectors that they were found by are given back:
-# or else all would count as this process's memory.
-_PART_ANSWERS = 1_600
 # No more settings are tried where there is nothing left to gain, or nobody would wait.
 ENOUGH_RECALL = 0.998
 MAX_SEARCH_SECONDS = 0.05
@@ -134,19 +131,13 @@ def _recalls(index: OpenIndex, truth: Truth, asked: Ids) -> dict[str, float]:
     for k in KS:
         if k > CHOSEN_K:  # as many answers, to some of the queries, tell as much
             asked = asked[:: k // CHOSEN_K]
-        shares = []
-        num_at_once = max(1, _PART_ANSWERS // k)
-        for first in range(0, len(asked), num_at_once):
-            part = asked[first : first + num_at_once]
-            scores, ids = index.search(truth.vectors[part], num_hits=k + num_own)
-            scores, ids = _without_own(scores, ids, truth.own_ids[part])
-            shares += _found_shares(scores[:, :k], ids[:, :k], truth, part)
-            index.give_pages_back()
-        recalls[str(k)] = float(np.mean(shares))
+        scores, ids = index.search(truth.vectors[asked], num_hits=k + num_own)
+        scores, ids = _without_own(scores, ids, truth.own_ids[asked])
+        recalls[str(k)] = _recall(scores[:, :k], ids[:, :k], truth, asked)
     return recalls
 
 
-def _found_shares(scores: Vectors, ids: Ids, truth: Truth, asked: Ids) -> list[float]:
+def _recall(scores: Vectors, ids: Ids, truth: Truth, asked: Ids) -> float:
     exact_ids, exact_scores = truth.ids[asked], truth.scores[asked]
     num_exact = np.minimum((exact_ids >= 0).sum(axis=1), ids.shape[1])
     last = exact_scores[np.arange(len(asked)), num_exact - 1] - TIE
@@ -157,7 +148,7 @@ def _found_shares(scores: Vectors, ids: Ids, truth: Truth, asked: Ids) -> list[f
         if len(near) == DEPTH:  # more are as near than are known: copies of one row
             is_near |= scores[row] >= last[row] - CODE_TOLERANCE
         shares.append(min(int(is_near.sum()), num_exact[row]) / num_exact[row])
-    return shares
+    return float(np.mean(shares))
 
 
 def _without_own(scores: Vectors, ids: Ids, own_ids: Ids) -> tuple[Vectors, Ids]:

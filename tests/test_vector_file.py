@@ -1,0 +1,113 @@
+"""Tests of pipelines/indexes/vector_file.py: rows as numpy reads them, from warm and cold files."""
+
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines.errors import StoreError
+from pipelines.indexes import vector_file
+from pipelines.indexes.vector_file import VectorFile
+
+NUM_ROWS, DIM = 20_000, 24
+
+
+@pytest.fixture(scope="module")
+def vectors() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((NUM_ROWS, DIM)).astype(np.float16)
+
+
+@pytest.fixture
+def path(tmp_path: Path, vectors: np.ndarray) -> Path:
+    np.save(tmp_path / "vectors.npy", vectors)
+    return tmp_path / "vectors.npy"
+
+
+def drop_from_memory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize("is_cold", [False, True])
+def test_rows_are_those_of_the_array(path: Path, vectors: np.ndarray, is_cold: bool) -> None:
+    opened = VectorFile(path)
+    if is_cold:
+        drop_from_memory(path)
+    ids = np.array([0, NUM_ROWS - 1, 7, 7, *range(100, 9_000, 13)])
+    found = opened.rows(ids)
+    assert found.dtype == np.float32
+    assert np.array_equal(found, vectors[ids].astype(np.float32))
+
+
+def test_no_rows_at_all(path: Path) -> None:
+    assert VectorFile(path).rows(np.zeros(0, np.int64)).shape == (0, DIM)
+
+
+def test_where_nobody_can_tell_what_is_in_memory(
+    path: Path, vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.preadv
+
+    def preadv(descriptor: int, parts: list, offset: int, flags: int = 0) -> int:
+        if flags:
+            raise OSError(95, "Operation not supported")
+        return real(descriptor, parts, offset)
+
+    monkeypatch.setattr(vector_file.os, "preadv", preadv)
+    ids = np.arange(0, NUM_ROWS, 501)
+    assert np.array_equal(VectorFile(path).rows(ids), vectors[ids].astype(np.float32))
+
+
+def test_several_threads_read_at_once(path: Path, vectors: np.ndarray) -> None:
+    opened = VectorFile(path)
+    wrong: list[int] = []
+
+    def read(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for _ in range(50):
+            ids = rng.integers(0, NUM_ROWS, 100)
+            if not np.array_equal(opened.rows(ids), vectors[ids].astype(np.float32)):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_the_file_is_closed_with_its_owner(path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    opened = VectorFile(path)
+    opened.rows(np.array([1]))
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    del opened
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_file_that_is_cut_while_it_is_open_is_said(path: Path) -> None:
+    opened = VectorFile(path)
+    os.truncate(path, 1_000)
+    with pytest.raises(StoreError, match="was cut while it was open"):
+        opened.rows(np.array([NUM_ROWS - 1]))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [np.zeros((3, 4), np.float32), np.zeros(3, np.float16), np.zeros((3, 4, 1), np.float16)],
+)
+def test_another_array_is_refused(tmp_path: Path, other: np.ndarray) -> None:
+    np.save(tmp_path / "other.npy", other)
+    with pytest.raises(ValueError, match=r"not float16 \[N, D\]"):
+        VectorFile(tmp_path / "other.npy")
+
+
+def test_a_cut_file_is_refused(path: Path) -> None:
+    os.truncate(path, 10_000)
+    with pytest.raises(ValueError, match="mmap"):
+        VectorFile(path)
