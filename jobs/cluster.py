@@ -17,7 +17,7 @@ from ray._private.utils import get_num_cpus
 from engine.errors import ClipmillError
 
 # Of the object store of a Ray that a command starts for itself, for each CPU: twice what blocks
-# between the stages may take (`Resources.in_flight_bytes`), since those being written come on top.
+# between the stages may take (`IN_FLIGHT_BYTES_PER_CPU`), since those being written come on top.
 OBJECT_STORE_BYTES_PER_CPU = 512 * 2**20
 MIN_OBJECT_STORE_BYTES = 1 * 2**30
 # That may idle, for each CPU: as many as run at once by the smallest share of `Resources`. By Ray's

@@ -16,8 +16,9 @@ from pipelines.catalog import CatalogConfig
 from pipelines.decode import RowLimits
 from pipelines.embedding import EmbedConfig
 from pipelines.engines import EngineChoice
+from pipelines.placement import Placement
+from pipelines.resources import Resources
 from pipelines.schema import WANTED_DECODERS
-from pipelines.stages import Resources
 
 
 def embed_config_from(options: Namespace, *, command: Sequence[str]) -> EmbedConfig:
@@ -62,6 +63,12 @@ def embed_config_from(options: Namespace, *, command: Sequence[str]) -> EmbedCon
             encoder_cpus=options.encoder_cpus,
             encoder_gpus=options.encoder_gpus,
             decode_cpus=options.decode_cpus,
+            placement=Placement(
+                max_encoders=options.max_encoders,
+                accelerator_type=options.accelerator_type,
+                warn_seconds=options.placement_warning,
+                fail_seconds=options.placement_timeout,
+            ),
         ),
         retry=tuple(options.retry),
         command=tuple(command),
@@ -71,6 +78,7 @@ def embed_config_from(options: Namespace, *, command: Sequence[str]) -> EmbedCon
 def add_embed_options(parser: CommandParser) -> None:
     """Give a parser all options of a run."""
     limits, images, resources = RowLimits(), ImageLimits(), Resources()
+    placement = resources.placement
     what = parser.add_argument_group("what")
     what.add_argument("--catalog", required=True, metavar="URI", help="Parquet file or folder")
     what.add_argument("--store", required=True, metavar="URI", help="output folder")
@@ -117,7 +125,18 @@ def add_embed_options(parser: CommandParser) -> None:
     where = parser.add_argument_group("resources")
     where.add_argument("--address", help="of a Ray cluster; otherwise Ray is started here")
     where.add_argument(
-        "--num-encoders", type=int, help="one for every two CPUs, or for each GPU, if left out"
+        "--num-encoders",
+        type=int,
+        help="if left out one for every two CPUs, or for each GPU; with an autoscaler from one on, "
+        "as the backlog asks",
+    )
+    where.add_argument(
+        "--max-encoders", type=int, help="as many as the backlog may ask for, from --num-encoders"
+    )
+    where.add_argument(
+        "--accelerator-type",
+        metavar="NAME",
+        help="of the encoders' GPUs, as Ray names it: L4, H100",
     )
     where.add_argument("--encoder-threads", type=int, default=resources.encoder_threads)
     where.add_argument("--encoder-cpus", type=float, default=resources.encoder_cpus)
@@ -129,3 +148,17 @@ def add_embed_options(parser: CommandParser) -> None:
         help="if left out 32 on CPUs, 256 on GPUs, 1,024 on GPUs that decode",
     )
     where.add_argument("--rows-per-file", type=int, default=resources.rows_per_file)
+    where.add_argument(
+        "--placement-warning",
+        type=float,
+        default=placement.warn_seconds,
+        metavar="SECONDS",
+        help="workers without a place for so long: say what they wait for",
+    )
+    where.add_argument(
+        "--placement-timeout",
+        type=float,
+        default=placement.fail_seconds,
+        metavar="SECONDS",
+        help="after so long the run ends; what was embedded is kept",
+    )

@@ -23,9 +23,11 @@ from pipelines.errors import IncompleteRunError
 from pipelines.ledger import Ledger
 from pipelines.lineage import Lineage, code_version, public_uri, without_secrets
 from pipelines.parent import ENGINE_CHANGES, EngineChange, same_state
+from pipelines.placement import Wanted
 from pipelines.planning import catalog_record, fill, modalities_by_content, staged_files
 from pipelines.preparing import Preparation, built_manifest, prepare, ready_manifest
 from pipelines.progress import Progress
+from pipelines.resources import Resources, num_workers
 from pipelines.rounds import Written, check_rejects, write_due
 from pipelines.schema import EmbeddingDtype, Modality
 from pipelines.snapshots import (
@@ -36,8 +38,9 @@ from pipelines.snapshots import (
     missing_files,
     snapshot_numbers,
 )
-from pipelines.stages import Pass, Resources, num_workers, ray_data_settings
+from pipelines.stages import Pass, ray_data_settings
 from pipelines.store import Store
+from pipelines.watched_runs import placement_watched
 from pipelines.writing import is_encoded, staging_dir
 
 # Looks at what a run would commit. Gives the snapshot back, with what it has to say in the lineage,
@@ -176,6 +179,7 @@ def embed(
         CatalogError: The catalog cannot be read or its schema has faults.
         StoreError: The store cannot be written or holds another model's embeddings.
         TooManyRejectsError: See `RowLimits.max_reject_share`.
+        PlacementError: The cluster gave workers no place in time.
         IncompleteRunError: Rows are missing at the end (files changed while they were read).
     """
     store = Store(config.store_uri)
@@ -190,7 +194,7 @@ def embed(
         engine,
         registry=registry,
         catalog=catalog,
-        num_cpus=config.resources.decode_cpus,
+        resources=config.resources,
     )
     setting = _prepared(config, catalog=catalog, engine=engine, manifest=manifest_of)
     parent, base, execution = setting.parent, setting.base, setting.execution
@@ -317,6 +321,7 @@ def _prepared(
         engine_change=config.engine_change,
         dtype=config.dtype,
         limits=config.limits,
+        placement=config.resources.placement,
         ready_manifest=manifest,
     )
 
@@ -326,7 +331,7 @@ def _ledger(config: EmbedConfig, setting: Preparation) -> Iterator[Ledger]:
     """An empty one, and Ray Data set up for reading into it."""
     catalog = setting.catalog
     with (
-        ray_data_settings(config.resources, modalities=catalog.modalities),
+        ray_data_settings(modalities=catalog.modalities),
         Ledger(
             key_type=catalog.key_type,
             modalities=catalog.modalities,
@@ -339,15 +344,22 @@ def _ledger(config: EmbedConfig, setting: Preparation) -> Iterator[Ledger]:
 def _fill(config: EmbedConfig, setting: Preparation, *, ledger: Ledger) -> list[StoredFile]:
     """Read both sides into a ledger; returns the files that an unfinished run left."""
     staged = staged_files(setting.store, plan_id=setting.plan_id, committed=setting.before)
-    fill(
-        ledger,
-        setting.catalog,
-        parent=setting.base,
-        staged=staged,
-        store=setting.store,
-        num_cpus=config.resources.io_cpus,
-        retried=config.retry,
+    reading = Wanted(
+        what="reading the catalog",
+        resources={"CPU": config.resources.io_cpus},
+        kind="queue",
+        option=None,
     )
+    with placement_watched([reading], placement=config.resources.placement, progress=lambda: 0):
+        fill(
+            ledger,
+            setting.catalog,
+            parent=setting.base,
+            staged=staged,
+            store=setting.store,
+            num_cpus=config.resources.io_cpus,
+            retried=config.retry,
+        )
     return staged
 
 

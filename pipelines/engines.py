@@ -28,6 +28,7 @@ from engine.manifest import Manifest, Precision
 from engine.preprocess import Preprocessing
 from engine.promotion import promoted
 from engine.registry import Engine, Registry, default_engines_uri
+from pipelines.cluster_state import can_grow
 from pipelines.gpu_probe import Look, num_gpus
 from pipelines.schema import WANTED_DECODERS, Decoder, WantedDecoder
 from pipelines.snapshots import EngineRecord
@@ -136,11 +137,13 @@ def chosen_backend(wanted: Wanted, *, engine: EngineRecord, look: Look) -> Backe
         look: Of `gpu_probe`.
 
     Raises:
-        DeviceError, EngineError: As for `choose_backend`; or no GPU could be looked at.
+        DeviceError, EngineError: As for `choose_backend`.
+        PlacementError: No GPU could be looked at in time.
     """
     precision = cast("Precision", engine.engine_id.partition("-")[0])
     machine = NO_GPU
-    if wanted != "onnxruntime" and precision != "fp32" and num_gpus():
+    # That there is no GPU now says nothing where an autoscaler starts nodes for who asks.
+    if wanted != "onnxruntime" and precision != "fp32" and (num_gpus() or can_grow()):
         machine = _gpu_worker(look)
     backend = choose_backend(wanted, precision=precision, machine=machine)
     if wanted == "auto":
@@ -167,7 +170,8 @@ def chosen_decoder(
         look: Of `gpu_probe`.
 
     Raises:
-        DeviceError: The GPU was asked for and cannot; or no GPU could be looked at.
+        DeviceError: The GPU was asked for and cannot.
+        PlacementError: No GPU could be looked at in time.
     """
     if wanted == "cpu" or (wanted == "auto" and backend == "onnxruntime"):
         return "cpu"

@@ -9,6 +9,7 @@ Knows nothing of where they are raised.
     ├── TooManyRejectsError      the share of rejected rows passed the stated bound
     ├── IncompleteRunError       the rows written are not the catalog's: nothing was committed
     ├── GuardError               a guard tripped: nothing was committed
+    ├── PlacementError           the cluster gave workers no place in time
     ├── ScratchSpaceError        this machine has too little temporary space for a plan
     ├── RecallError              an index finds less than was asked for: it was not promoted
     └── IndexMissingError        there is no index to query yet
@@ -49,6 +50,10 @@ class IncompleteRunError(PipelineError):
 
 class GuardError(PipelineError):
     """What would have been committed is not like what was there: a guard tripped."""
+
+
+class PlacementError(PipelineError):
+    """The cluster gave workers no place in time; the text says what they waited for."""
 
 
 class ScratchSpaceError(PipelineError):

@@ -8,41 +8,44 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError
 
-from engine.errors import DeviceError
+from pipelines.cluster_state import wait_for_place
+from pipelines.placement import SLIVER, Placement, Wanted, accelerator
 
 # Of a GPU: room for it is left beside most that use GPUs in part.
-_PROBE_GPUS = 0.001
-# For a GPU to become free.
-PROBE_SECONDS = 300.0
+_PROBE_GPUS = SLIVER
 
 # Calls a function in the worker; gives back what it returns, and raises what it raises.
 Look = Callable[[Callable[[], Any]], Any]
 
 
 @contextmanager
-def gpu_probe() -> Iterator[Look]:
+def gpu_probe(placement: Placement) -> Iterator[Look]:
     """A worker of a GPU for the length of a block, started by the first look.
 
     One for all looks, since most of a look's time goes into its start. What it holds on the GPU
     ends with it.
 
-    Looks raise DeviceError if no GPU has room.
+    Looks raise PlacementError if no GPU of the type asked for has room in time.
     """
     workers: list[Any] = []
 
     def look(function: Callable[[], Any]) -> Any:
         if not workers:
             worker: Any = ray.remote(num_cpus=0, num_gpus=_PROBE_GPUS)(_Worker)
-            workers.append(worker.options(max_restarts=3, max_task_retries=3).remote())
-        try:
-            return ray.get(workers[0].call.remote(function), timeout=PROBE_SECONDS)
-        except GetTimeoutError as error:
-            raise DeviceError(
-                f"none of the cluster's {num_gpus():g} GPUs had room within {PROBE_SECONDS:g} s: "
-                "wait for the jobs that use them, or use --backend onnxruntime to run on CPUs"
-            ) from error
+            worker = worker.options(
+                accelerator_type=placement.accelerator_type, max_restarts=3, max_task_retries=3
+            )
+            workers.append(worker.remote())
+            wanted = Wanted(
+                what="a look at a GPU",
+                resources={"GPU": _PROBE_GPUS, **accelerator(placement)},
+                kind="actor",
+                option=None,
+            )
+            started = workers[0].__ray_ready__.remote()
+            wait_for_place([started], wanted=wanted, placement=placement)
+        return ray.get(workers[0].call.remote(function))
 
     try:
         yield look

@@ -13,6 +13,7 @@ from engine.errors import EngineError
 from engine.manifest import Manifest
 from engine.registry import Engine, Registry
 from pipelines.catalog import Catalog
+from pipelines.cluster_state import wait_for_place
 from pipelines.decode import RowLimits
 from pipelines.engines import (
     EngineChoice,
@@ -23,7 +24,9 @@ from pipelines.engines import (
 )
 from pipelines.gpu_probe import gpu_probe
 from pipelines.parent import EngineChange, check_parent
+from pipelines.placement import Placement, Wanted
 from pipelines.planning import plan_id_of
+from pipelines.resources import Resources
 from pipelines.schema import EmbeddingDtype
 from pipelines.snapshots import (
     EngineRecord,
@@ -69,6 +72,7 @@ def prepare(
     engine_change: EngineChange,
     dtype: EmbeddingDtype,
     limits: RowLimits,
+    placement: Placement,
     ready_manifest: Callable[[], Manifest],
 ) -> Preparation:
     """Choose what executes the engine, and see that its rows fit into the store.
@@ -81,11 +85,13 @@ def prepare(
         engine_change: What to do if the store holds another engine's rows.
         dtype: Of stored embeddings.
         limits: What a row may cost.
+        placement: Where encoders may go, and how long a look at a GPU may wait for one.
         ready_manifest: As of `chosen_decoder`.
 
     Raises:
         StoreError: They do not fit, or the store cannot be read.
         DeviceError, EngineError: Nothing here executes the engine as it was asked for.
+        PlacementError: No GPU could be looked at in time.
         ValueError: GPUs are to decode, and the catalog has no images.
     """
     parent = current_snapshot(store)
@@ -94,7 +100,12 @@ def prepare(
     )
     base = None if is_renewed else parent
     execution = _chosen_execution(
-        choice, catalog=catalog, engine=engine, parent=base, ready_manifest=ready_manifest
+        choice,
+        catalog=catalog,
+        engine=engine,
+        parent=base,
+        placement=placement,
+        ready_manifest=ready_manifest,
     )
     check_parent(
         parent,
@@ -127,9 +138,10 @@ def _chosen_execution(
     catalog: Catalog,
     engine: EngineRecord,
     parent: Snapshot | None,
+    placement: Placement,
     ready_manifest: Callable[[], Manifest],
 ) -> Execution:
-    with gpu_probe() as look:
+    with gpu_probe(placement) as look:
         backend = chosen_backend(choice.backend, engine=engine, look=look)
         wanted = choice.decoder
         if "image" not in catalog.modalities:
@@ -155,20 +167,29 @@ def built_manifest(engine: EngineRecord, *, registry: Registry) -> Manifest:
 
 
 def ready_manifest(
-    engine: EngineRecord, *, registry: Registry, catalog: Catalog, num_cpus: float
+    engine: EngineRecord, *, registry: Registry, catalog: Catalog, resources: Resources
 ) -> Manifest:
     """The manifest of an engine, which a worker builds if it is not there.
 
     Raises:
         CheckpointError: It cannot be built.
         EngineError: The same, or it lacks a tower for what the catalog holds.
+        PlacementError: That worker got no place in time.
     """
     manifest = registry.manifest(engine.engine_id)
     if manifest is None:
         # In a worker: building takes torch, which the driver then need not hold.
         build: Any = ray.remote(cast("Any", ready_engine))
-        build = build.options(num_cpus=num_cpus)
-        manifest = cast("Engine", ray.get(build.remote(engine, registry=registry))).manifest
+        build = build.options(num_cpus=resources.decode_cpus)
+        built = build.remote(engine, registry=registry)
+        building = Wanted(
+            what="building the engine",
+            resources={"CPU": resources.decode_cpus},
+            kind="queue",
+            option="--decode-cpus",
+        )
+        wait_for_place([built], wanted=building, placement=resources.placement)
+        manifest = cast("Engine", ray.get(built)).manifest
     absent = [name for name in catalog.modalities if name not in manifest.modalities]
     if absent:
         leave_out = " ".join(f"--{modality}-column none" for modality in absent)

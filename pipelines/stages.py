@@ -18,62 +18,37 @@ from engine.manifest import Manifest
 from engine.registry import Registry
 from pipelines import schema
 from pipelines.catalog import Catalog
+from pipelines.cluster_state import can_grow
 from pipelines.decode import RowLimits, decode_batch
 from pipelines.encode import EncodeStage
 from pipelines.engines import Execution
 from pipelines.ledger import DueRows
 from pipelines.progress import StageMeter
 from pipelines.reading import CatalogDatasource, RowGroupRows, num_blocks
+from pipelines.resources import (
+    Resources,
+    check_room,
+    encoder_bounds,
+    num_cpus,
+    wanted_workers,
+)
 from pipelines.snapshots import EngineRecord, StoredFile
 from pipelines.store import Store
+from pipelines.watched_runs import PlacementCallback, placement_watched
 from pipelines.writing import stored_files, write_batch
 
 # Blocks between the stages: a task takes one block, so they are large enough that starting tasks
 # costs little, and small enough that few rows are in flight. Texts are short.
 IMAGE_BLOCK_BYTES = 16 * 2**20
 TEXT_BLOCK_BYTES = 2**20
+# Of the object store, for blocks between the stages, for each CPU of the cluster; keeps memory flat
+# on long runs. With half of it, a stand-in for an encoder as fast as an H200's waited for images
+# beside 16 CPUs.
+IN_FLIGHT_BYTES_PER_CPU = 256 * 2**20
+# For the counts, which come from an actor beside the driver.
+COUNT_SECONDS = 10.0
 # Where GPUs decode: nvJPEG decodes two batches, one is encoded, others come or go.
 CALLS_OF_GPU_ENCODER = 6
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Resources:
-    """What the stages take of the cluster."""
-
-    num_encoders: int | None = None
-    """Encode actors; None: one for every two CPUs of the cluster, or for each of its GPUs."""
-    encoder_threads: int = 2
-    """Threads of one encode actor."""
-    encoder_cpus: float = 0.5
-    """CPUs that Ray reserves for an encode actor; below its threads, so that decoding, which is
-    short beside encoding on CPUs, can use the same cores."""
-    encoder_gpus: float = 1.0
-    """GPUs that Ray reserves for an encode actor, if the engine runs on GPUs."""
-    decode_cpus: float = 0.5
-    """CPUs that Ray reserves for a decode task; it uses one, but also has to fit beside an encode
-    actor on a node of one CPU."""
-    io_cpus: float = 0.25
-    """CPUs for a read or write task; they mostly wait."""
-    batch_rows: int | None = None
-    """Rows given to an encode actor at once, also rows of a decode task; None: 32 on CPUs; on GPUs
-    256, which smaller batches leave idle, and 1,024 where GPUs decode: images are small before."""
-    rows_per_file: int = 4096
-    """Rows of a written file; a killed run redoes at most those not yet written."""
-    in_flight_bytes: int = 256 * 2**20
-    """Of the object store, for blocks between the stages, for each CPU of the cluster; keeps memory
-    flat on long runs. With half of it, a stand-in for an encoder as fast as an H200's waited for
-    images beside 16 CPUs."""
-
-    def __post_init__(self) -> None:
-        """Check the bounds."""
-        if self.num_encoders is not None and self.num_encoders < 1:
-            raise ValueError(f"num_encoders={self.num_encoders}: expected at least 1")
-        for name in ("encoder_threads", "batch_rows", "rows_per_file", "in_flight_bytes"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
-        for name in ("encoder_cpus", "encoder_gpus", "decode_cpus", "io_cpus"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: expected more than 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,8 +80,10 @@ class Pass:
 def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Iterator[list[StoredFile]]:
     """Embed due rows; yields the files as they are written.
 
-    A file that a worker wrote before it died, and did not report, is not among them. On a cluster
-    with less room than the stages need it would wait forever; that is a ValueError.
+    A file that a worker wrote before it died, and did not report, is not among them.
+
+    On a cluster that stays as it is, with less room than the stages need, they would wait forever:
+    that is a ValueError. Where nodes may come, PlacementError ends the wait (`Placement`).
 
     Args:
         pass_: From where, with what, to where.
@@ -118,8 +95,8 @@ def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Iterator[l
     on_cpus = execution.backend == "onnxruntime"
     on_gpus = execution.decoder == "gpu"
     batch_rows = resources.batch_rows or default_batch_rows(execution)
-    workers = num_workers(resources, execution=execution)
     check_room(resources, execution=execution)
+    min_encoders, max_encoders = encoder_bounds(resources, execution=execution)
     pieces = list(_pieces(catalog, due))
     source = CatalogDatasource(
         catalog,
@@ -164,8 +141,10 @@ def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Iterator[l
         batch_size=batch_rows,
         num_cpus=resources.encoder_cpus,
         num_gpus=0 if on_cpus else resources.encoder_gpus,
+        accelerator_type=None if on_cpus else resources.placement.accelerator_type,
         compute=ActorPoolStrategy(
-            size=workers["encode"],
+            min_size=min_encoders,
+            max_size=max_encoders,
             max_concurrent_calls_per_actor=CALLS_OF_GPU_ENCODER if on_gpus else 1,
             enable_true_multi_threading=on_gpus,
         ),
@@ -188,8 +167,13 @@ def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Iterator[l
         batch_size=resources.rows_per_file,
         num_cpus=resources.io_cpus,
     )
-    for report in reports.iter_batches(batch_size=None, batch_format="pyarrow"):
-        yield stored_files(report)
+    with placement_watched(
+        wanted_workers(resources, execution=execution),
+        placement=resources.placement,
+        progress=partial(_num_counted, board),
+    ):
+        for report in reports.iter_batches(batch_size=None, batch_format="pyarrow"):
+            yield stored_files(report)
 
 
 def default_batch_rows(execution: Execution) -> int:
@@ -199,38 +183,27 @@ def default_batch_rows(execution: Execution) -> int:
     return 1024 if execution.decoder == "gpu" else 256
 
 
-def num_workers(resources: Resources, *, execution: Execution) -> dict[str, int]:
-    """Stage -> how many of its workers the cluster has room for at once."""
-    cpus = _num_cpus()
-    io = max(1, int(cpus / resources.io_cpus))
-    room = cpus // 2 if execution.backend == "onnxruntime" else _gpu_room(resources)
-    encoders = resources.num_encoders or max(1, int(room))
-    decoders = max(1, int(cpus / max(1.0, resources.decode_cpus)))
-    if execution.decoder == "gpu":
-        workers = {"read": decoders, "prepare": decoders, "decode": encoders}
-    else:
-        workers = {"read": io, "decode": decoders}
-    return {**workers, "encode": encoders, "write": io}
-
-
 @contextmanager
-def ray_data_settings(
-    resources: Resources, *, modalities: Sequence[schema.Modality]
-) -> Iterator[None]:
-    """Keep Ray Data quiet and within its share of the object store for the length of a block."""
+def ray_data_settings(*, modalities: Sequence[schema.Modality]) -> Iterator[None]:
+    """Keep Ray Data quiet, watched and within its share of the object store for a block's length.
+
+    Where an autoscaler gives the nodes, the share is Ray Data's own, which grows with them.
+    """
     context = DataContext.get_current()
     settings = {
         "enable_progress_bars": False,
         "enable_auto_log_stats": False,
         "target_max_block_size": IMAGE_BLOCK_BYTES if "image" in modalities else TEXT_BLOCK_BYTES,
         "raise_original_map_exception": True,
+        "custom_execution_callback_classes": [PlacementCallback],
     }
     before = {name: getattr(context, name) for name in settings}
     limits = context.execution_options.resource_limits
     for name, value in settings.items():
         setattr(context, name, value)
+    in_flight_bytes = None if can_grow() else IN_FLIGHT_BYTES_PER_CPU * max(1, int(num_cpus()))
     context.execution_options.resource_limits = ExecutionResources(
-        object_store_memory=resources.in_flight_bytes * max(1, int(_num_cpus()))
+        object_store_memory=in_flight_bytes
     )
     try:
         yield
@@ -240,35 +213,9 @@ def ray_data_settings(
         context.execution_options.resource_limits = limits
 
 
-def _num_cpus() -> float:
-    # The key is missing where no node has a CPU for work yet (autoscaling from zero).
-    return float(ray.cluster_resources().get("CPU", 0))
-
-
-def _gpu_room(resources: Resources) -> int:
-    """Encode actors that the cluster's GPUs hold; an actor's share is of one node."""
-    nodes = [node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]]
-    return sum(int(gpus / resources.encoder_gpus) for gpus in nodes)
-
-
-def check_room(resources: Resources, *, execution: Execution) -> None:
-    """ValueError if the cluster has less room than the stages need at once."""
-    num_encoders = num_workers(resources, execution=execution)["encode"]
-    if execution.backend != "onnxruntime" and num_encoders > _gpu_room(resources):
-        raise ValueError(
-            f"num_encoders={num_encoders}, encoder_gpus={resources.encoder_gpus:g}: the cluster's "
-            f"GPUs have room for {_gpu_room(resources)} such encoders; use fewer, or a lower "
-            "--encoder-gpus"
-        )
-    cpus = _num_cpus()
-    encoders = num_encoders * resources.encoder_cpus
-    needed = encoders + max(resources.decode_cpus, resources.io_cpus)
-    if 0 < cpus < needed:
-        raise ValueError(
-            f"num_encoders={num_encoders}, encoder_cpus={resources.encoder_cpus:g}, "
-            f"decode_cpus={resources.decode_cpus:g}: the stages need {needed:g} CPUs at once, the "
-            f"cluster has {cpus:g}; use fewer encoders or lower --encoder-cpus, --decode-cpus"
-        )
+def _num_counted(board: Any) -> float:
+    progress = ray.get(board.progress.remote(), timeout=COUNT_SECONDS)
+    return float(sum(count.num_rows for count in progress.stages.values()))
 
 
 def _pieces(catalog: Catalog, due: Sequence[DueRows]) -> Iterator[RowGroupRows]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jobs import cluster
-from pipelines.stages import Resources
+from pipelines.stages import IN_FLIGHT_BYTES_PER_CPU
 from tests.catalogs import scene_rows, stored_embeddings, write_rows
 from tests.ray_nodes import ray_nodes
 
@@ -150,4 +150,4 @@ def test_the_object_store_holds_more_than_what_is_in_flight(
     monkeypatch.setattr(cluster, "get_system_memory", lambda: total_gib * 2**30)
     monkeypatch.setattr(cluster.shutil, "disk_usage", lambda folder: usage)
     assert cluster._object_store_bytes() == int(expected_gib * 2**30)
-    assert 2 * Resources().in_flight_bytes <= cluster.OBJECT_STORE_BYTES_PER_CPU
+    assert 2 * IN_FLIGHT_BYTES_PER_CPU <= cluster.OBJECT_STORE_BYTES_PER_CPU

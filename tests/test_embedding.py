@@ -37,9 +37,9 @@ from pipelines.errors import (
     TooManyRejectsError,
 )
 from pipelines.report import make_report
+from pipelines.resources import Resources
 from pipelines.schema import REASONS
 from pipelines.snapshots import Snapshot, StoredFile, commit, snapshot_numbers
-from pipelines.stages import Resources
 from pipelines.store import Store
 from tests import image_files
 from tests.calibrated_engines import CalibratedEngines, put_sabotaged_engine

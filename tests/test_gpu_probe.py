@@ -11,6 +11,7 @@ import pytest
 from engine.device import has_driver
 from engine.errors import DeviceError
 from pipelines import gpu_probe
+from pipelines.placement import Placement
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -20,8 +21,9 @@ def test_gpus_that_ray_counts_and_its_workers_do_not_see_are_no_reason_to_use_cp
     """In a process of its own, since Ray is started with a GPU that is none."""
     script = """
 import ray
-from engine.errors import DeviceError
-from pipelines import engines, gpu_probe, stages
+from engine.errors import ClipmillError
+from pipelines import cluster_state, engines, gpu_probe, resources
+from pipelines.placement import Placement
 from pipelines.snapshots import EngineRecord
 
 ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
@@ -29,22 +31,23 @@ engine = EngineRecord(engine_id="fp8-0", checkpoint="a", revision=None)
 busy = ray.remote(num_gpus=1, num_cpus=0)(lambda: __import__("time").sleep(600))
 for wait in (False, True):
     if wait:
-        gpu_probe.PROBE_SECONDS = 1.0
+        cluster_state.LOOK_SECONDS = 0.5
         holding = busy.remote()
         while ray.available_resources().get("GPU", 0) > 0:
             pass
     try:
-        with gpu_probe.gpu_probe() as look:
+        patience = Placement(warn_seconds=1, fail_seconds=3 if wait else 60)
+        with gpu_probe.gpu_probe(patience) as look:
             print(engines.chosen_backend("auto", engine=engine, look=look))
-    except DeviceError as error:
+    except ClipmillError as error:
         print(error)
 print(engines.chosen_backend("onnxruntime", engine=engine, look=None))
 by_torch = engines.Execution(backend="torch", decoder="cpu")
-print(stages.num_workers(stages.Resources(), execution=by_torch)["encode"])
-print(stages.num_workers(stages.Resources(encoder_gpus=0.25), execution=by_torch)["encode"])
-for resources in (stages.Resources(encoder_gpus=2.0), stages.Resources(num_encoders=3)):
+print(resources.num_workers(resources.Resources(), execution=by_torch)["encode"])
+print(resources.num_workers(resources.Resources(encoder_gpus=0.25), execution=by_torch)["encode"])
+for wanted in (resources.Resources(encoder_gpus=2.0), resources.Resources(num_encoders=3)):
     try:
-        stages.check_room(resources, execution=by_torch)
+        resources.check_room(wanted, execution=by_torch)
     except ValueError as error:
         print(error)
 ray.shutdown()
@@ -55,7 +58,10 @@ ray.shutdown()
     assert ran.returncode == 0, ran.stderr
     lines = ran.stdout.splitlines()
     assert "Ray counts 1 GPUs, but a worker that was given one sees none" in lines[0]
-    assert lines[1].startswith("none of the cluster's 1 GPUs had room within 1 s: wait for")
+    assert lines[1].startswith("a look at a GPU has waited ")
+    assert " s for a GPU; the nodes that have as much are in use: " in lines[1]
+    assert "2 CPU, 1 GPU, free 2 CPU, 0 GPU; there is no autoscaler; wait for" in lines[1]
+    assert "a look at a GPU has waited" in ran.stderr
     assert lines[2:5] == ["onnxruntime", "1", "4"]
     assert "encoder_gpus=2: the cluster's GPUs have room for 0 such encoders" in lines[5]
     assert "num_encoders=3, encoder_gpus=1: the cluster's GPUs have room for 1" in lines[6]
@@ -69,7 +75,7 @@ def test_one_worker_is_asked_again_and_then_ends(
     local_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_probe, "_PROBE_GPUS", 0)  # there is none here
-    with gpu_probe.gpu_probe() as look:
+    with gpu_probe.gpu_probe(Placement()) as look:
         pid = look(os.getpid)
         with pytest.raises(DeviceError, match="no such card"):
             look(fail)

@@ -50,9 +50,9 @@ from pipelines.indexes.manifest import INDEXES_DIR, index_dir
 from pipelines.indexes.opening import open_index
 from pipelines.lineage import GUARDS
 from pipelines.nightly import NightlyConfig, run_night
+from pipelines.resources import Resources
 from pipelines.schema import MODALITIES, RETRYABLE_REASONS, Modality
 from pipelines.snapshots import Snapshot, read_snapshot, rollback, snapshot_numbers
-from pipelines.stages import Resources
 from pipelines.store import Store
 from pipelines.vacuum import Retention, vacuum
 from tests.checkpoints import save_clip

@@ -19,9 +19,10 @@ from pipelines.embedding import EmbedConfig, EmbedResult, embed
 from pipelines.engines import EngineChoice
 from pipelines.errors import IncompleteRunError
 from pipelines.ledger import DueRows
+from pipelines.resources import Resources
 from pipelines.schema import MODALITIES
 from pipelines.snapshots import StoredFile
-from pipelines.stages import Resources, run_stages
+from pipelines.stages import run_stages
 from pipelines.writing import write_table
 from tests.catalogs import scene_rows, stored_rows, stored_snapshot, write_rows
 

@@ -6,7 +6,8 @@ from ray.data import DataContext
 
 from pipelines.engines import Execution
 from pipelines.progress import GPU_STAGES, STAGES
-from pipelines.stages import Resources, num_workers, ray_data_settings
+from pipelines.resources import Resources, num_workers
+from pipelines.stages import IN_FLIGHT_BYTES_PER_CPU, ray_data_settings
 
 
 @pytest.mark.parametrize(
@@ -16,7 +17,6 @@ from pipelines.stages import Resources, num_workers, ray_data_settings
         ("encoder_threads", 0),
         ("batch_rows", 0),
         ("rows_per_file", -1),
-        ("in_flight_bytes", 0),
         ("encoder_cpus", 0.0),
         ("decode_cpus", -1.0),
         ("io_cpus", 0.0),
@@ -50,10 +50,9 @@ def test_ray_data_settings_are_of_the_block_only(local_ray: None):
     context = DataContext.get_current()
     before = context.target_max_block_size, context.enable_progress_bars
     limits = context.execution_options.resource_limits
-    resources = Resources(in_flight_bytes=123)
-    with ray_data_settings(resources, modalities=["text"]):
+    with ray_data_settings(modalities=["text"]):
         assert not context.enable_progress_bars
         limit = context.execution_options.resource_limits.object_store_memory
-        assert limit == 123 * int(ray.cluster_resources()["CPU"])
+        assert limit == IN_FLIGHT_BYTES_PER_CPU * int(ray.cluster_resources()["CPU"])
     assert (context.target_max_block_size, context.enable_progress_bars) == before
     assert context.execution_options.resource_limits == limits

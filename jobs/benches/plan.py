@@ -24,8 +24,8 @@ from pipelines.catalog import CatalogConfig, open_catalog
 from pipelines.fingerprints import row_fingerprints
 from pipelines.ledger import Ledger
 from pipelines.planning import catalog_record, fill
+from pipelines.resources import Resources
 from pipelines.snapshots import EngineRecord, Snapshot, StoredFile, commit, current_snapshot
-from pipelines.stages import Resources
 from pipelines.store import Store
 
 NUM_FILES = 20  # of the catalog

@@ -30,9 +30,10 @@ from pipelines.engines import EngineChoice, Execution, chosen_engine, ready_engi
 from pipelines.errors import CatalogError
 from pipelines.progress import StageMeter
 from pipelines.reading import CatalogDatasource, all_rows
+from pipelines.resources import Resources
 from pipelines.schema import Decoder
 from pipelines.snapshots import EngineRecord
-from pipelines.stages import CALLS_OF_GPU_ENCODER, Resources, default_batch_rows
+from pipelines.stages import CALLS_OF_GPU_ENCODER, default_batch_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

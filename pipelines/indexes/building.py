@@ -5,6 +5,7 @@ call goes on with the files that are whole; when that of the queries' answers is
 """
 
 import io
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 
+from pipelines.cluster_state import wait_for_place
 from pipelines.indexes.bitmaps import Bitmap
 from pipelines.indexes.choice import Recipe
 from pipelines.indexes.index_files import IndexFiles
@@ -38,6 +40,7 @@ from pipelines.indexes.shards import (
 )
 from pipelines.indexes.training import draw_vectors, num_sample_rows, train
 from pipelines.indexes.truth import Truth
+from pipelines.placement import Placement, Wanted
 from pipelines.schema import Modality
 from pipelines.snapshots import StoredFile
 from pipelines.store import Store
@@ -253,7 +256,15 @@ def _build_shards(build: Build, shards: Sequence[Shard]) -> None:
     left = [shard for shard in shards if Path(shard.truth_file).name not in done]
     if len(left) > 1 and ray.is_initialized():
         task = cast("Any", ray.remote)(num_cpus=1)(build_shard)
-        ray.get([task.remote(shard, store=build.store, work=build.work) for shard in left])
+        built = [task.remote(shard, store=build.store, work=build.work) for shard in left]
+        building = Wanted(
+            what="building a shard of the index",
+            resources={"CPU": 1.0},
+            kind="queue",
+            option=None,
+        )
+        wait_for_place(built, wanted=building, placement=Placement(fail_seconds=math.inf))
+        ray.get(built)
         return
     for shard in left:
         build_shard(shard, store=build.store, work=build.work)

@@ -1,0 +1,46 @@
+"""Watches over Ray Data's runs, whose workers may get no place on the cluster.
+
+Knows nothing of what is run; `pipelines.placement` judges what is seen.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+from pipelines.cluster_state import Looks
+from pipelines.placement import Placement, Wanted
+
+# Of the blocks that are under way. Ray Data makes callbacks of its own, without arguments.
+_UNDER_WAY: list[Looks] = []
+
+
+@contextmanager
+def placement_watched(
+    wanted: Sequence[Wanted], *, placement: Placement, progress: Callable[[], float]
+) -> Iterator[None]:
+    """Watch over the runs of a block, which have `PlacementCallback` in their context.
+
+    One whose workers get no place in time ends with PlacementError.
+
+    Args:
+        wanted: What its kinds of workers take.
+        placement: How long they may wait for it.
+        progress: Gives anything that changes while work is done.
+    """
+    looks = Looks(wanted, placement=placement, progress=progress)
+    _UNDER_WAY.append(looks)
+    try:
+        yield
+    finally:
+        _UNDER_WAY.remove(looks)
+
+
+class PlacementCallback(ExecutionCallback):
+    """What Ray Data calls, in the thread that schedules; what it raises ends the run."""
+
+    def on_execution_step(self, executor: Any) -> None:
+        """Look, if it is time."""
+        for looks in tuple(_UNDER_WAY):
+            looks.look()

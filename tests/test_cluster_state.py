@@ -1,0 +1,160 @@
+"""A look at a cluster, from what Ray's head reports of it; and looks while something is awaited."""
+
+import logging
+from typing import Any
+
+import pytest
+import ray
+from ray.autoscaler.v2.schema import ClusterStatus, Stats
+from ray.autoscaler.v2.utils import ClusterStatusParser
+from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply, NodeStatus
+from ray.exceptions import RpcError
+
+from pipelines import cluster_state
+from pipelines.cluster_state import Looks, can_grow, state_of
+from pipelines.errors import PlacementError
+from pipelines.placement import ClusterState, Node, Placement, Wanted
+from pipelines.watched_runs import PlacementCallback, placement_watched
+
+WANTED = Wanted(what="an encoder", resources={"GPU": 1.0}, kind="actor", option=None)
+NO_GPU = ClusterState(
+    nodes=(Node(address="10.0.0.1", group=None, total={"CPU": 2}, free=None),),
+    pending=({"GPU": 1.0},),
+    can_grow=False,
+)
+
+
+def reported_status() -> ClusterStatus:
+    """As Ray reads it from its head: a node of a type, one without, three waiting, two to come."""
+    reply = GetClusterStatusReply()
+    state, autoscaling = reply.cluster_resource_state, reply.autoscaling_state
+    for number, group, status in ((1, "head", NodeStatus.IDLE), (2, "", NodeStatus.RUNNING)):
+        node = state.node_states.add(
+            node_id=bytes([number]),
+            node_ip_address=f"10.0.0.{number}",
+            ray_node_type_name=group,
+            status=status,
+        )
+        node.total_resources.update({"CPU": 4.0 * number, "GPU": 1.0})
+        node.available_resources.update({"CPU": 1.0})
+    state.node_states.add(node_id=b"3", node_ip_address="10.0.0.3", status=NodeStatus.DEAD)
+    waiting = state.pending_resource_requests.add(count=3)
+    waiting.request.resources_bundle.update({"CPU": 0.5, "GPU": 1.0})
+    autoscaling.pending_instance_requests.add(ray_node_type_name="l4_worker", count=2)
+    autoscaling.pending_instances.add(ray_node_type_name="cpu_worker", ip_address="10.0.0.7")
+    for _ in range(3):
+        autoscaling.failed_instance_requests.add(
+            ray_node_type_name="h100_worker", count=1, reason="InsufficientInstanceCapacity"
+        )
+    return ClusterStatusParser.from_get_cluster_status_reply(reply, stats=Stats())
+
+
+def test_what_the_head_reports_is_read():
+    state = state_of(reported_status(), can_grow=True)
+    nodes = sorted(state.nodes, key=lambda node: node.address)
+    assert [(node.address, node.group) for node in nodes] == [
+        ("10.0.0.1", "head"),
+        ("10.0.0.2", None),
+    ]
+    assert nodes[1].total == {"CPU": 8.0, "GPU": 1.0}
+    assert nodes[1].free == {"CPU": 1.0, "GPU": 0.0}
+    assert state.pending == ({"CPU": 0.5, "GPU": 1.0},)
+    assert state.starting == ("2 l4_worker", "1 cpu_worker")
+    assert state.failures == ("h100_worker: InsufficientInstanceCapacity",)
+    assert state.can_grow
+
+
+def ray_node(*, is_alive: bool = True, **labels: str) -> dict[str, Any]:
+    return {
+        "Alive": is_alive,
+        "NodeManagerAddress": "10.0.0.1",
+        "Resources": {"CPU": 2.0},
+        "Labels": {"ray.io/node-id": "ab", **{f"ray.io/{k}": v for k, v in labels.items()}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("nodes", "grows"),
+    [
+        ([ray_node()], False),
+        ([ray_node(), ray_node(**{"node-group": "head"})], True),
+        ([ray_node(), ray_node(is_alive=False, **{"node-group": "head"})], False),
+    ],
+)
+def test_a_cluster_whose_nodes_have_types_can_grow(
+    monkeypatch: pytest.MonkeyPatch, nodes: list, grows: bool
+):
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    assert can_grow() is grows
+
+
+def test_from_afar_only_the_nodes_are_seen(monkeypatch: pytest.MonkeyPatch):
+    nodes = [ray_node(**{"node-group": "head"}), ray_node(is_alive=False)]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(cluster_state.client, "is_connected", lambda: True)
+    assert cluster_state.cluster_state() == ClusterState(
+        nodes=(Node(address="10.0.0.1", group="head", total={"CPU": 2.0}, free=None),),
+        pending=None,
+        can_grow=True,
+    )
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch):
+    """Seconds that only a test moves; NO_GPU is what there is to be seen."""
+    now = [0.0]
+    monkeypatch.setattr(cluster_state.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(cluster_state, "cluster_state", lambda: NO_GPU)
+    return now
+
+
+def test_a_watched_run_says_and_ends(clock: list[float], caplog: pytest.LogCaptureFixture):
+    callback = PlacementCallback()
+    patience = Placement(warn_seconds=10, fail_seconds=20)
+    with placement_watched([WANTED], placement=patience, progress=lambda: 0):
+        for clock[0] in range(6, 26):
+            callback.on_execution_step(None)
+        assert [record.levelno for record in caplog.records] == [logging.WARNING]
+        assert "an encoder has waited 10 s for 1 GPU" in caplog.text
+        clock[0] = 30
+        with pytest.raises(PlacementError, match="Given up"):
+            callback.on_execution_step(None)
+    clock[0] = 100
+    callback.on_execution_step(None)  # nobody watches any more
+
+
+def test_what_is_awaited_ends_the_wait(clock: list[float], monkeypatch: pytest.MonkeyPatch):
+    answers = iter([[], [], ["ready"]])
+
+    def wait(left: list, *, num_returns: int, timeout: float):
+        clock[0] += timeout
+        done = next(answers)
+        return done, [reference for reference in left if reference not in done]
+
+    monkeypatch.setattr(ray, "wait", wait)
+    cluster_state.wait_for_place(["ready"], wanted=WANTED, placement=Placement())
+    answers = iter([[]] * 100)
+    with pytest.raises(PlacementError, match="an encoder has waited 30 s for 1 GPU"):
+        cluster_state.wait_for_place(
+            ["ready"], wanted=WANTED, placement=Placement(warn_seconds=10, fail_seconds=30)
+        )
+
+
+def test_a_head_that_is_away_is_looked_at_again(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+):
+    looks = Looks([WANTED], placement=Placement(warn_seconds=1, fail_seconds=1), progress=int)
+
+    def away() -> ClusterState:
+        raise RpcError("unavailable")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster_state, "cluster_state", away)
+        for clock[0] in range(10, 60, 10):
+            looks.look()
+    looks.look()
+    clock[0] = 60
+    looks.look()
+    clock[0] = 70
+    with pytest.raises(PlacementError):
+        looks.look()

@@ -1,0 +1,89 @@
+"""How many encoders a run takes, by what is configured and what the cluster has or may get."""
+
+import re
+
+import pytest
+import ray
+
+from pipelines.engines import Execution
+from pipelines.placement import Placement
+from pipelines.resources import (
+    Resources,
+    check_room,
+    encoder_bounds,
+    num_workers,
+    wanted_workers,
+)
+
+ON_GPUS = Execution(backend="torch", decoder="gpu")
+ON_CPUS = Execution(backend="onnxruntime", decoder="cpu")
+TYPED, UNTYPED = {"ray.io/node-group": "any"}, {"ray.io/node-id": "ab"}
+L4 = {"CPU": 16.0, "GPU": 1.0, "accelerator_type:L4": 1.0}
+H100 = {"CPU": 16.0, "GPU": 2.0, "accelerator_type:H100": 1.0}
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch):
+    def has(*nodes: dict[str, float], labels: dict[str, str]) -> None:
+        found = [{"Alive": True, "Resources": node, "Labels": labels} for node in nodes]
+        total = {"CPU": sum(node.get("CPU", 0) for node in nodes)}
+        monkeypatch.setattr(ray, "nodes", lambda: found)
+        monkeypatch.setattr(ray, "cluster_resources", lambda: total)
+
+    return has
+
+
+@pytest.mark.parametrize(
+    ("num", "most", "fixed", "growing"),
+    [
+        (None, None, (3, 3), (1, None)),
+        (2, None, (2, 2), (2, 2)),
+        (None, 5, (1, 5), (1, 5)),
+        (2, 5, (2, 5), (2, 5)),
+    ],
+)
+def test_the_backlog_decides_where_nodes_may_come_or_it_is_asked_for(
+    cluster, num: int | None, most: int | None, fixed: tuple, growing: tuple
+):
+    resources = Resources(num_encoders=num, placement=Placement(max_encoders=most))
+    for labels, expected in ((UNTYPED, fixed), (TYPED, growing)):
+        cluster({"CPU": 0.0}, L4, H100, labels=labels)
+        assert encoder_bounds(resources, execution=ON_GPUS) == expected
+
+
+def test_a_type_of_gpu_counts_only_nodes_that_have_it(cluster):
+    cluster(L4, H100, labels=UNTYPED)
+    for name, num in (("L4", 1), ("H100", 2), ("T4", 1)):
+        resources = Resources(placement=Placement(accelerator_type=name))
+        assert num_workers(resources, execution=ON_GPUS)["encode"] == num
+    with pytest.raises(ValueError, match="GPUs of type T4 have room for 0 such encoders"):
+        check_room(Resources(placement=Placement(accelerator_type="T4")), execution=ON_GPUS)
+
+
+def test_what_may_come_is_not_missed(cluster):
+    cluster({"CPU": 0.0}, labels=TYPED)
+    check_room(Resources(num_encoders=8), execution=ON_GPUS)
+    cluster({"CPU": 0.0}, labels=UNTYPED)
+    with pytest.raises(ValueError, match="GPUs have room for 0 such encoders"):
+        check_room(Resources(num_encoders=8), execution=ON_GPUS)
+
+
+def test_workers_that_could_be_there_count_for_the_report(cluster):
+    cluster(L4, L4, L4, labels=TYPED)
+    for most, num in ((None, 3), (2, 2), (8, 3)):
+        resources = Resources(placement=Placement(max_encoders=most))
+        assert num_workers(resources, execution=ON_GPUS)["encode"] == num
+
+
+def test_workers_ask_for_what_is_configured():
+    resources = Resources(encoder_gpus=0.5, placement=Placement(accelerator_type="H100"))
+    encoder, decoding, io = wanted_workers(resources, execution=ON_GPUS)
+    assert encoder.resources == {"CPU": 0.5, "GPU": 0.5, "accelerator_type:H100": 0.001}
+    assert (decoding.resources, io.resources) == ({"CPU": 0.5}, {"CPU": 0.25})
+    encoder, *_ = wanted_workers(resources, execution=ON_CPUS)
+    assert encoder.resources == {"CPU": 0.5}
+
+
+def test_fewer_at_most_than_at_least_is_a_fault():
+    with pytest.raises(ValueError, match=re.escape("max_encoders=2: expected at least num_en")):
+        Resources(num_encoders=3, placement=Placement(max_encoders=2))
