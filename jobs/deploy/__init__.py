@@ -1,0 +1,1 @@
+"""What Kubernetes runs: an image, a RayJob, and the CronJob that creates one every night."""
