@@ -33,9 +33,11 @@ from pipelines.errors import (
     CatalogError,
     IncompleteRunError,
     PipelineError,
+    PlacementError,
     StoreError,
     TooManyRejectsError,
 )
+from pipelines.placement import Placement
 from pipelines.report import make_report
 from pipelines.resources import Resources
 from pipelines.schema import REASONS
@@ -407,6 +409,21 @@ def test_a_cluster_without_room_for_the_stages_is_an_error_and_no_wait(run, tmp_
     catalog_dir = write_rows(tmp_path / "catalog", scene_rows(2))
     with pytest.raises(ValueError, match=r"num_encoders=500, .* use fewer encoders"):
         run(catalog_dir, tmp_path / "store", resources=Resources(num_encoders=500))
+
+
+def test_an_encoder_without_a_place_is_told_of_and_ends_the_run(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    # As where an autoscaler may start nodes, and starts none that is large enough.
+    monkeypatch.setattr("pipelines.resources.can_grow", lambda: True)
+    monkeypatch.setattr("pipelines.cluster_state.LOOK_SECONDS", 0.5)
+    catalog_dir = write_rows(tmp_path / "catalog", scene_rows(8))
+    resources = Resources(
+        encoder_cpus=500.0, placement=Placement(warn_seconds=1.0, fail_seconds=4.0)
+    )
+    with pytest.raises(PlacementError, match=r"an encoder has waited \d+ s for 500 CPU; no node "):
+        run(catalog_dir, tmp_path / "store", resources=resources)
+    assert "there is no autoscaler; add a node that has as much" in caplog.text
 
 
 def test_an_empty_catalog_or_an_unwritable_store_stops_before_any_work(run, tmp_path: Path):

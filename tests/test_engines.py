@@ -8,8 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import ray
 
-from engine.backends.choice import Backend
+from engine.backends.choice import Backend, Machine
 from engine.build import engine_id_of, load_or_build
 from engine.checkpoint import Checkpoint, find_checkpoint
 from engine.errors import CheckpointError, DeviceError, EngineError, GateError
@@ -183,6 +184,28 @@ def test_a_cluster_without_gpus_runs_on_its_cpus_and_says_so(
         said = f"engine {engine_id} runs on the CPU, since there is no GPU"
         assert caplog.messages == ([] if engine_id == "fp32-0" else [said])
         caplog.clear()
+
+
+def test_gpus_that_an_autoscaler_may_start_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = {"Alive": True, "Resources": {"CPU": 0.0}, "Labels": {"ray.io/node-group": "head"}}
+    monkeypatch.setattr(ray, "nodes", lambda: [head])
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"memory": 1.0})
+    card = Machine(architecture="sm_90", tensorrt_fault=None, has_torch=True)
+    num_looks = 0
+
+    def look(look_at_it: object) -> Machine:
+        nonlocal num_looks
+        num_looks += 1
+        return card
+
+    engine = EngineRecord(engine_id="fp8-0", checkpoint="a", revision=None)
+    for wanted, backend in (("auto", "tensorrt"), ("torch", "torch")):
+        assert chosen_backend(wanted, engine=engine, look=look) == backend
+    assert num_looks == 2
+    on_cpus = EngineRecord(engine_id="fp32-0", checkpoint="a", revision=None)
+    assert chosen_backend("auto", engine=on_cpus, look=look) == "onnxruntime"
+    assert chosen_backend("onnxruntime", engine=engine, look=look) == "onnxruntime"
+    assert num_looks == 2
 
 
 class Looks:

@@ -4,7 +4,10 @@ import re
 
 import pytest
 import ray
+from ray.data import DataContext
 
+from jobs.command import CommandParser
+from jobs.embed_options import add_embed_options, embed_config_from
 from pipelines.engines import Execution
 from pipelines.placement import Placement
 from pipelines.resources import (
@@ -14,6 +17,8 @@ from pipelines.resources import (
     num_workers,
     wanted_workers,
 )
+from pipelines.stages import IN_FLIGHT_BYTES_PER_CPU, ray_data_settings
+from pipelines.watched_runs import PlacementCallback
 
 ON_GPUS = Execution(backend="torch", decoder="gpu")
 ON_CPUS = Execution(backend="onnxruntime", decoder="cpu")
@@ -87,3 +92,33 @@ def test_workers_ask_for_what_is_configured():
 def test_fewer_at_most_than_at_least_is_a_fault():
     with pytest.raises(ValueError, match=re.escape("max_encoders=2: expected at least num_en")):
         Resources(num_encoders=3, placement=Placement(max_encoders=2))
+
+
+def test_what_is_in_flight_grows_with_a_cluster_that_grows(cluster):
+    context = DataContext.get_current()
+    cluster({"CPU": 16.0}, labels=UNTYPED)
+    with ray_data_settings(modalities=["image"]):
+        limits = context.execution_options.resource_limits
+        assert limits.object_store_memory == 16 * IN_FLIGHT_BYTES_PER_CPU
+        assert PlacementCallback in context.execution_callback_classes
+    cluster({"CPU": 0.0}, labels=TYPED)
+    with ray_data_settings(modalities=["image"]):
+        limits = context.execution_options.resource_limits
+        assert limits.object_store_memory == float("inf")
+    assert PlacementCallback not in context.execution_callback_classes
+
+
+def test_options_say_what_workers_take():
+    parser = CommandParser("embed", description="")
+    add_embed_options(parser)
+    needed = ["--catalog", "a", "--store", "b", "--checkpoint", "c"]
+    config = embed_config_from(parser.parse_options(needed), command=())
+    assert config.resources == Resources()
+    given = ["--num-encoders", "2", "--max-encoders", "6", "--accelerator-type", "L4"]
+    given += ["--placement-warning", "5", "--placement-timeout", "50", "--encoder-gpus", "0.5"]
+    config = embed_config_from(parser.parse_options([*needed, *given]), command=())
+    assert config.resources == Resources(
+        num_encoders=2,
+        encoder_gpus=0.5,
+        placement=Placement(max_encoders=6, accelerator_type="L4", warn_seconds=5, fail_seconds=50),
+    )
