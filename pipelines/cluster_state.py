@@ -18,7 +18,7 @@ from pipelines.placement import ClusterState, Node, Placement, PlacementWatch, W
 
 _log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 5.0
+LOOK_SECONDS = 10.0
 # Ray gives it to nodes that `ray up` or KubeRay started as one of their types.
 GROUP_LABEL = "ray.io/node-group"
 _MAX_FAILURES = 2
