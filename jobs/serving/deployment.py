@@ -24,6 +24,8 @@ _DEPLOYMENT = "search"
 # it wait without end. The rest is for those who watch.
 _SPARE_REQUESTS = 64
 _SCRAPE_SECONDS = 2.0
+# Threads of a search that is over would spin for the next one, on cores that HTTP needs.
+_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 Families = Sequence[Metric]
 
 
@@ -81,7 +83,10 @@ def deploy(config: ServiceConfig, *, host: str, port: int, num_replicas: int) ->
         name=_DEPLOYMENT,
         num_replicas=num_replicas,
         # A replica waits for requests most of its time: more of them than CPUs can start.
-        ray_actor_options={"num_cpus": min(1.0, round(num_cpus / num_replicas, 3))},
+        ray_actor_options={
+            "num_cpus": min(1.0, round(num_cpus / num_replicas, 3)),
+            "runtime_env": {"env_vars": _ENVIRONMENT},
+        },
         max_ongoing_requests=config.limits.max_concurrent + _SPARE_REQUESTS,
         health_check_period_s=2,
         health_check_timeout_s=10,

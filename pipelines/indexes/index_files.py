@@ -5,13 +5,17 @@ Knows nothing of what the files hold.
 
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipelines.errors import StoreError
 from pipelines.store import Store
+
+# Of a copy that nobody opened for so long; who has it open still keeps its files.
+STALE_SECONDS = 7 * 24 * 3600.0
 
 
 class IndexFiles:
@@ -110,6 +114,20 @@ class IndexFiles:
             f"({error.strerror or error}). Check the path, its permissions and the free space of "
             f"{self.directory}"
         )
+
+
+def remove_stale_copies(root: Path, *, opened: Path) -> None:
+    """Remove the copies of a store's indexes that have not been opened for a week.
+
+    Args:
+        root: Folders in its folders are copies.
+        opened: That which is being opened.
+    """
+    os.utime(opened)
+    for folder in root.glob("*/*"):
+        with suppress(FileNotFoundError):  # another reader removes it as well
+            if time.time() - folder.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _aside(path: Path) -> Path:

@@ -232,7 +232,7 @@ def _build(
 def _own_queries(snapshot: Snapshot, options: IndexOptions) -> Vectors:
     registry = Registry(options.engines_uri or default_engines_uri())
     engine = ready_engine(snapshot.engine, registry=registry)
-    encoder = OnnxCpuEncoder(engine.directory, num_threads=os.cpu_count() or 1)
+    encoder = OnnxCpuEncoder(engine.directory, num_threads=len(os.sched_getaffinity(0)))
     texts = options.query_texts
     parts = [
         encoder.encode_texts(texts[first : first + _TEXTS_AT_ONCE])

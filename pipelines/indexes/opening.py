@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pipelines.errors import IndexMissingError, StoreError
 from pipelines.indexes.bitmaps import Bitmap, bitmap_of, is_set, num_in
 from pipelines.indexes.frame import Frame, identity
-from pipelines.indexes.index_files import IndexFiles
+from pipelines.indexes.index_files import IndexFiles, remove_stale_copies
 from pipelines.indexes.lists import Lists
 from pipelines.indexes.manifest import FileRecord, IndexManifest, find_index
 from pipelines.indexes.rows import RowTable
@@ -242,6 +242,8 @@ def open_build(store: Store, manifest: IndexManifest) -> OpenIndex:
         files.forget(name)
         if store.is_local or not _is_whole(files.local(name), record):
             raise _damaged(store.full_path(manifest.folder), f"{name} is not what was written")
+    if not store.is_local:
+        remove_stale_copies(cache_root(store), opened=files.directory)
     return OpenIndex(manifest, files.directory)
 
 

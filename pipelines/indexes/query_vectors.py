@@ -37,7 +37,7 @@ def query_encoder(engine_dir: Path) -> "QueryEncoder":
     with _loading:
         found = _loaded.get(engine_dir)
         if found is None:
-            found = QueryEncoder(engine_dir, num_threads=os.cpu_count() or 1)
+            found = QueryEncoder(engine_dir, num_threads=len(os.sched_getaffinity(0)))
             _loaded[engine_dir] = found
         return found
 
