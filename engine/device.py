@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import DeviceError, DeviceMemoryError, NoGpuError
+from engine.errors import DeviceError, DeviceLostError, DeviceMemoryError, NoGpuError
 
 # After these, says the reference of cudaError_t, every further call of the process fails too.
 _STICKY = {
@@ -176,7 +176,7 @@ class Device:
 
     def _call(self, name: str, *arguments: Any) -> Any:
         if self._lost is not None:
-            raise DeviceError(self._lost)
+            raise DeviceLostError(self._lost)
         error, *results = getattr(self._cuda, name)(*arguments)
         self._check(name, error)
         return results[0] if len(results) == 1 else results
@@ -205,7 +205,8 @@ class Device:
                 f"{text}; this process can no longer use the GPU: start it anew, and see the "
                 "driver's messages (dmesg) if that does not help"
             )
-        raise DeviceError(self._lost or text)
+            raise DeviceLostError(self._lost)
+        raise DeviceError(text)
 
 
 def open_device() -> Device:

@@ -11,6 +11,7 @@ Knows nothing of where they are raised.
     │   ├── PlanError            a plan cannot be built, is damaged, or fits another card or version
     │   └── DeviceError          the GPU is missing, or a call to it failed
     │       ├── DeviceMemoryError    the GPU has too little free memory
+    │       ├── DeviceLostError      a call failed so that this process can't use the GPU any more
     │       └── NoGpuError           there is no GPU
     └── PipelineError        see pipelines/errors.py
 
@@ -52,6 +53,10 @@ class DeviceError(EngineError):
 
 class DeviceMemoryError(DeviceError):
     """The GPU has too little free memory."""
+
+
+class DeviceLostError(DeviceError):
+    """A call to the GPU failed, after which this process cannot use it any more."""
 
 
 class NoGpuError(DeviceError):

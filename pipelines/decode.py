@@ -7,7 +7,7 @@ Rows come out once for each wanted modality, so that an image and a text of one 
 and counted apart.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,9 +78,7 @@ def decode_batch(
     with metered(meter) as size:
         parts = []
         for modality in modalities:
-            wanted = table
-            if not pc.all(table[schema.WANTED[modality]]).as_py():
-                wanted = table.filter(table[schema.WANTED[modality]])
+            wanted = wanted_rows(table, modality=modality)
             if modality == "image":
                 pixels, encoded, geometries, verdicts = _images(
                     wanted, preprocessing=preprocessing, limits=limits, decoder=decoder
@@ -88,32 +86,91 @@ def decode_batch(
                 texts: Any = pa.nulls(wanted.num_rows, pa.string())
             else:
                 texts, verdicts = _texts(wanted, limits=limits)
-                pixels = encoded = pa.nulls(wanted.num_rows, pa.large_binary())
-                geometries = pa.nulls(wanted.num_rows, schema.GEOMETRY_TYPE)
-            rejected = [verdict is not None for verdict in verdicts]
-            stages = [Stage.DECODE.value if flag else None for flag in rejected]
+                pixels, encoded, geometries = _no_images(wanted.num_rows)
+            contents = {
+                schema.PIXELS: pixels,
+                schema.ENCODED: encoded,
+                schema.GEOMETRY: geometries,
+                schema.TEXT: texts,
+            }
             parts.append(
-                pa.table(
-                    {
-                        schema.KEY: wanted[schema.KEY],
-                        schema.MODALITY: pa.repeat(modality, wanted.num_rows),
-                        schema.PIXELS: pixels,
-                        schema.ENCODED: encoded,
-                        schema.GEOMETRY: geometries,
-                        schema.TEXT: texts,
-                        schema.FINGERPRINT: row_fingerprints(wanted, modality=modality),
-                        schema.STAGE: pa.array(stages, pa.string()),
-                        schema.REASON: pa.array([v and v[0] for v in verdicts], pa.string()),
-                        schema.DETAIL: pa.array([v and v[1] for v in verdicts], pa.string()),
-                        schema.SOURCE_FILE: wanted[schema.SOURCE_FILE],
-                        schema.SOURCE_ROW: wanted[schema.SOURCE_ROW],
-                        **{name: wanted[name] for name in carry_columns},
-                    }
+                _judged(
+                    wanted,
+                    modality=modality,
+                    contents=contents,
+                    verdicts=verdicts,
+                    carry_columns=carry_columns,
                 )
             )
         decoded = pa.concat_tables(parts)
         size(decoded.num_rows, decoded.nbytes)
     return decoded
+
+
+def wanted_rows(table: pa.Table, *, modality: Modality) -> pa.Table:
+    """Those canonical rows of which this modality is wanted."""
+    if pc.all(table[schema.WANTED[modality]]).as_py():
+        return table
+    return table.filter(table[schema.WANTED[modality]])
+
+
+def undecodable(
+    table: pa.Table, causes: Mapping[int, str], *, modality: Modality, carry_columns: Sequence[str]
+) -> pa.Table:
+    """Rows that cannot be decoded without harm, as `decode_batch` would give them: as rejects.
+
+    Args:
+        table: Canonical rows.
+        causes: Row of the table -> what it did.
+        modality: Of which that is.
+        carry_columns: As of `decode_batch`.
+    """
+    pixels, encoded, geometries = _no_images(len(causes))
+    return _judged(
+        table.take(pa.array(causes, pa.int64())),
+        modality=modality,
+        contents={
+            schema.PIXELS: pixels,
+            schema.ENCODED: encoded,
+            schema.GEOMETRY: geometries,
+            schema.TEXT: pa.nulls(len(causes), pa.string()),
+        },
+        verdicts=[
+            (Reason.POISON.value, f"a process that decoded it alone {cause}")
+            for cause in causes.values()
+        ],
+        carry_columns=carry_columns,
+    )
+
+
+def _no_images(num_rows: int) -> tuple[pa.Array, pa.Array, pa.Array]:
+    pixels = encoded = pa.nulls(num_rows, pa.large_binary())
+    return pixels, encoded, pa.nulls(num_rows, schema.GEOMETRY_TYPE)
+
+
+def _judged(
+    table: pa.Table,
+    *,
+    modality: Modality,
+    contents: Mapping[str, pa.Array],
+    verdicts: Sequence[Verdict],
+    carry_columns: Sequence[str],
+) -> pa.Table:
+    stages = [Stage.DECODE.value if verdict is not None else None for verdict in verdicts]
+    return pa.table(
+        {
+            schema.KEY: table[schema.KEY],
+            schema.MODALITY: pa.repeat(modality, table.num_rows),
+            **contents,
+            schema.FINGERPRINT: row_fingerprints(table, modality=modality),
+            schema.STAGE: pa.array(stages, pa.string()),
+            schema.REASON: pa.array([v and v[0] for v in verdicts], pa.string()),
+            schema.DETAIL: pa.array([v and v[1] for v in verdicts], pa.string()),
+            schema.SOURCE_FILE: table[schema.SOURCE_FILE],
+            schema.SOURCE_ROW: table[schema.SOURCE_ROW],
+            **{name: table[name] for name in carry_columns},
+        }
+    )
 
 
 def _images(

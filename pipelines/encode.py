@@ -23,8 +23,11 @@ from engine.registry import Registry
 from pipelines import schema
 from pipelines.binary_columns import contents, pixel_array
 from pipelines.engines import ready_engine
-from pipelines.progress import StageMeter
+from pipelines.progress import StageMeter, metered
 from pipelines.snapshots import EngineRecord
+
+# What is left behind.
+_CONTENTS = [schema.PIXELS, schema.ENCODED, schema.GEOMETRY, schema.TEXT]
 
 
 class EncodeStage:
@@ -43,8 +46,8 @@ class EncodeStage:
         limits: ImageLimits,
         num_threads: int,
         dtype: schema.EmbeddingDtype,
-        meter: StageMeter,
-        decode_meter: StageMeter,
+        meter: StageMeter | None,
+        decode_meter: StageMeter | None,
     ) -> None:
         """Load the engine, building it or its plan for this GPU first if nobody has.
 
@@ -90,7 +93,7 @@ class EncodeStage:
         embeddings = np.zeros((table.num_rows, manifest.embedding_dim), dtype=np.float32)
         has_pixels = table[schema.PIXELS].is_valid().to_numpy()
         has_text = table[schema.TEXT].is_valid().to_numpy()
-        with self._encoding, self._meter.batch() as size:
+        with self._encoding, metered(self._meter) as size:
             if has_pixels.any():
                 shape = (manifest.preprocessing.height, manifest.preprocessing.width, 3)
                 pixels = pixel_array(table[schema.PIXELS], shape=shape)
@@ -109,7 +112,7 @@ class EncodeStage:
             manifest.embedding_dim,
             mask=pa.array(~(is_encoded & is_sound)),
         )
-        table = table.drop_columns([schema.PIXELS, schema.ENCODED, schema.GEOMETRY, schema.TEXT])
+        table = table.drop_columns(_CONTENTS)
         if rejected:
             table = _rejected_images(table, rejected)
         if not is_sound.all():
@@ -139,9 +142,35 @@ class EncodeStage:
         jpegs = Jpegs(content=content, bounds=bounds, geometries=geometries.reshape(len(rows), -1))
         batch = self._decoder.decode(jpegs)
         pixels = batch.pixels if self._takes_gpu_pixels else batch.pixels.cpu().numpy()
-        self._decode_meter.count(len(rows), pixels.nbytes, batch.card_seconds)
+        if self._decode_meter is not None:
+            self._decode_meter.count(len(rows), pixels.nbytes, batch.card_seconds)
         rejected = {int(rows[row]): verdict for row, verdict in batch.rejected.items()}
         return rows[batch.rows], pixels, rejected
+
+
+def embedding_type(*, embedding_dim: int, dtype: schema.EmbeddingDtype) -> pa.DataType:
+    """Of the column that the stage adds."""
+    return pa.list_(pa.from_numpy_dtype(np.dtype(dtype)), embedding_dim)
+
+
+def unencodable(table: pa.Table, causes: Mapping[int, str], *, type_: pa.DataType) -> pa.Table:
+    """Rows that cannot be encoded without harm, as the stage would give them: as rejects.
+
+    Args:
+        table: As the stage takes it.
+        causes: Row of it -> what it did.
+        type_: See `embedding_type`.
+    """
+    rows = table.drop_columns(_CONTENTS).take(pa.array(causes, pa.int64()))
+    for row, cause in enumerate(causes.values()):
+        rows = _rejected(
+            rows,
+            np.arange(rows.num_rows) == row,
+            stage=schema.Stage.ENCODE,
+            reason=schema.Reason.POISON,
+            detail=f"a process that encoded it alone {cause}",
+        )
+    return rows.append_column(schema.EMBEDDING, pa.nulls(rows.num_rows, type_))
 
 
 def _rejected_images(table: pa.Table, verdicts: Mapping[int, ImageRejected]) -> pa.Table:

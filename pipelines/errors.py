@@ -7,6 +7,7 @@ Knows nothing of where they are raised.
     ├── StoreError               the store cannot be read or written, or holds something else
     │   └── CommitConflictError  another run committed the snapshot first
     ├── TooManyRejectsError      the share of rejected rows passed the stated bound
+    ├── WorkerDeathError         workers died over the same work again and again
     ├── IncompleteRunError       the rows written are not the catalog's: nothing was committed
     ├── GuardError               a guard tripped: nothing was committed
     ├── PlacementError           the cluster gave workers no place in time
@@ -42,6 +43,10 @@ class CommitConflictError(StoreError):
 
 class TooManyRejectsError(PipelineError):
     """The share of rejected rows passed the stated bound; the rejects are saved."""
+
+
+class WorkerDeathError(PipelineError):
+    """Workers died over the same work again and again, and no single row is at fault."""
 
 
 class IncompleteRunError(PipelineError):

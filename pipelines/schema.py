@@ -80,6 +80,7 @@ class Reason(StrEnum):
     TEXT_TOO_LONG = "text_too_long"
     INVALID_TEXT = "invalid_text"
     NOT_ENCODABLE = "not_encodable"
+    POISON = "poison"
 
 
 # The closed set of what `reason` may be.

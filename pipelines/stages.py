@@ -20,7 +20,7 @@ from pipelines import schema
 from pipelines.catalog import Catalog
 from pipelines.cluster_state import can_grow
 from pipelines.decode import RowLimits, decode_batch
-from pipelines.encode import EncodeStage
+from pipelines.encode import EncodeStage, embedding_type
 from pipelines.engines import Execution
 from pipelines.ledger import DueRows
 from pipelines.progress import StageMeter
@@ -35,6 +35,7 @@ from pipelines.resources import (
 from pipelines.snapshots import EngineRecord, StoredFile
 from pipelines.store import Store
 from pipelines.watched_runs import PlacementCallback, placement_watched
+from pipelines.survival import EncodeActor, decode_task
 from pipelines.writing import stored_files, write_batch
 
 # Blocks between the stages: a task takes one block, so they are large enough that starting tasks
@@ -49,6 +50,9 @@ IN_FLIGHT_BYTES_PER_CPU = 256 * 2**20
 COUNT_SECONDS = 10.0
 # Where GPUs decode: nvJPEG decodes two batches, one is encoded, others come or go.
 CALLS_OF_GPU_ENCODER = 6
+# Of one encode actor: two for each row that it dies of, and one for each node that is lost. Ray's
+# default is no end.
+MAX_RESTARTS = 1_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,12 +116,17 @@ def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Iterator[l
     )
     decoded = read.map_batches(
         partial(
-            decode_batch,
+            decode_task,
+            decode=partial(
+                decode_batch,
+                modalities=catalog.modalities,
+                preprocessing=pass_.manifest.preprocessing,
+                limits=pass_.limits,
+                carry_columns=catalog.config.carry_columns,
+                decoder=execution.decoder,
+            ),
             modalities=catalog.modalities,
-            preprocessing=pass_.manifest.preprocessing,
-            limits=pass_.limits,
             carry_columns=catalog.config.carry_columns,
-            decoder=execution.decoder,
             meter=StageMeter(board, stage="prepare" if on_gpus else "decode"),
         ),
         batch_format="pyarrow",
@@ -125,15 +134,19 @@ def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Iterator[l
         num_cpus=resources.decode_cpus,
     )
     encoded = decoded.map_batches(
-        EncodeStage,
+        EncodeActor,
         fn_constructor_kwargs={
-            "engine": pass_.engine,
-            "registry": pass_.registry,
-            "backend": execution.backend,
-            "decoder": execution.decoder,
-            "limits": pass_.limits.image,
-            "num_threads": resources.encoder_threads,
-            "dtype": pass_.dtype,
+            "load": partial(
+                EncodeStage,
+                engine=pass_.engine,
+                registry=pass_.registry,
+                backend=execution.backend,
+                decoder=execution.decoder,
+                limits=pass_.limits.image,
+                num_threads=resources.encoder_threads,
+                dtype=pass_.dtype,
+            ),
+            "type_": embedding_type(embedding_dim=pass_.manifest.embedding_dim, dtype=pass_.dtype),
             "meter": StageMeter(board, stage="encode"),
             "decode_meter": StageMeter(board, stage="decode"),
         },
@@ -148,6 +161,7 @@ def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Iterator[l
             max_concurrent_calls_per_actor=CALLS_OF_GPU_ENCODER if on_gpus else 1,
             enable_true_multi_threading=on_gpus,
         ),
+        max_restarts=MAX_RESTARTS,
     )
     reports = encoded.map_batches(
         partial(

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines import schema
+from pipelines.attempts import check_attempts
 from pipelines.progress import StageMeter
 from pipelines.schema import MODALITIES, Modality
 from pipelines.snapshots import Kind, StoredFile
@@ -82,6 +83,7 @@ def write_batch(
     meter: StageMeter,
 ) -> pa.Table:
     """Write a batch of encoded rows, and report one row for each file that was written."""
+    check_attempts(f"writing {table.num_rows} rows")
     key_type = embeddings_schema.field(schema.KEY).type
     rejects_schema = schema.rejects_schema(key_type=key_type)
     files = []

@@ -69,17 +69,22 @@ class RayNodes:
 
 @contextmanager
 def ray_nodes(
-    num_nodes: int, *, takes_jobs: bool = True, environment: Mapping[str, str] | None = None
+    num_nodes: int,
+    *,
+    takes_jobs: bool = True,
+    num_gpus: int = 0,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[RayNodes]:
     """A running cluster.
 
     Args:
         num_nodes: With the head.
         takes_jobs: Whether jobs can be submitted, which takes Ray's dashboard, and with it time.
+        num_gpus: That each node but the head says it has.
         environment: Variables that its processes have besides those of this one.
     """
     process = subprocess.Popen(
-        [sys.executable, __file__, str(num_nodes), str(int(takes_jobs))],
+        [sys.executable, __file__, str(num_nodes), str(int(takes_jobs)), str(num_gpus)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -122,7 +127,7 @@ def _wait_until_jobs_are_taken(address: str) -> None:
             return
 
 
-def _serve(num_nodes: int, *, takes_jobs: bool) -> None:
+def _serve(num_nodes: int, *, takes_jobs: bool, num_gpus: int) -> None:
     printed = os.dup(1)
     os.dup2(2, 1)  # Ray prints to stdout as it starts
     port = _free_port()
@@ -133,7 +138,7 @@ def _serve(num_nodes: int, *, takes_jobs: bool) -> None:
         # Each further process of the head takes seconds to start.
         _add_node(cluster, include_dashboard=False, include_log_monitor=False, no_monitor=True)
     for _ in range(num_nodes - 1):
-        _add_node(cluster)
+        _add_node(cluster, num_gpus=num_gpus)
     cluster.wait_for_nodes()
     if takes_jobs:
         _wait_until_jobs_are_taken(f"http://127.0.0.1:{port}")
@@ -151,7 +156,7 @@ def _serve(num_nodes: int, *, takes_jobs: bool) -> None:
     for line in sys.stdin:
         (lost,) = [node for node in cluster.worker_nodes if _raylet_pid(node) == int(line)]
         cluster.remove_node(lost, allow_graceful=False)
-        _add_node(cluster)
+        _add_node(cluster, num_gpus=num_gpus)
         say()
     cluster.shutdown()
 
@@ -179,4 +184,4 @@ def _raylet_pid(node: Any) -> int:
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]), takes_jobs=sys.argv[2] == "1")
+    _serve(int(sys.argv[1]), takes_jobs=sys.argv[2] == "1", num_gpus=int(sys.argv[3]))

@@ -10,7 +10,7 @@ from PIL import Image
 from engine.images import ImageLimits
 from engine.preprocess import Preprocessing, decode_pixels
 from pipelines import decode
-from pipelines.decode import RowLimits, decode_batch
+from pipelines.decode import RowLimits, decode_batch, undecodable
 from pipelines.fingerprints import row_fingerprints
 from pipelines.schema import GEOMETRY_TYPE, REASONS, Reason
 from tests import image_files
@@ -89,7 +89,7 @@ def decoded(table, *, modalities=None, limits=LIMITS, carry_columns=(), decoder=
 
 
 def test_every_reason_of_the_closed_set_is_given_by_some_row():
-    of_encoding = {Reason.NOT_ENCODABLE}
+    of_encoding = {Reason.NOT_ENCODABLE, Reason.POISON}
     assert set(BAD_IMAGES) | set(BAD_TEXTS) | OF_WHOLE_ROWS | of_encoding == REASONS
 
 
@@ -276,6 +276,25 @@ def test_the_columns_are_those_that_the_next_stages_read():
             "source_row": pa.int64(),
         }
     )
+
+
+def test_rows_that_cannot_be_decoded_without_harm_are_rejects_like_others():
+    table = image_rows(*[(image_files.png(), None)] * 3, price=[1, 2, 3])
+    causes = {2: "was killed by SIGSEGV", 0: "ended with 7"}
+    rejects = undecodable(table, causes, modality="image", carry_columns=["price"])
+    rows = decoded(table, carry_columns=["price"])
+    assert rejects.schema == rows.schema
+    fine = rows.take([2, 0]).to_pylist()
+    assert rejects.to_pylist() == [
+        {
+            **row,
+            "pixels": None,
+            "stage": "decode",
+            "reason": "poison",
+            "detail": f"a process that decoded it alone {cause}",
+        }
+        for row, cause in zip(fine, causes.values(), strict=True)
+    ]
 
 
 def test_the_meter_counts_what_comes_out():

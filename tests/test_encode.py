@@ -18,7 +18,7 @@ from engine.checkpoint import find_checkpoint
 from engine.images import ImageLimits, ImageRejected
 from engine.preprocess import decode_pixels
 from engine.registry import Registry
-from pipelines.encode import EncodeStage
+from pipelines.encode import EncodeStage, embedding_type, unencodable
 from pipelines.engines import ready_engine
 from pipelines.schema import GEOMETRY_TYPE, EmbeddingDtype
 from pipelines.snapshots import EngineRecord
@@ -87,6 +87,35 @@ def test_rows_that_are_fine_get_unit_embeddings_and_rejects_get_none(
     for row in (0, 1):
         assert np.linalg.norm(np.asarray(vectors[row], np.float32)) == pytest.approx(1, abs=1e-3)
     assert meter.batches == [(4, 0)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_rows_that_cannot_be_encoded_without_harm_are_rejects_like_others(
+    record: EngineRecord, engines_dir: Path, dtype: EmbeddingDtype
+):
+    stage = make_stage(record, engines_dir, dtype=dtype)
+    table = pa.table(
+        {
+            "key": ["a", "b", "c"],
+            "pixels": pa.nulls(3, pa.large_binary()),
+            **encoded_columns([None] * 3),
+            "text": ["a circle", "a square", "a star"],
+            "stage": pa.nulls(3, pa.string()),
+            "reason": pa.nulls(3, pa.string()),
+            "detail": pa.nulls(3, pa.string()),
+        }
+    )
+    type_ = embedding_type(embedding_dim=stage._encoder.manifest.embedding_dim, dtype=dtype)
+    rejects = unencodable(table, {2: "was killed by SIGKILL", 0: "ended with 7"}, type_=type_)
+    assert rejects.schema == stage(table).schema
+    assert rejects.drop_columns("embedding").to_pylist() == [
+        {"key": key, "stage": "encode", "reason": "poison", "detail": detail}
+        for key, detail in (
+            ("c", "a process that encoded it alone was killed by SIGKILL"),
+            ("a", "a process that encoded it alone ended with 7"),
+        )
+    ]
+    assert rejects["embedding"].null_count == 2
 
 
 class Overflowing:

@@ -23,6 +23,7 @@ def test_reasons_are_a_closed_set_that_changes_only_on_purpose():
         "text_too_long",
         "invalid_text",
         "not_encodable",
+        "poison",
     } == REASONS
 
 

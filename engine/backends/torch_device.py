@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from engine.errors import DeviceError, DeviceMemoryError
+from engine.errors import DeviceError, DeviceLostError, DeviceMemoryError
 from engine.manifest import Precision
 
 # Ada, the first with FP8 tensor cores.
@@ -38,7 +38,7 @@ def check_capability(capability: tuple[int, int], *, precision: Precision) -> No
 
 @contextmanager
 def typed_errors(device: torch.device, *, max_rows: int | None = None) -> Iterator[None]:
-    """Raise what CUDA and Triton fail with as DeviceError or DeviceMemoryError.
+    """Raise what CUDA and Triton fail with as DeviceError, DeviceMemoryError or DeviceLostError.
 
     Args:
         device: The card.
@@ -72,7 +72,7 @@ def typed_errors(device: torch.device, *, max_rows: int | None = None) -> Iterat
             ) from error
         if not _is_cuda_error(error):
             raise
-        raise DeviceError(
+        raise DeviceLostError(
             f"{_name(device)}: a call failed ({reason}); the process cannot use the GPU any "
             "more, start it again"
         ) from error

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import DeviceError, DeviceMemoryError
+from engine.errors import DeviceError, DeviceLostError, DeviceMemoryError
 
 # nvjpeg.h: nvjpegBackend_t, best first: the card's JPEG engines, then its other cores.
 _HARDWARE, _GPU_HYBRID = 3, 2
@@ -22,6 +22,7 @@ _OUTPUT_RGBI = 5
 # nvjpeg.h: nvjpegStatus_t. With those of an image nothing of its batch was decoded.
 _ALLOCATOR_FAILURE, _ARCH_MISMATCH = 5, 7
 _OF_AN_IMAGE = frozenset({3, 4, 10})  # bad, not supported, incomplete
+_OF_A_FAULT = frozenset({6, 8})  # a kernel failed, maybe one before it
 _STATUS_NAMES = {1: "not initialized", 2: "invalid parameter", 6: "execution failed"} | {
     _ALLOCATOR_FAILURE: "out of memory",
     _ARCH_MISMATCH: "not for this card",
@@ -135,4 +136,5 @@ def _check(status: int) -> None:
     message = f"nvJPEG failed on this GPU (status {status}, {name})"
     if status == _ALLOCATOR_FAILURE:
         raise DeviceMemoryError(f"{message}: use smaller batches, or stop what else runs on it")
-    raise DeviceError(f"{message}; use --decode cpu")
+    kind = DeviceLostError if status in _OF_A_FAULT else DeviceError
+    raise kind(f"{message}; use --decode cpu")

@@ -1,0 +1,66 @@
+"""Functions of tables that end their process when they see certain rows."""
+
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+
+from engine.errors import DeviceLostError
+
+
+def act_on(texts: list[str | None]) -> None:
+    """Do what a text says: `die`, `exit`, `lose`, `fail`, `fill`, or `once PATH`, which dies once.
+
+    Args:
+        texts: Others do nothing.
+    """
+    for text in texts:
+        word, _, path = (text or "").partition(" ")
+        if word == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif word == "exit":
+            os._exit(7)
+        elif word == "lose":
+            raise DeviceLostError("no such address on this card")
+        elif word == "fail":
+            raise ValueError("an ordinary error")
+        elif word == "fill":
+            _fill_memory()
+        elif word == "once" and not Path(path).exists():
+            Path(path).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _fill_memory() -> None:
+    held = []
+    while True:
+        held.append(b"x" * 2**24)
+
+
+def doubled() -> partial:
+    """Loads `double`."""
+    return partial(double, factor=2)
+
+
+def double(table: pa.Table, *, factor: int) -> pa.Table:
+    """Multiplies `number`, unless a row's `text` says otherwise."""
+    act_on(table["text"].to_pylist())
+    numbers = [factor * number for number in table["number"].to_pylist()]
+    return pa.table({"number": numbers, "pid": [os.getpid()] * len(numbers)})
+
+
+def dies_as_it_loads() -> partial:
+    os.kill(os.getpid(), signal.SIGSEGV)
+    raise AssertionError
+
+
+def dies_at_first(path: str) -> partial:
+    """Loads `double` the second time."""
+    act_on([f"once {path}"])
+    return doubled()
+
+
+def fails_as_it_loads() -> partial:
+    raise ValueError("nothing to load")

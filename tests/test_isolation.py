@@ -1,0 +1,126 @@
+"""Real processes that die of real rows: which are blamed, what is kept of the others."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pytest
+
+from pipelines import isolation
+from pipelines.errors import WorkerDeathError
+from pipelines.isolation import Isolated, IsolatedStage
+from tests import deadly
+
+
+@pytest.fixture
+def stage() -> Iterator[IsolatedStage]:
+    with IsolatedStage(deadly.doubled, called="doubling") as made:
+        yield made
+
+
+def table_of(texts: Sequence[str]) -> pa.Table:
+    """Rows 0, 1, ..., within a longer table, of which nothing else must be seen."""
+    texts = ["die", *texts, "die"]
+    whole = pa.table({"text": texts, "number": [row - 1 for row in range(len(texts))]})
+    return whole.slice(1, len(texts) - 2)
+
+
+def numbers(isolated: Isolated) -> list[int]:
+    return [number for part in isolated.parts for number in part["number"].to_pylist()]
+
+
+def pids(isolated: Isolated) -> set[int]:
+    return {pid for part in isolated.parts for pid in part["pid"].to_pylist()}
+
+
+def test_rows_that_do_no_harm_are_done_at_once_by_one_process(stage: IsolatedStage):
+    first, second = stage(table_of(["a", "b", "c"])), stage(table_of(["d"]))
+    assert [part.num_rows for part in first.parts] == [3]
+    assert (numbers(first), numbers(second)) == ([0, 2, 4], [0])
+    assert first.poison == second.poison == {}
+    (pid,) = pids(first) | pids(second)
+    assert pid != os.getpid()
+    stage.close()
+    assert not psutil.pid_exists(pid)
+    assert pids(stage(table_of(["e"]))) != {pid}
+
+
+def test_the_rows_that_kill_are_found_and_the_others_done(stage: IsolatedStage):
+    isolated = stage(table_of(["a", "die", "b", "exit", "lose", "c"]))
+    assert isolated.poison == {
+        1: "was killed by SIGKILL",
+        3: "ended with 7",
+        4: "lost the GPU: no such address on this card",
+    }
+    assert numbers(isolated) == [0, 4, 10]
+
+
+def test_a_table_of_one_row_that_kills(stage: IsolatedStage):
+    assert stage(table_of(["die"])) == Isolated(parts=[], poison={0: "was killed by SIGKILL"})
+
+
+def test_a_death_that_happens_once_is_no_rows_fault(stage: IsolatedStage, tmp_path: Path):
+    isolated = stage(table_of(["a", f"once {tmp_path / 'all'}", "b"]))
+    assert (numbers(isolated), isolated.poison) == ([0, 2, 4], {})
+    # Nor one as the rows are done one by one: `die` is the end of the whole table.
+    isolated = stage(table_of(["a", "die", "b", f"once {tmp_path / 'one'}"]))
+    assert (numbers(isolated), list(isolated.poison)) == ([0, 4, 6], [1])
+
+
+def test_a_row_that_takes_all_memory_is_stopped_before_it_has_it(
+    stage: IsolatedStage, monkeypatch: pytest.MonkeyPatch
+):
+    # As on a machine with 512 MiB left.
+    monkeypatch.setattr(isolation, "get_system_memory", lambda: 2**30)
+    monkeypatch.setattr(isolation, "get_used_memory", lambda: 2**29)
+    isolated = stage(table_of(["a", "fill", "b"]))
+    assert numbers(isolated) == [0, 4]
+    assert list(isolated.poison) == [1]
+    assert "MiB of memory, with too little left" in isolated.poison[1]
+
+
+def test_an_error_is_raised_here_and_blames_no_row(stage: IsolatedStage):
+    with pytest.raises(ValueError, match=r"^an ordinary error$"):
+        stage(table_of(["a", "fail"]))
+    assert numbers(stage(table_of(["a"]))) == [0]
+
+
+def test_where_every_row_kills_it_is_not_the_rows(
+    stage: IsolatedStage, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(isolation, "MAX_POISON_IN_A_ROW", 3)
+    isolated = stage(table_of(["exit", "exit", "a", "exit", "exit"]))
+    assert len(isolated.poison) == 4
+    with pytest.raises(WorkerDeathError, match=r"doubling died of 3 rows .*ended with 7.*kept"):
+        stage(table_of(["exit"]))
+
+
+@pytest.mark.parametrize(
+    ("load", "error", "message"),
+    [
+        (
+            deadly.dies_as_it_loads,
+            WorkerDeathError,
+            "doubling cannot be started: its process was killed by SIGSEGV, and so did 2 before",
+        ),
+        (deadly.fails_as_it_loads, ValueError, "nothing to load"),
+    ],
+)
+def test_what_cannot_be_loaded_is_an_error(
+    load: Callable[[], Any], error: type[Exception], message: str
+):
+    with (
+        IsolatedStage(load, called="doubling") as stage,
+        pytest.raises(error, match=message),
+    ):
+        stage(table_of(["a"]))
+
+
+def test_a_start_that_fails_once_is_tried_again(tmp_path: Path):
+    load = partial(deadly.dies_at_first, str(tmp_path / "started"))
+    with IsolatedStage(load, called="doubling") as stage:
+        assert numbers(stage(table_of(["a", "b"]))) == [0, 2]
