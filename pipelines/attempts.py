@@ -6,6 +6,8 @@ Ray counts for each task, so that a run to which nothing happens pays nothing fo
 known of a task's deaths is kept where the task is: with the driver, whichever nodes are lost.
 """
 
+import ray
+from ray._private.state import actors
 from ray._private.worker import WORKER_MODE, global_worker
 
 from pipelines.errors import WorkerDeathError
@@ -21,6 +23,12 @@ def num_attempts() -> int:
     if global_worker.mode != WORKER_MODE:
         return 0
     return int(global_worker.core_worker.get_current_task_attempt_number())
+
+
+def was_restarted() -> bool:
+    """Whether this process took the place of an actor that died."""
+    actor = actors(actor_id=ray.get_runtime_context().get_actor_id())
+    return bool(actor and actor["NumRestarts"])
 
 
 def is_suspect() -> bool:

@@ -50,9 +50,6 @@ IN_FLIGHT_BYTES_PER_CPU = 256 * 2**20
 COUNT_SECONDS = 10.0
 # Where GPUs decode: nvJPEG decodes two batches, one is encoded, others come or go.
 CALLS_OF_GPU_ENCODER = 6
-# Of one encode actor: two for each row that it dies of, and one for each node that is lost. Ray's
-# default is no end.
-MAX_RESTARTS = 1_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -159,9 +156,9 @@ def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Iterator[l
             min_size=min_encoders,
             max_size=max_encoders,
             max_concurrent_calls_per_actor=CALLS_OF_GPU_ENCODER if on_gpus else 1,
-            enable_true_multi_threading=on_gpus,
+            # In the thread of Ray's task: only there it is known how often it was begun.
+            enable_true_multi_threading=True,
         ),
-        max_restarts=MAX_RESTARTS,
     )
     reports = encoded.map_batches(
         partial(

@@ -16,11 +16,10 @@ from functools import partial
 
 import numpy as np
 import pyarrow as pa
-import ray
 
 from engine.errors import DeviceLostError
 from pipelines import schema
-from pipelines.attempts import check_attempts, is_suspect
+from pipelines.attempts import check_attempts, is_suspect, was_restarted
 from pipelines.decode import undecodable, wanted_rows
 from pipelines.encode import EncodeStage, unencodable
 from pipelines.isolation import IsolatedStage
@@ -119,7 +118,7 @@ class EncodeActor:
         self._stage: EncodeStage | None = None
         # Held while either is loaded or the process works: both may not fit on one GPU.
         self._loading = threading.Lock()
-        if not ray.get_runtime_context().was_current_actor_reconstructed:
+        if not was_restarted():
             self._stage = self._load()
 
     def __call__(self, table: pa.Table) -> pa.Table:

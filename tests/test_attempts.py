@@ -7,7 +7,7 @@ import pytest
 import ray
 
 from pipelines import attempts
-from pipelines.attempts import check_attempts, is_suspect, num_attempts
+from pipelines.attempts import check_attempts, is_suspect, num_attempts, was_restarted
 from pipelines.errors import WorkerDeathError
 
 
@@ -29,6 +29,20 @@ def test_a_task_knows_how_often_it_was_begun(local_ray: None, tmp_path: Path):
     log = tmp_path / "log"
     assert ray.get(begun_three_times.remote(str(log))) == (2, True)
     assert log.read_text().splitlines() == ["0 False", "1 False", "2 True"]
+
+
+def test_an_actor_knows_that_it_took_the_place_of_another(local_ray: None):
+    @ray.remote(max_restarts=-1, max_task_retries=-1, num_cpus=0.5)
+    class Actor:
+        def __init__(self) -> None:
+            self.is_second = was_restarted()
+
+        def is_second_after_a_death(self) -> bool:
+            if not self.is_second:
+                os._exit(1)
+            return self.is_second
+
+    assert ray.get(Actor.remote().is_second_after_a_death.remote())
 
 
 def test_a_task_of_too_many_deaths_is_an_error(monkeypatch: pytest.MonkeyPatch):
