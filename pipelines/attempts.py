@@ -22,7 +22,8 @@ def num_attempts() -> int:
     """Times that the task of this thread was begun before; 0 outside of Ray's workers."""
     if global_worker.mode != WORKER_MODE:
         return 0
-    return int(global_worker.core_worker.get_current_task_attempt_number())
+    worker = global_worker.core_worker  # type: ignore[attr-defined]
+    return int(worker.get_current_task_attempt_number())
 
 
 def was_restarted() -> bool:

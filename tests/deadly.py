@@ -11,7 +11,10 @@ from engine.errors import DeviceLostError
 
 
 def act_on(texts: list[str | None]) -> None:
-    """Do what a text says: `die`, `exit`, `lose`, `fail`, `fill`, or `once PATH`, which dies once.
+    """Do what a text says.
+
+    `die`, `exit`, `lose` the GPU, `fault` on a real one, `fail`, `fill` memory, or `once PATH`,
+    which dies once.
 
     Args:
         texts: Others do nothing.
@@ -24,6 +27,8 @@ def act_on(texts: list[str | None]) -> None:
             os._exit(7)
         elif word == "lose":
             raise DeviceLostError("no such address on this card")
+        elif word == "fault":
+            _fault()
         elif word == "fail":
             raise ValueError("an ordinary error")
         elif word == "fill":
@@ -31,6 +36,17 @@ def act_on(texts: list[str | None]) -> None:
         elif word == "once" and not Path(path).exists():
             Path(path).touch()
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _fault() -> None:
+    """Reads what is not there, on the card: from then on no call to it succeeds."""
+    import torch
+
+    from engine.backends.torch_device import typed_errors
+
+    device = torch.device("cuda", 0)
+    with typed_errors(device):
+        torch.zeros(1, device=device)[torch.tensor([7], device=device)].cpu()
 
 
 def _fill_memory() -> None:

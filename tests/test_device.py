@@ -12,7 +12,7 @@ from cuda.bindings import runtime as real
 
 from engine import device
 from engine.device import Device, open_device
-from engine.errors import DeviceError, DeviceMemoryError, NoGpuError
+from engine.errors import DeviceError, DeviceLostError, DeviceMemoryError, NoGpuError
 from tests.fake_gpu import MIB, FakeCuda
 
 
@@ -106,10 +106,10 @@ def test_after_a_sticky_error_nothing_is_asked_any_more(cuda: FakeCuda) -> None:
     cuda.fail("cudaStreamSynchronize", "cudaErrorLaunchFailure")
     for _ in range(2):
         with pytest.raises(
-            DeviceError, match="cudaStreamSynchronize failed: cudaErrorLaunchFailur"
+            DeviceLostError, match="cudaStreamSynchronize failed: cudaErrorLaunchFailur"
         ):
             gpu.synchronize(stream)
-    with pytest.raises(DeviceError, match="start it anew"):
+    with pytest.raises(DeviceLostError, match="start it anew"):
         gpu.record(event, stream)
     num_calls = sum(cuda.calls.values())
     gpu.settle(stream)
@@ -123,8 +123,11 @@ def test_other_errors_pass(cuda: FakeCuda) -> None:
     gpu = Device(cuda)
     stream = gpu.create_stream()
     cuda.fail("cudaStreamSynchronize", "cudaErrorInvalidValue")
-    with pytest.raises(DeviceError, match=r"^cudaStreamSynchronize failed: cudaErrorInvalidValue$"):
+    with pytest.raises(
+        DeviceError, match=r"^cudaStreamSynchronize failed: cudaErrorInvalidValue$"
+    ) as caught:
         gpu.synchronize(stream)
+    assert not isinstance(caught.value, DeviceLostError)
     gpu.synchronize(stream)
 
 

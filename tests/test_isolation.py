@@ -1,6 +1,7 @@
 """Real processes that die of real rows: which are blamed, what is kept of the others."""
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -57,6 +58,14 @@ def test_the_rows_that_kill_are_found_and_the_others_done(stage: IsolatedStage):
         4: "lost the GPU: no such address on this card",
     }
     assert numbers(isolated) == [0, 4, 10]
+
+
+@pytest.mark.gpu
+def test_a_row_that_loses_a_real_gpu_is_found(stage: IsolatedStage):
+    isolated = stage(table_of(["a", "fault", "b"]))
+    assert numbers(isolated) == [0, 4]
+    assert list(isolated.poison) == [1]
+    assert re.match(r"lost the GPU: GPU 0 .*CUDA error: device-side assert", isolated.poison[1])
 
 
 def test_a_table_of_one_row_that_kills(stage: IsolatedStage):

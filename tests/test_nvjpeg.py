@@ -10,7 +10,7 @@ from PIL import Image
 
 from engine.decoding import nvjpeg
 from engine.decoding.nvjpeg import NvJpeg, load_library
-from engine.errors import DeviceError, DeviceMemoryError
+from engine.errors import DeviceError, DeviceLostError, DeviceMemoryError
 from tests import image_files
 from tests.fake_nvjpeg import HARDWARE, FakeNvjpeg
 
@@ -115,7 +115,7 @@ def test_a_card_without_engines_for_jpeg_decodes_with_its_cores(library: FakeNvj
     ("status", "error", "said"),
     [
         (5, DeviceMemoryError, "(status 5, out of memory): use smaller batches"),
-        (6, DeviceError, "(status 6, execution failed); use --decode cpu"),
+        (6, DeviceLostError, "(status 6, execution failed); use --decode cpu"),
         (99, DeviceError, "(status 99, unknown); use --decode cpu"),
     ],
 )
