@@ -63,7 +63,7 @@ class IsolatedStage:
             load: Called there, gives the stage; pickled.
             called: The stage, for messages.
         """
-        self._load = pickle.dumps(load)
+        self._load = load
         self._called = called
         self._process: _Process | None = None
         self._num_in_a_row = 0
@@ -128,7 +128,7 @@ class IsolatedStage:
         for _ in range(MAX_STARTS):
             process = _Process()
             try:
-                answer = process.ask(self._load)
+                answer = process.ask(pickle.dumps(self._load))
             except BaseException:
                 process.end()
                 raise
@@ -139,8 +139,8 @@ class IsolatedStage:
             cause = answer.cause
         raise WorkerDeathError(
             f"{self._called} cannot be started: its process {cause}, and so did {MAX_STARTS - 1} "
-            "before it. What was written is kept; see why in the logs of Ray (`clipmill doctor` "
-            "says what this machine can run), then run the same command again"
+            "before it. What was written is kept; see why in the logs of Ray, then run the same "
+            "command again"
         )
 
     def _count_poison(self, cause: str) -> None:

@@ -139,6 +139,8 @@ class EncodeActor:
             os._exit(LOST_GPU_CODE)
 
     def _loaded(self) -> EncodeStage:
+        if self._stage is not None:
+            return self._stage
         with self._loading:
             if self._stage is None:
                 self._isolated.close()
