@@ -34,8 +34,8 @@ from pipelines.resources import (
 )
 from pipelines.snapshots import EngineRecord, StoredFile
 from pipelines.store import Store
-from pipelines.watched_runs import PlacementCallback, placement_watched
 from pipelines.survival import EncodeActor, decode_task
+from pipelines.watched_runs import PlacementCallback, placement_watched
 from pipelines.writing import stored_files, write_batch
 
 # Blocks between the stages: a task takes one block, so they are large enough that starting tasks
