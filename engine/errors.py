@@ -18,9 +18,15 @@ Knows nothing of where they are raised.
 A value that a caller could have checked (an option out of bounds) is a plain ValueError.
 """
 
+from engine.redaction import redacted
+
 
 class ClipmillError(Exception):
     """Base of all errors whose text is meant for the person who runs Clipmill."""
+
+    def __init__(self, *parts: object) -> None:
+        """Leave out credentials: the text may be printed, logged, stored or sent to a client."""
+        super().__init__(*(redacted(part) if isinstance(part, str) else part for part in parts))
 
 
 class CheckpointError(ClipmillError):

@@ -31,6 +31,7 @@ from engine.publishing.artifacts import Artifact, LocalArtifacts
 from engine.publishing.folders import Folder
 from engine.publishing.leases import Lease, LeaseQueue, LeaseTiming
 from engine.publishing.remote import pull, push, read_record
+from engine.redaction import public_uri
 
 PLANS_DIR, PLAN_FILE = "plans", "plan.json"
 PROMOTIONS_DIR = "promotions"
@@ -236,7 +237,7 @@ class Registry:
                     write=lambda into: pull(self.root, artifact, record=record, into=into),
                 )
             except DamagedError as error:
-                _log.warning("engines %s: damaged and not used: %s", self.uri, error)
+                _log.warning("engines %s: damaged and not used: %s", public_uri(self.uri), error)
                 return None
             return self.local.publish(artifact, building)
 

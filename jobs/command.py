@@ -25,6 +25,7 @@ from ray.exceptions import (
 
 from engine.errors import ClipmillError
 from engine.images import ImageRejected
+from engine.redaction import redact_process, redacted
 from pipelines.errors import QueryError
 from pipelines.json_text import json_text
 
@@ -67,6 +68,10 @@ class CommandParser(argparse.ArgumentParser):
         if named:
             self._take_defaults(Path(named), argv=sys.argv[1:] if argv is None else argv)
         return self.parse_args(argv)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with 2; what was misspelt may hold a password."""
+        super().error(redacted(message))
 
     def _take_defaults(self, path: Path, *, argv: Sequence[str]) -> None:
         try:
@@ -154,6 +159,7 @@ def dispatch(command: str, actions: Actions, argv: Sequence[str] | None) -> int:
 
 def run(main: Main, argv: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit with its code; errors meant for people are printed as one text."""
+    redact_process()
     try:
         code = main(argv)
     except KeyboardInterrupt:
@@ -194,5 +200,5 @@ def _lost(error: RayError) -> str:
 
 
 def _fail(text: str, *, code: int) -> int:
-    print(f"clipmill: {text}", file=sys.stderr)
+    print(f"clipmill: {redacted(text)}", file=sys.stderr)
     return code

@@ -33,7 +33,7 @@ def run_embed(config: EmbedConfig, *, address: str | None = None) -> tuple[RunRe
     with ray_cluster(address), shown_progress() as on_progress:
         result = embed(config, on_progress=on_progress)
     report = make_report(result, catalog_uri=config.catalog.uri, store_uri=config.store_uri)
-    return report, saved_report(report)
+    return report, saved_report(report, store_uri=config.store_uri)
 
 
 if __name__ == "__main__":

@@ -197,7 +197,9 @@ def _night_report(result: NightResult, *, config: NightlyConfig) -> NightReport:
         indexes=result.indexes,
         lineage=snapshot.lineage if committed else None,
         run=run_report,
-        report_path=saved_report(run_report) if committed else None,
+        report_path=(
+            saved_report(run_report, store_uri=config.embed.store_uri) if committed else None
+        ),
     )
 
 

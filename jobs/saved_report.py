@@ -10,10 +10,10 @@ from pipelines.report import RunReport
 from pipelines.runs import save_report
 
 
-def saved_report(report: RunReport) -> str | None:
-    """Save a report; returns its page's path, or says on stderr why there is none."""
+def saved_report(report: RunReport, *, store_uri: str) -> str | None:
+    """Save a report in a store; returns its page's path, or says on stderr why there is none."""
     try:
-        return save_report(report)
+        return save_report(report, store_uri=store_uri)
     except StoreError as error:
         print(
             f"clipmill: snapshot {report.snapshot} is committed; only its report is missing: "

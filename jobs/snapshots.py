@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import get_args
 
+from engine.redaction import public_uri
 from jobs.command import Actions, CommandParser, dispatch, print_result, run
 from pipelines.changes import find_changes
 from pipelines.counts import plan_line
@@ -45,7 +46,7 @@ def _list(argv: Sequence[str]) -> int:
         f"{number:>6}  {found}" if isinstance(found, StoreError) else _line(found)
         for number, found in log
     ]
-    text = "\n".join(lines) or f"store {store.uri} has no snapshot"
+    text = "\n".join(lines) or f"store {public_uri(store.uri)} has no snapshot"
     print_result(records, as_json=options.json, text=text)
     return 0
 
@@ -138,7 +139,8 @@ def _files(argv: Sequence[str]) -> int:
     store = Store(options.store)
     snapshot = read_snapshot(store, options.number)
     files = snapshot.files_of(options.kind, modality=options.modality)
-    uris = [f"{store.uri.rstrip('/')}/{file.path}" for file in files]
+    root = public_uri(store.uri).rstrip("/")
+    uris = [f"{root}/{file.path}" for file in files]
     if uris or options.json:  # an empty line would be a file to a shell
         print_result(uris, as_json=options.json, text="\n".join(uris))
     return 0

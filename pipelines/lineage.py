@@ -4,9 +4,8 @@ Knows nothing of how a guard measures or of what is in the snapshot.
 """
 
 import importlib.metadata
-import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,10 +23,6 @@ GUARDS: tuple[GuardName, ...] = get_args(GuardName)
 _AT_MOST: tuple[GuardName, ...] = ("rejects", "deletions", "norms", "collapse")
 
 PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
-
-# Before an @: all of it where there is a password, which may hold slashes; else the authority.
-_USERINFO = re.compile(r"(?<=://)([^/:]*:.*|[^/]*)@")
-_QUERY = re.compile(r"[?#].*$", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,15 +94,3 @@ def code_version() -> str:
         version: str = tomllib.loads(PYPROJECT.read_text())["project"]["version"]
         return version
     return importlib.metadata.version("clipmill")
-
-
-def without_secrets(words: Sequence[str]) -> tuple[str, ...]:
-    """Words of a command line without what URIs hold of users, passwords and tokens."""
-    return tuple(public_uri(word) for word in words)
-
-
-def public_uri(uri: str) -> str:
-    """A URI (or an option with one) whose user information and query are stars."""
-    if "://" not in uri:
-        return uri
-    return _QUERY.sub("?***", _USERINFO.sub("***@", uri))

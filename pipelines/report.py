@@ -5,6 +5,7 @@ Knows nothing of how the report is drawn.
 
 from dataclasses import dataclass
 
+from engine.redaction import public_uri
 from pipelines.counts import KeyCounts, plan_line
 from pipelines.embedding import EmbedResult
 from pipelines.progress import Progress
@@ -53,9 +54,9 @@ class RunReport:
     created_at: str
     """UTC, ISO 8601."""
     catalog_uri: str
-    """What was embedded."""
+    """What was embedded; without what may be secret."""
     store_uri: str
-    """Where to."""
+    """Where to; the same."""
     checkpoint: str
     """With what."""
     engine_id: str
@@ -97,15 +98,15 @@ class RunReport:
 
 
 def make_report(result: EmbedResult, *, catalog_uri: str, store_uri: str) -> RunReport:
-    """Put a run's result into numbers."""
+    """Put a run's result into numbers; its URIs lose what they hold of credentials."""
     snapshot, progress = result.snapshot, result.progress
     stages = stage_reports(progress, workers=result.workers) if progress else []
     modalities = snapshot.modalities
     return RunReport(
         run_id=result.run_id,
         created_at=result.created_at,
-        catalog_uri=catalog_uri,
-        store_uri=store_uri,
+        catalog_uri=public_uri(catalog_uri),
+        store_uri=public_uri(store_uri),
         checkpoint=snapshot.engine.checkpoint,
         engine_id=snapshot.engine.engine_id,
         backend=result.execution.backend,

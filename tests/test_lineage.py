@@ -17,7 +17,6 @@ from pipelines.lineage import (
     code_version,
     lineage_from,
     measurement_line,
-    without_secrets,
 )
 
 LINEAGE = Lineage(
@@ -51,23 +50,6 @@ LINEAGE = Lineage(
 
 def test_it_is_read_back_from_json():
     assert lineage_from(json.loads(json.dumps(dataclasses.asdict(LINEAGE)))) == LINEAGE
-
-
-@pytest.mark.parametrize(
-    ("word", "expected"),
-    [
-        ("s3://bucket/products", "s3://bucket/products"),
-        ("s3://AKIA:s3cr3t@bucket/products", "s3://***@bucket/products"),
-        ("s3://AKIA:s3/cr@3t@bucket/products", "s3://***@bucket/products"),
-        ("--catalog=https://t0ken@host/a?sig=s3cr3t#s3cr3t", "--catalog=https://***@host/a?***"),
-        ("simplecache::https://host:80/a?sig=s3cr3t", "simplecache::https://host:80/a?***"),
-        ("https://u:s3?cr3t#@host/a", "https://***@host/a"),
-        ("folder/what?.parquet", "folder/what?.parquet"),
-        ("--accept", "--accept"),
-    ],
-)
-def test_a_command_is_kept_without_its_secrets(word: str, expected: str):
-    assert without_secrets(["nightly", word]) == ("nightly", expected)
 
 
 def test_the_version_is_that_of_the_sources():

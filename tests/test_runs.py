@@ -40,7 +40,7 @@ REPORT = RunReport(
 def test_a_run_leaves_its_numbers_and_its_page(tmp_path, scheme):
     report = dataclasses.replace(REPORT, store_uri=f"{scheme}{tmp_path}")
     store = Store(report.store_uri)
-    path = save_report(report)
+    path = save_report(report, store_uri=report.store_uri)
     assert path == store.full_path("runs/20260301T101502-4fe2a1/report.html")
     folder = "runs/20260301T101502-4fe2a1"
     assert store.list(folder, suffix="") == [f"{folder}/report.html", f"{folder}/report.json"]
@@ -51,13 +51,12 @@ def test_a_run_leaves_its_numbers_and_its_page(tmp_path, scheme):
 
 
 def test_the_path_of_a_local_page_can_be_opened(tmp_path):
-    report = dataclasses.replace(REPORT, store_uri=str(tmp_path))
-    with open(save_report(report)) as page:
+    with open(save_report(REPORT, store_uri=str(tmp_path))) as page:
         assert "acme/clip" in page.read()
 
 
 def test_each_run_has_a_folder_of_its_own(tmp_path):
-    first = save_report(dataclasses.replace(REPORT, store_uri=str(tmp_path)))
-    second = save_report(dataclasses.replace(REPORT, store_uri=str(tmp_path), run_id="next"))
+    first = save_report(REPORT, store_uri=str(tmp_path))
+    second = save_report(dataclasses.replace(REPORT, run_id="next"), store_uri=str(tmp_path))
     assert first != second
     assert len(list((tmp_path / "runs").iterdir())) == 2

@@ -3,9 +3,11 @@
 Knows nothing of what lies there.
 """
 
+import base64
 import sys
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -14,14 +16,31 @@ from fsspec.implementations.local import LocalFileSystem
 def open_file_system(uri: str) -> tuple[Any, str]:
     """The fsspec file system of a URI, and the path within it.
 
-    It remembers no listings: other processes add and replace files.
+    It remembers no listings: other processes add and replace files. User and password of an HTTP
+    URI go into the file system: the path, and those of files below, are recorded and shown.
 
     Raises:
         ValueError: No such kind of file system.
         ImportError: The package that reads it is missing.
     """
-    fs, path = fsspec.url_to_fs(uri, use_listings_cache=False)
+    uri, options = _without_userinfo(uri)
+    fs, path = fsspec.url_to_fs(uri, use_listings_cache=False, **options)
     return fs, str(path)
+
+
+def _without_userinfo(uri: str) -> tuple[str, dict[str, Any]]:
+    """An HTTP URI without its user and password, and the option that says them to fsspec."""
+    if not uri.startswith(("http://", "https://")):
+        return uri, {}
+    parts = urlsplit(uri)
+    userinfo, at, authority = parts.netloc.rpartition("@")
+    if not at:
+        return uri, {}
+    user, _, password = userinfo.partition(":")
+    pair = f"{unquote(user)}:{unquote(password)}"
+    headers = {"Authorization": f"Basic {base64.b64encode(pair.encode()).decode()}"}  # RFC 7617
+    bare = urlunsplit(parts._replace(netloc=authority))
+    return bare, {"client_kwargs": {"headers": headers}}
 
 
 def open_parts(fs: Any, path: str) -> Any:

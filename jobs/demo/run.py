@@ -76,7 +76,7 @@ def _save_page(config: EmbedConfig, *, report: RunReport, rows: Sequence[SampleR
         )
         for row, answer in zip(asked, answers, strict=True)
     ]
-    return save_report(report, sheets=sheets)
+    return save_report(report, store_uri=config.store_uri, sheets=sheets)
 
 
 def _hit(found: Found, *, row: SampleRow, expected: SampleRow) -> Hit:

@@ -15,6 +15,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 
 from engine.errors import ClipmillError
+from engine.redaction import redact_process
 from jobs.serving.app import make_app
 from jobs.serving.options import ServiceConfig
 
@@ -35,6 +36,7 @@ class Replica:
 
     def __init__(self, config: ServiceConfig) -> None:
         """Ray calls `__serve_build_asgi_app__` next, and then opens what the app needs."""
+        redact_process()
         self._config = config
         self._name = serve.get_replica_context().replica_id.unique_id
 

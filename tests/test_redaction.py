@@ -1,0 +1,154 @@
+"""Tests of engine/redaction.py."""
+
+import io
+import logging
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+from engine.errors import CheckpointError
+from engine.redaction import public_uri, redact_process, redacted, without_secrets
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("s3://bucket/products", "s3://bucket/products"),
+        ("s3://AKIA:s3cr3t@bucket/products", "s3://***@bucket/products"),
+        ("s3://AKIA:s3/cr@3t@bucket/products", "s3://***@bucket/products"),
+        ("--catalog=https://t0ken@host/a?sig=s3cr3t#s3cr3t", "--catalog=https://***@host/a?***"),
+        ("simplecache::https://host:80/a?sig=s3cr3t", "simplecache::https://host:80/a?***"),
+        ("https://u:s3?cr3t#@host/a", "https://***@host/a"),
+        (
+            "abfs://images@account.dfs.core.windows.net/a",
+            "abfs://images@account.dfs.core.windows.net/a",
+        ),
+        ("abfs://u:s3cr3t@account.example/a?sig=s3cr3t", "abfs://***@account.example/a?***"),
+        ("folder/what?.parquet", "folder/what?.parquet"),
+        ("--hf-token=hf_s3cr3t", "--hf-token=***"),
+        ("--accept", "--accept"),
+        ("10.0.0.0/8", "10.0.0.0/8"),
+    ],
+)
+def test_a_command_is_kept_without_its_secrets(word: str, expected: str):
+    assert without_secrets(["nightly", word]) == ("nightly", expected)
+
+
+def test_the_word_after_an_option_for_a_secret_is_one():
+    words = ["serve", "--token", "s3cr3t", "--store", "s3://bucket", "--db-password", "--odd"]
+    expected = ("serve", "--token", "***", "--store", "s3://bucket", "--db-password", "***")
+    assert without_secrets(words) == expected
+    words = ["--token-file", "/etc/token", "--key-column", "id"]
+    assert without_secrets(words) == tuple(words)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "store s3://AKIA:s3cr3t@bucket/a: snapshots cannot be read: no",
+            "store s3://***@bucket/a: snapshots cannot be read: no",
+        ),
+        (
+            "see https://h/a?X-Amz-Signature=s3cr3t, or 'https://h/b#s3cr3t'.",
+            "see https://h/a?***, or 'https://h/b?***'.",
+        ),
+        ('Invalid bucket name "AKIA:s3/cr3t@bucket": no', 'Invalid bucket name "***@bucket": no'),
+        ("ClientError(url='ftp://u:s3cr3t@h/')", "ClientError(url='ftp://***@h/')"),
+        ("AWS_SECRET_ACCESS_KEY=s3cr3t is wrong", "AWS_SECRET_ACCESS_KEY=*** is wrong"),
+        ("?a=1&Signature=s3cr3t&b=2", "?a=1&Signature=***&b=2"),
+        ("{'SecretAccessKey': 's3cr3t', 'a': 'b'}", "{'SecretAccessKey': '***', 'a': 'b'}"),
+        ('{"api_key": "s3cr3t"}', '{"api_key": "***"}'),
+        ("Authorization: Basic czNjcjN0OnMzY3IzdA==", "Authorization: Basic ***"),
+        ("header 'Authorization': 'Bearer s3cr3t-s3cr3t'", "header 'Authorization': 'Bearer ***'"),
+        ("sent Bearer s3cr3t-s3cr3t twice", "sent Bearer *** twice"),
+    ],
+)
+def test_a_text_loses_its_secrets_and_nothing_else(text: str, expected: str):
+    assert redacted(text) == expected
+    assert redacted(expected) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "token: expected printable ASCII characters alone",
+        "--token-file gone: cannot be read ([Errno 2] No such file or directory: 'gone')",
+        "max_tokens=77: expected at least 1; pad_token_id=0",
+        "catalog s3://bucket/a@2x: key column 'key' must be a string",
+        "write to images@example.com at 12:30, or see http://host:80/a",
+        "requests must carry a bearer token",
+        "store C:\\folder: 10.0.0.0/8 ::1 a::b https://[::1]:80/a",
+        "key=b17, weight=-0.5, access=all, secretary=none",
+    ],
+)
+def test_what_is_no_secret_stays(text: str):
+    assert redacted(text) == text
+
+
+def test_the_environments_secrets_are_found_wherever_they_stand(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefgh")
+    monkeypatch.setenv("PROXY_TOKEN", "hf_abcdefghij")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI/K7MDENG")
+    monkeypatch.setenv("GIT_TOKEN_FILE", "/run/secrets/git")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "sometimes")
+    monkeypatch.setenv("SHORT_TOKEN", "on")
+    text = "hf_abcdefghij hf_abcdefgh xwJalrXUtnFEMI/K7MDENGx /run/secrets/git sometimes on"
+    assert redacted(text) == "*** *** x***x /run/secrets/git sometimes on"
+
+
+def test_errors_hold_no_secret_wherever_they_go():
+    error = CheckpointError("checkpoint https://u:s3cr3t@host/a?token=s3cr3t: no")
+    for shown in (str(error), repr(error), str(pickle.loads(pickle.dumps(error)))):
+        assert "s3cr3t" not in shown
+        assert "checkpoint https://***@host/a?***" in shown
+
+
+def test_logs_hold_no_secret(monkeypatch):
+    before, hook = logging.getLogRecordFactory(), sys.excepthook
+    monkeypatch.setenv("CLIPMILL_TOKEN", "s3cr3t-of-the-service")
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    logger = logging.getLogger("tests.redaction")
+    logger.addHandler(handler)
+    try:
+        redact_process()
+        redact_process()
+        logger.warning("plain s3://u:s3cr3t@bucket/a")
+        logger.warning("%s at %d of %.1f: %s", "s3://u:s3cr3t@b", 3, 4.5, OSError("k:s3cr3t@b"))
+        logger.warning("%(uri)s", {"uri": "https://h/?sig=s3cr3t"})
+        logger.warning("token is s3cr3t-of-the-service, 100%")
+        try:
+            raise OSError("at https://u:s3cr3t@host/a?sig=s3cr3t")
+        except OSError:
+            logger.exception("it failed")
+    finally:
+        logger.removeHandler(handler)
+        logging.setLogRecordFactory(before)
+        sys.excepthook = hook
+    said = stream.getvalue()
+    assert "s3cr3t" not in said
+    assert "WARNING s3://***@b at 3 of 4.5: ***@b" in said
+    assert "token is ***, 100%" in said
+    assert "OSError: at https://***@host/a?***" in said
+    assert "Traceback" in said
+
+
+def test_a_process_that_dies_of_a_bug_says_no_secret():
+    words = (
+        "from jobs.command import run\n"
+        "def main(argv):\n"
+        "    raise RuntimeError('at s3://AKIA:' + 's3cr' + '3t@bucket')\n"
+        "run(main, [])"
+    )
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "RuntimeError: at s3://***@bucket" in done.stderr
+    assert "s3cr3t" not in done.stderr
+
+
+def test_a_uri_alone_is_not_searched_for_more():
+    assert public_uri("s3://bucket/token=1") == "s3://bucket/token=1"
