@@ -30,6 +30,9 @@ TOKENIZER_FILES = (
 
 # The only files fetched from a hub: no pickle and no code comes with them.
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt", "*.model")
+# Beside its index. Pickles (.bin, .pt) are never loaded: to load one is to run what is in it.
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_SHARD = re.compile(r"[\w-][\w.-]*\.safetensors")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -66,6 +69,12 @@ class Checkpoint:
         weight_map = _read_json(path).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{path}: no 'weight_map'; fetch it again")
+        for name in weight_map.values():
+            if not isinstance(name, str) or not _SHARD.fullmatch(name):
+                raise CheckpointError(
+                    f"{path}: names {name!r}, which is no safetensors file of this folder; save "
+                    "the checkpoint again with save_pretrained, which writes safetensors"
+                )
         return [self.directory / name for name in sorted(set(weight_map.values()))]
 
     @property
@@ -148,11 +157,13 @@ def _open(name: str, *, directory: Path, revision: str | None) -> Checkpoint:
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{directory / CONFIG_FILE}: no 'model_type'; not a transformers one")
     if not ((directory / WEIGHTS_FILE).exists() or (directory / WEIGHTS_INDEX_FILE).exists()):
-        pickled = sorted(path.name for path in directory.glob("*.bin"))
+        pickled = sorted(
+            path.name for path in directory.iterdir() if path.suffix in PICKLE_SUFFIXES
+        )
         note = f" ({', '.join(pickled)} is a pickle and is never loaded)" if pickled else ""
         raise CheckpointError(
-            f"checkpoint {name}: no {WEIGHTS_FILE} in {directory}{note}; "
-            "save it with save_pretrained(..., safe_serialization=True)"
+            f"checkpoint {name}: no {WEIGHTS_FILE} in {directory}{note}; convert it to "
+            "safetensors: where you trust it, load it with transformers, then save_pretrained"
         )
     checkpoint = Checkpoint(name=name, revision=revision, directory=directory, config=config)
     missing = [path.name for path in checkpoint.weight_paths if not path.exists()]

@@ -106,7 +106,7 @@ def _tokenizer(checkpoint: Checkpoint) -> Any:
         name = config.get("tokenizer_class") or checkpoint.config.get("tokenizer_class") or default
         if name == "SiglipTokenizer":
             return siglip_tokenizer(checkpoint.directory, config=config)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise CheckpointError(f"malformed tokenizer: {error}") from error
     if not tokenizer.is_fast:

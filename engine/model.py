@@ -111,7 +111,7 @@ def read_config(directory: Path) -> Any:
         way_out = INSTEAD.get(model_type, f"supported: {', '.join(supported)}")
         raise CheckpointError(f"models of type {model_type!r} are not supported ({way_out})")
     try:
-        return AutoConfig.from_pretrained(str(directory))
+        return AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
     except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise CheckpointError(f"malformed config: {error}") from error
 

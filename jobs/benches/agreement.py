@@ -103,7 +103,7 @@ class _Reference:
         self._model = load_transformers(checkpoint, dtype=torch.float32)
         # With torchvision installed the default is another resize than the one trained with.
         self._processor = transformers.AutoImageProcessor.from_pretrained(
-            str(checkpoint.directory), backend="pil"
+            str(checkpoint.directory), backend="pil", trust_remote_code=False
         )
         self._text = text
         if text is not None:

@@ -30,7 +30,9 @@ def load_transformers(checkpoint: Checkpoint, *, dtype: torch.dtype) -> Any:
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The checkpoint's tokenizer as transformers loads it; ClipmillError if it lacks a package."""
     try:
-        return transformers.AutoTokenizer.from_pretrained(str(checkpoint.directory))
+        return transformers.AutoTokenizer.from_pretrained(
+            str(checkpoint.directory), trust_remote_code=False
+        )
     except ImportError as error:  # SigLIP's runs on sentencepiece
         raise ClipmillError(
             f"checkpoint {checkpoint.name}: transformers' tokenizer cannot be loaded: {error}"

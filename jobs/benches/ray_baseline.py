@@ -36,7 +36,7 @@ class Preprocess:
         """Load the processor; the tokenizer comes with the first text."""
         self._checkpoint = find_checkpoint(checkpoint)
         self._processor = AutoImageProcessor.from_pretrained(
-            str(self._checkpoint.directory), backend="pil"
+            str(self._checkpoint.directory), backend="pil", trust_remote_code=False
         )
         self._tokenizer: Any = None
 
