@@ -12,6 +12,7 @@ from engine.images import ImageLimits
 from engine.manifest import Precision
 from engine.registry import default_engines_uri
 from jobs.command import CommandParser
+from jobs.fetch_options import add_fetch_options, fetch_policy_from
 from pipelines.catalog import CatalogConfig
 from pipelines.decode import RowLimits
 from pipelines.embedding import EmbedConfig
@@ -52,6 +53,7 @@ def embed_config_from(options: Namespace, *, command: Sequence[str]) -> EmbedCon
             image=ImageLimits(
                 max_image_bytes=options.max_image_bytes, max_image_pixels=options.max_image_pixels
             ),
+            fetch=fetch_policy_from(options),
             max_text_chars=options.max_text_chars,
             max_reject_share=options.max_reject_share,
         ),
@@ -122,6 +124,7 @@ def add_embed_options(parser: CommandParser) -> None:
     bounds.add_argument(
         "--retry", nargs="*", default=[], metavar="REASON", help="try rows rejected for it again"
     )
+    add_fetch_options(parser)
     where = parser.add_argument_group("resources")
     where.add_argument("--address", help="of a Ray cluster; otherwise Ray is started here")
     where.add_argument(

@@ -18,9 +18,11 @@ from engine.plans.plan import PlanRecord
 from engine.promotion import history, promote, rollback, rollback_from
 from engine.registry import Registry, default_engines_uri
 from jobs.command import Actions, CommandParser, dispatch, print_result, run
+from jobs.fetch_options import add_fetch_options, fetch_policy_from
 from jobs.progress import shown_steps
 from pipelines.building import BuildConfig, BuildResult, build_engine
 from pipelines.catalog import CatalogConfig
+from pipelines.decode import RowLimits
 from pipelines.sampling import SampleConfig
 
 
@@ -55,6 +57,7 @@ def build_config_from(options: Namespace) -> BuildConfig:
             num_held_out=options.held_out,
             label_column=options.label_column,
             seed=options.seed,
+            limits=RowLimits(fetch=fetch_policy_from(options)),
         ),
         thresholds=Thresholds(
             **{field.name: getattr(options, field.name) for field in fields(Thresholds)}
@@ -259,6 +262,7 @@ def _build_parser() -> CommandParser:
     rows.add_argument("--key-column", default="key", metavar="NAME")
     rows.add_argument("--image-column", metavar="NAME")
     rows.add_argument("--text-column", metavar="NAME")
+    add_fetch_options(parser)
     gate = parser.add_argument_group("gate")
     for field in fields(Thresholds):
         flag = f"--{field.name.replace('_', '-')}"

@@ -17,6 +17,7 @@ from engine.errors import ClipmillError
 from engine.registry import default_engines_uri
 from jobs.cluster import ray_cluster
 from jobs.command import CommandParser, print_result, run
+from jobs.fetch_options import add_fetch_options, fetch_policy_from
 from jobs.serving.live import open_current
 from jobs.serving.options import ServiceConfig, ServiceLimits
 from pipelines.schema import MODALITIES
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         among=(options.among,) if options.among else None,
         refresh_seconds=options.refresh_seconds,
         thumbnails=not options.no_thumbnails,
+        fetch=fetch_policy_from(options),
         token=token,
         hosts=_hosts(options.host) if token is None else None,
         limits=limits,
@@ -132,6 +134,7 @@ def _parser() -> CommandParser:
             metavar="N",
             help=what,
         )
+    add_fetch_options(parser)
     return parser
 
 

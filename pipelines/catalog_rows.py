@@ -13,6 +13,7 @@ from pipelines import schema
 from pipelines.catalog import NO_COLUMN, Catalog, CatalogConfig, open_catalog
 from pipelines.errors import CatalogError
 from pipelines.fetch import FetchFailure, fetch_all
+from pipelines.fetch_policy import FetchPolicy
 from pipelines.indexes.key_hashes import hash_content, hash_keys, key_content
 from pipelines.reading import RowGroupRows, all_rows, read_rows
 from pipelines.snapshots import CatalogRecord
@@ -24,15 +25,17 @@ MAX_READ_BYTES = 64 * 2**20
 class CatalogRows:
     """The rows of a catalog by their keys; 16 bytes of memory for each."""
 
-    def __init__(self, record: CatalogRecord) -> None:
+    def __init__(self, record: CatalogRecord, *, fetch: FetchPolicy | None = None) -> None:
         """Read the keys of all rows, as the catalog is now.
 
         Args:
             record: Of a snapshot. Rows that came since are found as well, those that went are not.
+            fetch: From where images may be fetched; None: as without any option.
 
         Raises:
             CatalogError: It cannot be read, or its columns are others now.
         """
+        self._fetch = (fetch or FetchPolicy()).beside(record.uri)
         columns = record.columns
         config = CatalogConfig(
             uri=record.uri,
@@ -77,7 +80,7 @@ class CatalogRows:
             uri: bytes | None = row[schema.IMAGE_URI][0].as_py()
             # As for embedding: bytes that are there win over a path beside them.
             if encoded is None and uri:
-                return fetch_all([uri], max_bytes=max_bytes)[0]
+                return fetch_all([uri], max_bytes=max_bytes, policy=self._fetch)[0]
             return encoded
         return None
 

@@ -8,7 +8,7 @@ and counted apart.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from engine.preprocess import MAX_ORDINARY_ASPECT, Preprocessing, decode_pixels
 from pipelines import schema
 from pipelines.binary_columns import binary_views, only
 from pipelines.fetch import FetchFailure, fetch_all
+from pipelines.fetch_policy import FetchPolicy
 from pipelines.fingerprints import row_fingerprints
 from pipelines.progress import StageMeter, metered
 from pipelines.schema import Decoder, Modality, Reason, Stage
@@ -42,6 +43,8 @@ class RowLimits:
 
     image: ImageLimits = field(default_factory=ImageLimits)
     """Bounds on one image."""
+    fetch: FetchPolicy = field(default_factory=FetchPolicy)
+    """From where it may be fetched, and in what time."""
     max_text_chars: int = 50_000
     """Longer texts are rejected; those between this and the token length are cut. A document
     that got into the caption column should be noticed."""
@@ -54,6 +57,10 @@ class RowLimits:
             raise ValueError(f"max_text_chars={self.max_text_chars}: expected at least 1")
         if not 0 <= self.max_reject_share <= 1:
             raise ValueError(f"max_reject_share={self.max_reject_share}: expected 0 to 1")
+
+    def beside(self, catalog_uri: str) -> "RowLimits":
+        """The same for the rows of a catalog; see `FetchPolicy.beside`."""
+        return replace(self, fetch=self.fetch.beside(catalog_uri))
 
 
 def decode_batch(
@@ -180,7 +187,11 @@ def _images(
     uris = table[schema.IMAGE_URI].to_pylist()
     # Bytes that are there win; a path beside them only says where they once came from.
     missing = [row for row, uri in enumerate(uris) if contents[row] is None and uri]
-    fetched = fetch_all([uris[row] for row in missing], max_bytes=limits.image.max_image_bytes)
+    fetched = fetch_all(
+        [uris[row] for row in missing],
+        max_bytes=limits.image.max_image_bytes,
+        policy=limits.fetch,
+    )
     for row, content in zip(missing, fetched, strict=True):
         contents[row] = content
     pixels: list[bytes | None] = []
@@ -220,7 +231,7 @@ def _image(
     if content is None:
         return None, (Reason.NULL_IMAGE.value, None)
     if isinstance(content, FetchFailure):
-        return None, (Reason.FETCH_FAILED.value, content.detail)
+        return None, (content.reason.value, content.detail)
     try:
         pixels = decode_pixels(content, preprocessing=preprocessing, limits=limits)
     except ImageRejected as error:

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from functools import partial
 
 from engine.manifest import Manifest
+from engine.redaction import public_uri, without_secrets
 from engine.registry import Registry
 from pipelines import schema
 from pipelines.assembly import count_rejects, next_files
@@ -21,7 +22,7 @@ from pipelines.decode import RowLimits
 from pipelines.engines import EngineChoice, Execution, chosen_engine
 from pipelines.errors import IncompleteRunError
 from pipelines.ledger import Ledger
-from pipelines.lineage import Lineage, code_version, public_uri, without_secrets
+from pipelines.lineage import Lineage, code_version
 from pipelines.parent import ENGINE_CHANGES, EngineChange, same_state
 from pipelines.placement import Wanted
 from pipelines.planning import catalog_record, fill, modalities_by_content, staged_files
@@ -226,7 +227,7 @@ def embed(
                 store=store,
                 plan_id=setting.plan_id,
                 dtype=config.dtype,
-                limits=config.limits,
+                limits=config.limits.beside(catalog.config.uri),
                 resources=config.resources,
             )
             written = write_due(pass_, ledger=ledger, counts=counts, on_progress=on_progress)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from engine.preprocess import Preprocessing
 from engine.progress import OnProgress
+from engine.redaction import public_uri
 from engine.sample import Sample
 from pipelines import schema
 from pipelines.binary_columns import pixel_array
@@ -236,7 +237,7 @@ def _usable(
             table,
             modalities=(modality,),
             preprocessing=preprocessing,
-            limits=config.limits,
+            limits=config.limits.beside(config.catalog.uri),
             carry_columns=(),
         )
         good = decoded[schema.REASON].is_null()
@@ -251,7 +252,7 @@ def _sample(rows: pa.Table, *, config: SampleConfig, preprocessing: Preprocessin
     shape = (preprocessing.height, preprocessing.width, 3)
     label = config.label_column
     return Sample(
-        uri=config.catalog.uri,
+        uri=public_uri(config.catalog.uri),
         pixels=(
             pixel_array(rows[schema.PIXELS], shape=shape)
             if schema.PIXELS in rows.column_names

@@ -75,6 +75,7 @@ class Reason(StrEnum):
     DUPLICATE_KEY = "duplicate_key"
     NULL_IMAGE = "null_image"
     FETCH_FAILED = "fetch_failed"
+    FETCH_REFUSED = "fetch_refused"
     NULL_TEXT = "null_text"
     EMPTY_TEXT = "empty_text"
     TEXT_TOO_LONG = "text_too_long"

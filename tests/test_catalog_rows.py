@@ -9,7 +9,7 @@ import pytest
 from pipelines import catalog_rows
 from pipelines.catalog_rows import CatalogRows
 from pipelines.errors import CatalogError
-from pipelines.fetch import FetchFailure
+from pipelines.fetch_policy import FetchPolicy
 from pipelines.snapshots import CatalogRecord
 from tests.catalogs import write_rows
 
@@ -66,14 +66,19 @@ def test_structs_and_uris_are_read_as_for_embedding(tmp_path: Path):
     schema = pa.schema(
         {"key": pa.string(), "image": pa.struct({"bytes": pa.binary(), "path": pa.string()})}
     )
-    found = CatalogRows(record(write_rows(tmp_path / "structs", structs, schema=schema)))
+    fetch = FetchPolicy(allow=(str(tmp_path),))
+    found = CatalogRows(
+        record(write_rows(tmp_path / "structs", structs, schema=schema)), fetch=fetch
+    )
     assert image_of(found, "bytes") == b"inside"
     assert image_of(found, "path") == b"from a file"
     assert image_of(found, "null") is None
     uris = [{"key": "there", "image": uri}, {"key": "gone", "image": f"{uri}.gone"}]
-    found = CatalogRows(record(write_rows(tmp_path / "uris", uris)))
+    found = CatalogRows(record(write_rows(tmp_path / "uris", uris)), fetch=fetch)
     assert found.image_of("there", max_bytes=4) == b"from "  # a byte more: the caller sees it
-    assert isinstance(image_of(found, "gone"), FetchFailure)
+    assert image_of(found, "gone").reason == "fetch_failed"
+    refused = CatalogRows(record(tmp_path / "uris"))
+    assert image_of(refused, "there").reason == "fetch_refused"
 
 
 def test_no_row_costs_more_than_a_bound(tmp_path: Path, monkeypatch):

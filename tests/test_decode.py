@@ -11,6 +11,7 @@ from engine.images import ImageLimits
 from engine.preprocess import Preprocessing, decode_pixels
 from pipelines import decode
 from pipelines.decode import RowLimits, decode_batch, undecodable
+from pipelines.fetch_policy import FetchPolicy
 from pipelines.fingerprints import row_fingerprints
 from pipelines.schema import GEOMETRY_TYPE, REASONS, Reason
 from tests import image_files
@@ -26,13 +27,18 @@ PREPROCESSING = Preprocessing(
     std=(0.5, 0.5, 0.5),
 )
 RED = np.full((8, 8, 3), image_files.RED, dtype=np.uint8)
-LIMITS = RowLimits(image=ImageLimits(max_image_bytes=100_000), max_text_chars=10)
+LIMITS = RowLimits(
+    image=ImageLimits(max_image_bytes=100_000),
+    fetch=FetchPolicy(allow=("file:",)),
+    max_text_chars=10,
+)
 # A file of its type's first bytes, which is enough to see that it is not supported.
 PDF = b"%PDF-1.7\n"
 
 BAD_IMAGES = {
     "null_image": (None, None),
     "fetch_failed": (None, "file:///nowhere/image.jpg"),
+    "fetch_refused": (None, "http://127.0.0.1/image.jpg"),
     "empty_image": (b"", None),
     "not_an_image": (image_files.text_file(), None),
     "truncated_image": (image_files.truncated_jpeg(), None),

@@ -38,6 +38,7 @@ from pipelines.errors import (
     TooManyRejectsError,
 )
 from pipelines.placement import Placement
+from pipelines.fetch_policy import FetchPolicy
 from pipelines.report import make_report
 from pipelines.resources import Resources
 from pipelines.schema import REASONS
@@ -56,6 +57,9 @@ from tests.object_store import s3_bucket
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Tests serve pictures from this machine; what nobody allowed is refused.
+FETCH = FetchPolicy(allow=("127.0.0.1", "file:"))
+
 
 @pytest.fixture
 def run(checkpoint_dir: Path, engines_dir: Path, local_ray: None):
@@ -72,7 +76,7 @@ def run(checkpoint_dir: Path, engines_dir: Path, local_ray: None):
                 catalog=CatalogConfig(uri=str(catalog_dir), **(columns or {})),
                 store_uri=str(store_dir),
                 engine=EngineChoice(checkpoint=str(checkpoint), engines_uri=str(engines_dir)),
-                **options,
+                **{"limits": RowLimits(fetch=FETCH), **options},
             )
         )
 
@@ -146,13 +150,15 @@ def test_every_kind_of_row_is_embedded_or_rejected_with_its_reason(
         row("not-found", None, path=f"{web_server}/nothing.jpg"),
         row("unreachable", None, path="http://127.0.0.1:9/picture.jpg"),
         row("no-file", None, path=str(tmp_path / "nothing.jpg")),
+        row("refused", None, path="http://127.0.0.2:9/picture.jpg"),
         row(None),
         row("jpeg", image_files.png(image_files.flat((0, 0, 255)))),
         row("null-struct"),
     ]
     rows[-1]["image"] = None
     catalog_dir = write_rows(tmp_path / "catalog", rows, num_files=3)
-    result = run(catalog_dir, tmp_path / "store", limits=RowLimits(max_reject_share=1.0))
+    limits = RowLimits(max_reject_share=1.0, fetch=FETCH)
+    result = run(catalog_dir, tmp_path / "store", limits=limits)
 
     expected = {(key, "image"): reason for key, (_, reason) in bad.items()}
     expected |= {(key, "text"): reason for key, (_, reason) in bad_texts.items()}
@@ -160,6 +166,7 @@ def test_every_kind_of_row_is_embedded_or_rejected_with_its_reason(
         ("not-found", "image"): "fetch_failed",
         ("unreachable", "image"): "fetch_failed",
         ("no-file", "image"): "fetch_failed",
+        ("refused", "image"): "fetch_refused",
         ("null-struct", "image"): "null_image",
         (None, None): "null_key",
         ("jpeg", None): "duplicate_key",
@@ -237,7 +244,7 @@ def test_what_is_tried_again_is_not_settled_by_an_earlier_try(run, tmp_path: Pat
     picture = tmp_path / "picture.png"
     rows = [{"key": "a", "image": str(picture)}]
     catalog_dir, store_dir = write_rows(tmp_path / "catalog", rows), tmp_path / "store"
-    limits = RowLimits(max_reject_share=1.0)
+    limits = RowLimits(max_reject_share=1.0, fetch=FETCH)
     assert run(catalog_dir, store_dir, limits=limits).rejects_by_reason == {"fetch_failed": 1}
     picture.write_bytes(b"not an image")
     night = run(catalog_dir, store_dir, limits=limits, retry=("fetch_failed",))

@@ -1,123 +1,48 @@
 """Tests of pipelines/fetch.py against an HTTP server and an S3 server on this machine."""
 
+import os
 import socket
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import aiohttp
 import fsspec
 import pytest
 
-from pipelines import fetch
-from pipelines.fetch import FETCH_THREADS, FetchFailure, fetch_all
+from pipelines.fetch import NUM_FETCHES, FetchFailure, fetch_all
+from pipelines.fetch_policy import FetchPolicy
+from tests.image_server import CONTENT, ImageServer, image_server
 from tests.object_store import s3_bucket
 
-CONTENT = bytes(range(256)) * 400
 MAX_BYTES = 1_000_000
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Answers by path; the server notes what was asked and when an endless answer ended."""
-
-    server: "ImageServer"
-
-    def do_GET(self) -> None:
-        self.server.requests.append(self.path)
-        name = self.path.partition("?")[0].strip("/")
-        getattr(self, f"send_{name}", self.send_missing)()
-
-    def send_whole(self) -> None:
-        self.start(length=len(CONTENT))
-        self.wfile.write(CONTENT)
-
-    def send_number(self) -> None:
-        number = self.path.partition("?")[2]
-        time.sleep(0.1 if number == "0" else 0)  # the first answer comes last
-        self.start(length=len(number))
-        self.wfile.write(number.encode())
-
-    def send_piecemeal(self) -> None:
-        self.start(length=None)
-        for first in range(0, len(CONTENT), 30_000):
-            self.wfile.write(CONTENT[first : first + 30_000])
-            self.wfile.flush()
-            time.sleep(0.02)
-
-    def send_endless(self) -> None:
-        self.start(length=None)
-        try:
-            while True:
-                self.wfile.write(CONTENT)
-        except OSError:
-            self.server.stopped.set()
-
-    def send_cut(self) -> None:
-        self.start(length=len(CONTENT))
-        self.wfile.write(CONTENT[:1000])
-
-    def send_slow(self) -> None:
-        self.start(length=len(CONTENT))
-        self.wfile.write(CONTENT[:1000])
-        self.wfile.flush()
-        self.server.stopped.wait(10)
-
-    def send_moved(self) -> None:
-        self.send_response(302)
-        self.send_header("Location", "/whole")
-        self.end_headers()
-
-    def send_broken(self) -> None:
-        self.send_error(500)
-
-    def send_missing(self) -> None:
-        self.send_error(404)
-
-    def start(self, *, length: int | None) -> None:
-        self.send_response(200)
-        if length is not None:
-            self.send_header("Content-Length", str(length))
-        self.end_headers()
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-class ImageServer(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 64
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.requests: list[str] = []
-        self.stopped = threading.Event()
-
-    def uri(self, path: str) -> str:
-        return f"http://127.0.0.1:{self.server_port}/{path}"
+# The servers are on this machine, and so are files.
+LOCAL = FetchPolicy(allow=("127.0.0.1", "file:", "s3:"))
 
 
 @pytest.fixture
 def server() -> Iterator[ImageServer]:
-    with ImageServer() as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
+    with image_server() as server:
         yield server
-        server.stopped.set()
-        server.shutdown()
-        thread.join()
 
 
-def fetched(uri: str, *, max_bytes: int = MAX_BYTES) -> bytes | FetchFailure:
-    (content,) = fetch_all([uri.encode()], max_bytes=max_bytes)
+def fetched(
+    uri: str, *, max_bytes: int = MAX_BYTES, policy: FetchPolicy = LOCAL
+) -> bytes | FetchFailure:
+    (content,) = fetch_all([uri.encode()], max_bytes=max_bytes, policy=policy)
     return content
 
 
-def failure(uri: str) -> str:
-    content = fetched(uri)
+def failure(uri: str, *, policy: FetchPolicy = LOCAL) -> str:
+    content = fetched(uri, policy=policy)
     assert isinstance(content, FetchFailure), content
     assert 0 < len(content.detail) <= 200
     assert "\n" not in content.detail
+    return content.detail
+
+
+def refusal(uri: str, *, policy: FetchPolicy = LOCAL) -> str:
+    content = fetched(uri, policy=policy)
+    assert isinstance(content, FetchFailure), content
+    assert content.reason == "fetch_refused", content
     return content.detail
 
 
@@ -139,15 +64,15 @@ def test_follows_a_redirect(server):
 
 
 def test_many_come_back_in_order(server):
-    uris = [server.uri(f"number?{number}") for number in range(2 * FETCH_THREADS + 3)]
+    uris = [server.uri(f"number?{number}") for number in range(2 * NUM_FETCHES + 3)]
     uris[5] = server.uri("missing")
-    contents = fetch_all([uri.encode() for uri in uris], max_bytes=MAX_BYTES)
+    contents = fetch_all([uri.encode() for uri in uris], max_bytes=MAX_BYTES, policy=LOCAL)
     assert isinstance(contents.pop(5), FetchFailure)
     assert contents == [str(number).encode() for number in range(len(uris)) if number != 5]
 
 
 def test_nothing_is_fetched_for_nothing():
-    assert fetch_all([], max_bytes=MAX_BYTES) == []
+    assert fetch_all([], max_bytes=MAX_BYTES, policy=LOCAL) == []
 
 
 def test_reading_stops_one_byte_beyond_the_bound(server):
@@ -163,7 +88,7 @@ def test_content_of_just_the_bound_is_whole(server, excess, num_bytes):
     assert content == CONTENT[:num_bytes]
 
 
-@pytest.mark.parametrize(("path", "reason"), [("missing", "missing"), ("broken", "500")])
+@pytest.mark.parametrize(("path", "reason"), [("missing", "HTTP 404"), ("broken", "HTTP 500")])
 def test_an_error_of_the_server_is_a_failure(server, path, reason):
     assert reason in failure(server.uri(path))
 
@@ -179,12 +104,11 @@ def test_nobody_listening_is_a_failure():
     assert "Connect" in failure(f"http://127.0.0.1:{port}/image.jpg")
 
 
-def test_a_slow_server_hits_the_timeout(server, monkeypatch):
-    assert fetch._HTTP_OPTIONS["client_kwargs"]["timeout"].total == fetch.FETCH_TIMEOUT_SECONDS
-    timeout = aiohttp.ClientTimeout(total=0.3)
-    monkeypatch.setattr(fetch, "_HTTP_OPTIONS", {"client_kwargs": {"timeout": timeout}})
+@pytest.mark.parametrize("path", ["slow", "drip"])
+def test_a_slow_server_hits_the_timeout(server, path):
+    policy = FetchPolicy(allow=("127.0.0.1",), max_seconds=0.3)
     started = time.monotonic()
-    assert "Timeout" in failure(server.uri("slow"))
+    assert failure(server.uri(path), policy=policy) == "timeout: not there after 0.3 seconds"
     assert time.monotonic() - started < 5
 
 
@@ -203,6 +127,11 @@ def test_fetches_from_an_object_store():
         fsspec.filesystem("s3").pipe_file(f"{bucket}/images/1.jpg", CONTENT)
         assert fetched(f"{bucket}/images/1.jpg") == CONTENT
         assert "FileNotFoundError" in failure(f"{bucket}/images/2.jpg")
+        beside = FetchPolicy().beside(f"{bucket}/catalog")
+        assert fetched(f"{bucket}/images/1.jpg", policy=beside) == CONTENT
+        assert "s3: is not allowed" in refusal(f"{bucket}/images/1.jpg", policy=FetchPolicy())
+        elsewhere = FetchPolicy().beside("gs://bucket/catalog")
+        assert "s3: is not allowed" in refusal(f"{bucket}/images/1.jpg", policy=elsewhere)
 
 
 @pytest.mark.parametrize(
@@ -223,3 +152,72 @@ def test_fetches_from_an_object_store():
 )
 def test_whatever_the_uri_a_failure_is_a_value(uri):
     failure(uri)
+
+
+def test_no_file_is_read_unless_its_folder_was_named(tmp_path):
+    (tmp_path / "images" / "more").mkdir(parents=True)
+    inside, outside = tmp_path / "images" / "more" / "a.jpg", tmp_path / "secret.jpg"
+    for path in (inside, outside):
+        path.write_bytes(CONTENT)
+    (tmp_path / "images" / "link.jpg").symlink_to(outside)
+    (tmp_path / "images-of-others").symlink_to(tmp_path)
+    (tmp_path / "way").symlink_to(tmp_path / "images")
+    for uri in (str(inside), f"file://{inside}", f"FILE://{inside}", f"local://{inside}"):
+        assert "name their folder with --fetch-allow" in refusal(uri, policy=FetchPolicy())
+        # By a link, too: what counts is where it leads.
+        for folder in (f"{tmp_path}/images/", f"file://{tmp_path}/images", f"{tmp_path}/way"):
+            assert fetched(uri, policy=FetchPolicy(allow=(folder,))) == CONTENT
+    policy = FetchPolicy(allow=(f"{tmp_path}/images",))
+    for path in (
+        "secret.jpg",
+        "images/../secret.jpg",
+        "images/link.jpg",
+        "images-of-others/secret.jpg",
+        "images/more/../../secret.jpg",
+    ):
+        assert "files are not allowed" in refusal(f"{tmp_path}/{path}", policy=policy)
+        assert "files are not allowed" in refusal(f"file://{tmp_path}/{path}", policy=policy)
+    assert refusal("images/more/a.jpg", policy=FetchPolicy(allow=("/data",)))
+
+
+def test_a_pipe_or_a_device_is_no_file_and_keeps_nobody_waiting(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    assert "no file" in failure(str(tmp_path / "pipe.jpg"))
+    assert "no file" in failure("/dev/zero")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "ftp://host/image.jpg",
+        "data:image/gif;base64,R0lGODlhAQABAAAAACw=",
+        "memory://image.jpg",
+        "github://owner:repository@main/image.jpg",
+        "simplecache::http://127.0.0.1/image.jpg",
+        f"zip://image.jpg::file://{__file__}",
+        f"filecache::file://{__file__}",
+        " http://127.0.0.1/image.jpg",
+        "gopher://127.0.0.1/image.jpg",
+    ],
+)
+def test_other_schemes_are_refused_unless_named(uri):
+    assert "not allowed" in refusal(uri, policy=FetchPolicy())
+
+
+def test_a_named_scheme_opens_no_other_behind_it():
+    policy = FetchPolicy(allow=("memory:", "zip:"))
+    fsspec.filesystem("memory").pipe_file("/named/1.jpg", CONTENT)
+    assert fetched("memory://named/1.jpg", policy=policy) == CONTENT
+    chained = f"zip://image.jpg::file://{__file__}"
+    assert "several schemes" in refusal(chained, policy=policy)
+
+
+def test_what_failed_is_said_without_credentials(server):
+    uri = server.uri("missing?X-Amz-Signature=51gn4tur3").replace("//", "//user:p4ssw0rd@")
+    for found in (
+        failure(uri),
+        failure("nope://user:p4ssw0rd@host/a?token=51gn4tur3"),
+        failure("http://user:p4ssw0rd@[bad/a?token=51gn4tur3"),
+    ):
+        assert "p4ssw0rd" not in found
+        assert "51gn4tur3" not in found

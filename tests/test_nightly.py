@@ -332,19 +332,20 @@ def test_rejects_are_tried_again_when_asked_for(night: Night, tmp_path: Path):
         return {row["key"]: row["reason"] for row in stored_rows(night.store_dir, kind="rejects")}
 
     expected = {"late": "fetch_failed", "never": "fetch_failed", "mended": "not_an_image"}
-    night.done()
+    allow = ("--fetch-allow", tmp_path)
+    night.done(*allow)
     assert rejects() == {**expected, "null": "null_image"}
     for name in ("late", "mended"):
         pictures[name].write_bytes(image_files.png())
-    assert night.done()["outcome"] == "unchanged"
-    report = night.done("--retry-rejects")
+    assert night.done(*allow)["outcome"] == "unchanged"
+    report = night.done("--retry-rejects", *allow)
     assert report["outcome"] == "committed"
     assert report["run"]["num_embedded"] == {"image": 2}
     assert due(report["lineage"], "image") == 3, "the null is none that another try heals"
     assert rejects() == {"never": "fetch_failed", "null": "null_image"}
-    assert night.done()["outcome"] == "unchanged"
+    assert night.done(*allow)["outcome"] == "unchanged"
     before = current(night)
-    said = night.run("--retry-rejects").out
+    said = night.run("--retry-rejects", *allow).out
     assert "nothing changed: 1 rejects were tried again, all in vain; snapshot 2 stays" in said
     assert current(night) == before
 

@@ -46,6 +46,7 @@ from pipelines.decode import RowLimits
 from pipelines.embedding import EmbedConfig
 from pipelines.engines import EngineChoice
 from pipelines.errors import CatalogError, GuardError, StoreError, TooManyRejectsError
+from pipelines.fetch_policy import FetchPolicy
 from pipelines.indexes.manifest import INDEXES_DIR, index_dir
 from pipelines.indexes.opening import open_index
 from pipelines.lineage import GUARDS
@@ -226,7 +227,9 @@ class Nights(RuleBasedStateMachine):
                 engine=EngineChoice(
                     checkpoint=self.engines.checkpoint_dirs[engine], engines_uri=self.engines.uri
                 ),
-                limits=RowLimits(max_text_chars=MAX_TEXT_CHARS),
+                limits=RowLimits(
+                    max_text_chars=MAX_TEXT_CHARS, fetch=FetchPolicy(allow=("file:",))
+                ),
                 resources=Resources(rows_per_file=8),
                 retry=retry,
             ),

@@ -17,7 +17,9 @@ from engine.preprocessor_config import preprocessing_from_config
 from engine.sample import Sample
 from jobs.demo.run import CHECKPOINT_DIR
 from pipelines.catalog import CatalogConfig
+from pipelines.decode import RowLimits
 from pipelines.errors import CatalogError
+from pipelines.fetch_policy import FetchPolicy
 from pipelines.sampling import MAX_ROW_GROUPS, MIN_HELD_OUT_ROWS, SampleConfig, draw_samples
 from pipelines.schema import MODALITIES, Modality
 from tests.catalogs import scene_rows, write_rows
@@ -324,7 +326,8 @@ def test_images_that_lie_elsewhere(
     table_schema = pa.schema([("key", pa.int64()), ("image", kind), ("text", pa.string())])
     catalog = write_rows(tmp_path / "catalog", rows, schema=table_schema)
     images = {row["text"]: row["image"] for row in scenes}
-    samples = draw(catalog, preprocessing)
+    limits = RowLimits(fetch=FetchPolicy(allow=(str(folder),)))
+    samples = draw(catalog, preprocessing, limits=limits)
     assert scenes[7]["text"] not in texts_of(*samples)
     assert samples[0].pixels is not None
     expected = decode_pixels(

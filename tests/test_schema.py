@@ -13,6 +13,7 @@ def test_reasons_are_a_closed_set_that_changes_only_on_purpose():
         "duplicate_key",
         "null_image",
         "fetch_failed",
+        "fetch_refused",
         "empty_image",
         "not_an_image",
         "truncated_image",

@@ -6,6 +6,7 @@ Knows nothing of HTTP or of Ray.
 from dataclasses import dataclass, field, fields
 
 from engine.images import ImageLimits
+from pipelines.fetch_policy import FetchPolicy
 from pipelines.schema import Modality
 
 
@@ -73,6 +74,8 @@ class ServiceConfig:
     """Between two looks for a newer snapshot; listing a store of thousands takes less than 1."""
     thumbnails: bool = True
     """Whether pictures of the catalog are shown; they need 16 bytes of memory for each row."""
+    fetch: FetchPolicy = field(default_factory=FetchPolicy)
+    """From where those pictures may be fetched that the catalog names by URI."""
     token: str | None = field(default=None, repr=False)
     """Bearer token that requests must carry; None: anyone may ask."""
     hosts: tuple[str, ...] | None = None

@@ -6,6 +6,7 @@ Knows nothing of HTTP or of Ray.
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from functools import partial
 
 from engine.images import ImageLimits
 from jobs.serving.batching import Batcher
@@ -14,6 +15,7 @@ from jobs.serving.metrics import Metrics
 from jobs.serving.options import ServiceConfig
 from jobs.serving.problems import overloaded
 from jobs.serving.thumbnails import Thumbnails
+from pipelines.catalog_rows import CatalogRows
 
 
 class Service:
@@ -26,7 +28,8 @@ class Service:
         self.metrics = Metrics()
         self.batcher = Batcher(self.metrics)
         self.thumbnails = Thumbnails(
-            limits=ImageLimits(max_image_pixels=config.limits.max_image_pixels)
+            limits=ImageLimits(max_image_pixels=config.limits.max_image_pixels),
+            open_rows=partial(CatalogRows, fetch=config.fetch),
         )
         self.live = Live(config, self.metrics, opener=opener, on_opened=self._follow)
 

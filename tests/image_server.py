@@ -1,0 +1,140 @@
+"""An HTTP server on this machine that answers well, badly, or by leading elsewhere."""
+
+import gzip
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
+
+CONTENT = bytes(range(256)) * 400
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers by path; the server notes what was asked and when an endless answer ended."""
+
+    server: "ImageServer"
+
+    def do_GET(self) -> None:
+        self.server.requests.append(self.path)
+        self.server.headers.append(dict(self.headers))
+        name = self.path.partition("?")[0].strip("/")
+        getattr(self, f"send_{name}", self.send_missing)()
+
+    @property
+    def query(self) -> str:
+        return unquote(self.path.partition("?")[2])
+
+    def send_whole(self) -> None:
+        self.start(length=len(CONTENT))
+        self.wfile.write(CONTENT)
+
+    def send_number(self) -> None:
+        number = self.path.partition("?")[2]
+        time.sleep(0.1 if number == "0" else 0)  # the first answer comes last
+        self.start(length=len(number))
+        self.wfile.write(number.encode())
+
+    def send_piecemeal(self) -> None:
+        self.start(length=None)
+        for first in range(0, len(CONTENT), 30_000):
+            self.wfile.write(CONTENT[first : first + 30_000])
+            self.wfile.flush()
+            time.sleep(0.02)
+
+    def send_endless(self) -> None:
+        self.start(length=None)
+        try:
+            while True:
+                self.wfile.write(CONTENT)
+        except OSError:
+            self.server.stopped.set()
+
+    def send_cut(self) -> None:
+        self.start(length=len(CONTENT))
+        self.wfile.write(CONTENT[:1000])
+
+    def send_slow(self) -> None:
+        self.start(length=len(CONTENT))
+        self.wfile.write(CONTENT[:1000])
+        self.wfile.flush()
+        self.server.stopped.wait(10)
+
+    def send_drip(self) -> None:
+        """A byte now and then, so that no single read takes long."""
+        self.start(length=len(CONTENT))
+        try:
+            while not self.server.stopped.wait(0.02):
+                self.wfile.write(b".")
+                self.wfile.flush()
+        except OSError:
+            pass
+
+    def send_compressed(self) -> None:
+        body = gzip.compress(bytes(10_000_000))
+        self.send_response(200)
+        self.send_header("Content-Encoding", "gzip")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def send_moved(self) -> None:
+        self.redirect("/whole")
+
+    def send_to(self) -> None:
+        """Redirects to what its query says."""
+        self.redirect(self.query)
+
+    def send_further(self) -> None:
+        """As many redirects as its query says, and then an image."""
+        left = int(self.query)
+        self.redirect(f"/further?{left - 1}" if left > 1 else "/whole")
+
+    def send_broken(self) -> None:
+        self.send_error(500)
+
+    def send_missing(self) -> None:
+        self.send_error(404)
+
+    def redirect(self, location: str) -> None:
+        self.send_response(302)
+        self.send_header("Location", location)
+        self.send_header("Set-Cookie", "visited=1")
+        self.end_headers()
+
+    def start(self, *, length: int | None) -> None:
+        self.send_response(200)
+        if length is not None:
+            self.send_header("Content-Length", str(length))
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+class ImageServer(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, address: str) -> None:
+        super().__init__((address, 0), Handler)
+        self.address = address
+        self.requests: list[str] = []
+        self.headers: list[dict[str, str]] = []
+        self.stopped = threading.Event()
+
+    def uri(self, path: str, *, host: str | None = None) -> str:
+        return f"http://{host or self.address}:{self.server_port}/{path}"
+
+
+@contextmanager
+def image_server(address: str = "127.0.0.1") -> Iterator[ImageServer]:
+    """One that listens at an address of this machine."""
+    with ImageServer(address) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        yield server
+        server.stopped.set()
+        server.shutdown()
+        thread.join()

@@ -1,0 +1,188 @@
+"""Tests of pipelines/http_fetch.py: what tries to reach another server than the policy allows.
+
+Two servers are on this machine: one at 127.0.0.1, which is forbidden, and one at 127.0.0.2.
+"""
+
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from pipelines.fetch import FetchFailure, fetch_all
+from pipelines.fetch_policy import FetchPolicy
+from tests.image_server import CONTENT, ImageServer, image_server
+
+ALLOW = FetchPolicy(allow=("127.0.0.2",))
+GETADDRINFO = socket.getaddrinfo
+
+
+@pytest.fixture
+def forbidden() -> Iterator[ImageServer]:
+    with image_server("127.0.0.1") as server:
+        yield server
+
+
+@pytest.fixture
+def allowed() -> Iterator[ImageServer]:
+    with image_server("127.0.0.2") as server:
+        yield server
+
+
+def fetched(uri: str, policy: FetchPolicy = ALLOW) -> bytes | FetchFailure:
+    (content,) = fetch_all([uri.encode()], max_bytes=1_000_000, policy=policy)
+    return content
+
+
+def reason(uri: str, policy: FetchPolicy = ALLOW) -> str:
+    content = fetched(uri, policy)
+    assert isinstance(content, FetchFailure), content
+    return f"{content.reason}: {content.detail}"
+
+
+def use_names(monkeypatch: pytest.MonkeyPatch, names: dict[str, list[list[str]]]) -> None:
+    """Names -> the addresses of each answer to who asks for them; the last one stays."""
+
+    def getaddrinfo(host: Any, port: Any, *args: Any, **options: Any) -> Any:
+        name = host.decode() if isinstance(host, bytes) else host
+        if name not in names:
+            return GETADDRINFO(host, port, *args, **options)
+        answers = names[name]
+        addresses = answers.pop(0) if len(answers) > 1 else answers[0]
+        return [found for one in addresses for found in GETADDRINFO(one, port, *args, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+
+def test_what_is_allowed_is_fetched(allowed: ImageServer):
+    assert fetched(allowed.uri("whole")) == CONTENT
+    assert fetched(allowed.uri("moved")) == CONTENT
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("127.0.0.1", "localhost", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "0.0.0.0", "[::]"),
+        *("127.0.0.1.", "user@127.0.0.1", "127.0.0.2@127.0.0.1", "127.0.0.2:80@127.0.0.1"),
+        *("2130706433", "0x7f.0.0.1", "0x7f000001", "0177.0.0.1", "127.1", "127.0.1"),
+        *("①②⑦.⓪.⓪.①", "127。0。0。1", "%31%32%37.0.0.1", "127.0.0.2\\@127.0.0.1"),
+    ],
+)
+def test_no_spelling_of_a_host_gets_through(forbidden: ImageServer, host: str):
+    for policy in (FetchPolicy(), ALLOW):
+        reason(forbidden.uri("whole", host=host), policy)
+    assert forbidden.requests == []
+
+
+def test_link_local_addresses_are_refused_without_a_try():
+    for policy in (FetchPolicy(), ALLOW):
+        for host in ("169.254.169.254", "[fe80::1]", "[::ffff:169.254.169.254]", "[fd00:ec2::254]"):
+            found = reason(f"http://{host}/latest/meta-data/", policy)
+            assert found.startswith("fetch_refused: ")
+            assert "no public address; if it is meant, name its host or network" in found
+
+
+def test_a_name_is_judged_by_the_address_it_leads_to(forbidden: ImageServer, monkeypatch):
+    use_names(monkeypatch, {"images.example": [["127.0.0.1"]]})
+    found = reason(forbidden.uri("whole", host="images.example"))
+    assert found.startswith("fetch_refused: host images.example: 127.0.0.1 is no public address")
+    assert forbidden.requests == []
+    # Once it is named it may be there, and what it redirects to is judged anew.
+    policy = FetchPolicy(allow=("images.example",))
+    assert fetched(forbidden.uri("whole", host="images.example"), policy) == CONTENT
+    num_requests = len(forbidden.requests)
+    location = forbidden.uri("whole")
+    found = reason(forbidden.uri(f"to?{location}", host="images.example"), policy)
+    assert found.startswith("fetch_refused: host 127.0.0.1: ")
+    assert len(forbidden.requests) == num_requests + 1
+    # Nor do connections to it serve another name that leads there.
+    use_names(monkeypatch, {"others.example": [["127.0.0.1"]]})
+    assert reason(forbidden.uri("whole", host="others.example"), policy).startswith("fetch_refused")
+    assert len(forbidden.requests) == num_requests + 1
+
+
+def test_a_name_that_leads_elsewhere_the_next_time_gains_nothing(
+    forbidden: ImageServer, allowed: ImageServer, monkeypatch
+):
+    use_names(monkeypatch, {"rebinding.example": [["127.0.0.2"], ["127.0.0.1"]]})
+    assert fetched(allowed.uri("whole", host="rebinding.example")) == CONTENT
+    assert reason(forbidden.uri("whole", host="rebinding.example")).startswith("fetch_refused")
+    assert forbidden.requests == []
+
+
+def test_of_several_addresses_only_those_allowed_are_connected_to(
+    forbidden: ImageServer, allowed: ImageServer, monkeypatch
+):
+    names = {"both.example": [["127.0.0.1", "127.0.0.2"]], "inside.example": [["127.0.0.1", "::1"]]}
+    use_names(monkeypatch, names)
+    assert fetched(allowed.uri("whole", host="both.example")) == CONTENT
+    reason(forbidden.uri("whole", host="both.example"))
+    assert reason(forbidden.uri("whole", host="inside.example")).startswith("fetch_refused")
+    assert forbidden.requests == []
+
+
+@pytest.mark.parametrize(
+    ("location", "says"),
+    [
+        ("http://127.0.0.1:{port}/whole", "fetch_refused: host 127.0.0.1: "),
+        ("//127.0.0.1:{port}/whole", "fetch_refused: host 127.0.0.1: "),
+        ("http://localhost:{port}/whole", "fetch_refused: host localhost: "),
+        ("http://169.254.169.254/latest/meta-data/", "fetch_refused: host 169.254.169.254: "),
+        ("file:///etc/passwd", "fetch_refused: a redirect to file: is not followed"),
+        ("s3://bucket/key", "fetch_refused: a redirect to s3: is not followed"),
+        ("data:,x", "fetch_refused: a redirect to data: is not followed"),
+        ("", "fetch_failed: more than 5 redirects"),
+    ],
+)
+def test_redirects_are_checked_again(
+    forbidden: ImageServer, allowed: ImageServer, location: str, says: str
+):
+    location = location.format(port=forbidden.server_port)
+    policy = FetchPolicy(allow=("127.0.0.2", "file:", "s3:", "data:"))
+    assert reason(allowed.uri(f"to?{location}"), policy).startswith(says)
+    assert forbidden.requests == []
+
+
+def test_redirects_are_few():
+    with image_server("127.0.0.2") as server:
+        policy = FetchPolicy(allow=("127.0.0.2",), max_redirects=2)
+        assert fetched(server.uri("further?2"), policy) == CONTENT
+        assert reason(server.uri("further?3"), policy) == "fetch_failed: more than 2 redirects"
+        assert len(server.requests) == 3 + 3
+        none = FetchPolicy(allow=("127.0.0.2",), max_redirects=0)
+        assert fetched(server.uri("whole"), none) == CONTENT
+        assert reason(server.uri("moved"), none) == "fetch_failed: more than 0 redirects"
+
+
+def test_hosts_that_are_not_named_are_not_asked_for(allowed: ImageServer, monkeypatch):
+    use_names(monkeypatch, {"cdn.acme.example": [["127.0.0.2"]], "evil.example": [["127.0.0.2"]]})
+    policy = FetchPolicy(allow=("127.0.0.2/32",), hosts=("*.acme.example",))
+    assert fetched(allowed.uri("whole", host="cdn.acme.example"), policy) == CONTENT
+    for host in ("evil.example", "127.0.0.2"):
+        found = reason(allowed.uri("whole", host=host), policy)
+        assert found == f"fetch_refused: host {host} is not among --fetch-hosts"
+    location = allowed.uri("whole", host="evil.example")
+    found = reason(allowed.uri(f"to?{location}", host="cdn.acme.example"), policy)
+    assert found == "fetch_refused: host evil.example is not among --fetch-hosts"
+    assert len(allowed.requests) == 2
+
+
+def test_no_server_hears_what_is_meant_for_another(allowed: ImageServer, monkeypatch, tmp_path):
+    (tmp_path / "netrc").write_text("machine 127.0.0.2 login user password s3cret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    fetched(allowed.uri("whole").replace("//", "//user:s3cret@"))
+    with image_server("127.0.0.2") as other:
+        uri = allowed.uri(f"to?{other.uri('whole')}").replace("//", "//user:s3cret@", 1)
+        assert fetched(uri) == CONTENT
+        assert fetched(other.uri("whole")) == CONTENT
+        assert len(other.headers) == 2
+        for headers in other.headers:
+            assert not {"authorization", "cookie", "referer"} & {name.lower() for name in headers}
+
+
+def test_what_grows_when_it_is_unpacked_is_not_unpacked(allowed: ImageServer):
+    assert reason(allowed.uri("compressed")) == (
+        "fetch_failed: the server compressed it (gzip), unasked"
+    )
+    assert allowed.headers[0]["Accept-Encoding"] == "identity"
