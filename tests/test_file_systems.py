@@ -15,6 +15,15 @@ def test_opens_a_file_system_and_finds_the_path_within_it():
         assert file.read() == b"content"
 
 
+def test_user_and_password_of_an_http_uri_are_not_part_of_the_path():
+    fs, path = open_file_system("https://user:p%40ss@host:8443/a%20b/c.parquet?d=e")
+    assert path == "https://host:8443/a%20b/c.parquet?d=e"
+    assert fs.client_kwargs == {"headers": {"Authorization": "Basic dXNlcjpwQHNz"}}
+    fs, path = open_file_system("https://host/a@2x.parquet")
+    assert path == "https://host/a@2x.parquet"
+    assert fs.client_kwargs == {}
+
+
 def test_an_unknown_kind_of_file_system_is_a_value_error():
     with pytest.raises(ValueError, match="nope"):
         open_file_system("nope://folder")

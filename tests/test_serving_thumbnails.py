@@ -14,6 +14,7 @@ from jobs.serving.options import ServiceLimits
 from jobs.serving.thumbnails import NoThumbnailError, Thumbnails
 from pipelines.catalog_rows import CatalogRows
 from pipelines.errors import CatalogError
+from pipelines.fetch_policy import FetchPolicy
 from tests.catalogs import write_rows
 from tests.serving import Shop, wait_until
 from tests.test_catalog_rows import record
@@ -68,6 +69,18 @@ def test_pictures_are_at_most_256_pixels_a_side_and_kept(catalog: Path, tmp_path
             assert says in response.json()["detail"]
         hit = client.get("/search?text=ring&k=1").json()["hits"][0]
         assert hit["thumbnail"] == "/items/k0000/thumbnail"
+
+
+def test_pictures_by_uri_are_fetched_within_the_policy(tmp_path: Path):
+    (tmp_path / "a.png").write_bytes(png(20, 10))
+    rows = [{"key": "k0000", "image": str(tmp_path / "a.png")}]
+    shop = Shop(tmp_path, catalog=write_rows(tmp_path / "catalog", rows))
+    for fetch, status in ((FetchPolicy(), 404), (FetchPolicy(allow=(str(tmp_path),)), 200)):
+        with TestClient(shop.app(fetch=fetch)) as client:
+            wait_until(lambda: client.get("/ready").json()["thumbnails"] == "ready")
+            response = client.get("/items/k0000/thumbnail")
+            assert response.status_code == status
+            assert status == 200 or "--fetch-allow" in response.json()["detail"]
 
 
 def test_until_the_keys_are_read_pictures_are_to_be_asked_for_again(catalog: Path, tmp_path: Path):
