@@ -37,8 +37,8 @@ from pipelines.errors import (
     StoreError,
     TooManyRejectsError,
 )
-from pipelines.placement import Placement
 from pipelines.fetch_policy import FetchPolicy
+from pipelines.placement import Placement
 from pipelines.report import make_report
 from pipelines.resources import Resources
 from pipelines.schema import REASONS
