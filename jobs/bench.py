@@ -15,6 +15,7 @@ from engine.registry import default_engines_uri
 from jobs.benches.search_commands import index, query, serve
 from jobs.command import Actions, CommandParser, dispatch, print_result, run, say
 from jobs.demo.run import CHECKPOINT_DIR
+from jobs.logs import event_log
 from jobs.progress import shown_steps
 from pipelines.engines import EngineChoice
 from pipelines.schema import WANTED_DECODERS
@@ -44,7 +45,7 @@ def _encode(argv: Sequence[str]) -> int:
         batch_sizes=tuple(options.batch_sizes),
         seconds=options.seconds,
     )
-    with shown_steps() as on_progress:
+    with event_log("bench encode"), shown_steps() as on_progress:
         for figures in measure_encode(config, on_progress=on_progress):
             say(*timing_lines(figures.encoders[-1]))
             if options.page:

@@ -19,6 +19,7 @@ from engine.promotion import history, promote, rollback, rollback_from
 from engine.registry import Registry, default_engines_uri
 from jobs.command import Actions, CommandParser, dispatch, print_result, run
 from jobs.fetch_options import add_fetch_options, fetch_policy_from
+from jobs.logs import event_log
 from jobs.progress import shown_steps
 from pipelines.building import BuildConfig, BuildResult, build_engine
 from pipelines.catalog import CatalogConfig
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _build(argv: Sequence[str]) -> int:
     parser = _build_parser()
     options = parser.parse_options(argv)
-    with shown_steps() as on_progress:
+    with event_log("engine build"), shown_steps() as on_progress:
         result = build_engine(build_config_from(options), on_progress=on_progress)
     print_result(result, as_json=options.json, text=build_summary(result))
     return 0 if result.gate.passed else 1

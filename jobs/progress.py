@@ -1,9 +1,9 @@
-"""Shows a run's progress: bars in a terminal, a line now and then in a log.
+"""Shows a run's progress: bars in a terminal, an event now and then in a log.
 
-Knows nothing of how the counts come about.
+Knows nothing of how the counts come about. Events are seen within `jobs.logs.event_log`.
 """
 
-import sys
+import logging
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -23,10 +23,12 @@ from rich.progress import (
 from rich.text import Text
 
 from engine.progress import OnProgress
+from jobs.logs import event
 from pipelines.counts import Counts
 from pipelines.progress import Progress as RunProgress
 
 LOG_SECONDS = 30.0
+_log = logging.getLogger(__name__)
 
 
 class ProgressSink(Protocol):
@@ -104,7 +106,7 @@ class _StepLines:
             return
         self._stage, self._said_seconds = stage, now
         counts = f" {done} of {total}" if total else ""
-        print(f"{stage}{counts}", file=sys.stderr, flush=True)
+        _log.info("%s%s", stage, counts, extra=event("step", stage=stage, done=done, total=total))
 
 
 class _RateColumn(TextColumn):
@@ -138,7 +140,8 @@ class _Lines:
         if progress.seconds < self._next_seconds:
             return
         self._next_seconds = progress.seconds + LOG_SECONDS
-        print(progress_line(counts, progress), file=sys.stderr, flush=True)
+        fields = progress_fields(counts, progress)
+        _log.info(progress_line(counts, progress), extra=event("progress", **fields))
 
 
 def stage_total(counts: Counts, stage: str) -> int:
@@ -150,6 +153,15 @@ def bar_total(counts: Counts, stage: str, *, stages: Collection[str]) -> int | N
     """The same for a bar; None where nobody knows how many images are left to the GPUs."""
     by_gpus = stage == "decode" and "prepare" in stages
     return None if by_gpus else stage_total(counts, stage)
+
+
+def progress_fields(counts: Counts, progress: RunProgress) -> dict[str, float | dict[str, int]]:
+    """Progress in numbers for a log."""
+    return {
+        "seconds": round(progress.seconds, 3),
+        "rows": {name: count.num_rows for name, count in progress.stages.items()},
+        "total_rows": stage_total(counts, "encode"),
+    }
 
 
 def progress_line(counts: Counts, progress: RunProgress) -> str:

@@ -110,7 +110,9 @@ def test_a_build_says_what_it_made_and_what_its_gate_saw(
 
 def test_a_build_shows_its_steps_on_stderr(calibrated_engines: CalibratedEngines) -> None:
     for done in (calibrated_engines.first, calibrated_engines.second):
-        stages = [line.split(" 0 of ")[0] for line in done.err.splitlines()]
+        events = [json.loads(line) for line in done.err.splitlines()]
+        assert {event["event"] for event in events} == {"step"}
+        stages = [event["stage"] for event in events]
         assert [stage for stage in dict.fromkeys(stages) if "judge with" not in stage] == [
             "sample",
             *(f"image: {stage}" for stage in ("calibrate", "round", "judge")),

@@ -1,5 +1,6 @@
 """Counts of the stages on a real Ray, and how they are shown."""
 
+import json
 import os
 import re
 import threading
@@ -10,6 +11,7 @@ import pytest
 import ray
 
 from jobs import progress
+from jobs.logs import event_log
 from jobs.progress import (
     LOG_SECONDS,
     bar_total,
@@ -174,11 +176,15 @@ def test_a_board_counts_the_stages_that_there_are(local_ray: None):
 
 
 def test_a_log_gets_a_line_now_and_then(capsys):
-    with shown_progress() as show:
+    with event_log("embed"), shown_progress() as show:
         for seconds in (1, 20, 31, 45, 62):
             show(COUNTS, make_progress(seconds=seconds, num_encoded=seconds))
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.split(" s:")[0] for line in lines] == ["31", "62"]
+    events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [event["seconds"] for event in events] == [31, 62]
+    assert [event["message"].split(" s:")[0] for event in events] == ["31", "62"]
+    assert events[0]["event"] == "progress"
+    assert events[0]["rows"] == {"read": 0, "decode": 0, "encode": 31, "write": 0}
+    assert events[0]["total_rows"] == 110
 
 
 def test_a_log_gets_a_line_for_each_stage_and_another_now_and_then(
@@ -186,7 +192,7 @@ def test_a_log_gets_a_line_for_each_stage_and_another_now_and_then(
 ):
     clock = Clock()
     monkeypatch.setattr(progress, "time", clock)
-    with shown_steps() as show:
+    with event_log("engine build"), shown_steps() as show:
         for seconds, step in (
             (0, ("calibrate", 0, 32)),
             (1, ("calibrate", 1, 32)),
@@ -200,11 +206,16 @@ def test_a_log_gets_a_line_for_each_stage_and_another_now_and_then(
             show(*step)
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert shown.err.splitlines() == [
+    events = [json.loads(line) for line in shown.err.splitlines()]
+    assert [event["message"] for event in events] == [
         "calibrate 0 of 32",
         "calibrate 10 of 32",
         "judge",
         "calibrate 0 of 16",
+    ]
+    assert [(event["stage"], event["done"], event["total"]) for event in events[:2]] == [
+        ("calibrate", 0, 32),
+        ("calibrate", 10, 32),
     ]
 
 
