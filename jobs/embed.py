@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from jobs.cluster import ray_cluster
 from jobs.command import CommandParser, print_result, run
 from jobs.embed_options import add_embed_options, embed_config_from
+from jobs.logs import event_log
 from jobs.progress import shown_progress
-from jobs.saved_report import saved_report
+from jobs.recorded_run import close_run, noted, recorded_run, say_begun
 from pipelines.embedding import EmbedConfig, embed
 from pipelines.report import RunReport, make_report, summary
 
@@ -30,10 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_embed(config: EmbedConfig, *, address: str | None = None) -> tuple[RunReport, str | None]:
     """Embed with progress on stderr; returns the report and where its page was saved, if it was."""
-    with ray_cluster(address), shown_progress() as on_progress:
-        result = embed(config, on_progress=on_progress)
-    report = make_report(result, catalog_uri=config.catalog.uri, store_uri=config.store_uri)
-    return report, saved_report(report, store_uri=config.store_uri)
+    with (
+        recorded_run(config.store_uri, command="embed") as journal,
+        event_log("embed", run_id=journal.run_id) as context,
+    ):
+        say_begun(config)
+        with ray_cluster(address), shown_progress() as show:
+            result = embed(config, run_id=journal.run_id, on_progress=noted(show, journal))
+        report = make_report(result, catalog_uri=config.catalog.uri, store_uri=config.store_uri)
+        return close_run(report, journal, context)
 
 
 if __name__ == "__main__":

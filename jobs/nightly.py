@@ -13,14 +13,15 @@ from jobs.cluster import ray_cluster
 from jobs.command import CommandParser, print_result, run
 from jobs.embed_options import add_embed_options, embed_config_from
 from jobs.index_options import add_index_options, index_options_from
+from jobs.logs import event_log
 from jobs.progress import shown_progress
-from jobs.saved_report import saved_report
+from jobs.recorded_run import close_run, noted, recorded_run, say_begun
 from pipelines.counts import KeyCounts, plan_line
 from pipelines.embedding import Plan
 from pipelines.guard_limits import GuardLimits
 from pipelines.indexes.manifest import IndexManifest
 from pipelines.lineage import GUARDS, Lineage, measurement_line
-from pipelines.nightly import NightlyConfig, NightResult, plan_night, run_night
+from pipelines.nightly import NightlyConfig, plan_night, run_night
 from pipelines.report import RunReport, make_report, summary
 from pipelines.schema import RETRYABLE_REASONS
 from pipelines.snapshots import is_other_engine
@@ -77,16 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     options = _parser().parse_options(words)
     config = _config_from(options, command=("clipmill", "nightly", *words))
-    with ray_cluster(options.address), shown_progress() as on_progress:
-        if options.dry_run:
-            planned = plan_night(config)
-        else:
-            result = run_night(config, on_progress=on_progress)
     if options.dry_run:
-        plan_report = _plan_report(planned)
+        with ray_cluster(options.address):
+            plan_report = _plan_report(plan_night(config))
         print_result(plan_report, as_json=options.json, text=_plan_text(plan_report))
     else:
-        report = _night_report(result, config=config)
+        report = _run(config, address=options.address)
         print_result(report, as_json=options.json, text=_night_text(report))
     return 0
 
@@ -182,13 +179,23 @@ def _plan_text(report: PlanReport) -> str:
     return "\n".join([*lines, "dry run: nothing was done"])
 
 
-def _night_report(result: NightResult, *, config: NightlyConfig) -> NightReport:
-    snapshot, committed = result.embedded.snapshot, result.embedded.committed
-    run_report = make_report(
-        result.embedded,
-        catalog_uri=config.embed.catalog.uri,
-        store_uri=config.embed.store_uri,
-    )
+def _run(config: NightlyConfig, *, address: str | None) -> NightReport:
+    with (
+        recorded_run(config.embed.store_uri, command="nightly") as journal,
+        event_log("nightly", run_id=journal.run_id) as context,
+    ):
+        say_begun(config.embed)
+        with ray_cluster(address), shown_progress() as show:
+            result = run_night(config, run_id=journal.run_id, on_progress=noted(show, journal))
+        snapshot, committed = result.embedded.snapshot, result.embedded.committed
+        run_report = make_report(
+            result.embedded,
+            catalog_uri=config.embed.catalog.uri,
+            store_uri=config.embed.store_uri,
+        )
+        report_path = None
+        if committed:  # else nothing is written
+            run_report, report_path = close_run(run_report, journal, context)
     return NightReport(
         outcome="committed" if committed else "unchanged",
         snapshot=snapshot.number,
@@ -197,9 +204,7 @@ def _night_report(result: NightResult, *, config: NightlyConfig) -> NightReport:
         indexes=result.indexes,
         lineage=snapshot.lineage if committed else None,
         run=run_report,
-        report_path=(
-            saved_report(run_report, store_uri=config.embed.store_uri) if committed else None
-        ),
+        report_path=report_path,
     )
 
 

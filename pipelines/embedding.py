@@ -3,7 +3,6 @@
 Knows nothing of the command line or of how progress and reports are shown.
 """
 
-import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from pipelines import schema
 from pipelines.assembly import count_rejects, next_files
 from pipelines.candidate import Candidate
 from pipelines.catalog import Catalog, CatalogConfig, check_has_rows, open_catalog
+from pipelines.cluster_nodes import node_lines
 from pipelines.counts import Counts
 from pipelines.decode import RowLimits
 from pipelines.engines import EngineChoice, Execution, chosen_engine
@@ -28,8 +28,9 @@ from pipelines.placement import Wanted
 from pipelines.planning import catalog_record, fill, modalities_by_content, staged_files
 from pipelines.preparing import Preparation, built_manifest, prepare, ready_manifest
 from pipelines.progress import Progress
-from pipelines.resources import Resources, num_workers
+from pipelines.resources import Resources, gpus_held, num_workers
 from pipelines.rounds import Written, check_rejects, write_due
+from pipelines.run_ids import new_run_id
 from pipelines.schema import EmbeddingDtype, Modality
 from pipelines.snapshots import (
     EngineRecord,
@@ -110,12 +111,18 @@ class EmbedResult:
     """Rows embedded by this run."""
     num_copied: dict[Modality, int]
     """Rows whose content was embedded already, for another row, and copied by this run."""
+    num_rejected: int
+    """Rows of all modalities that this run rejected."""
     rejects_by_reason: dict[str, int]
     """Of the snapshot, not of this run alone."""
     progress: Progress | None
     """What the stages did; None if there was nothing to embed."""
     workers: dict[str, int]
     """Stage -> how many could work at once."""
+    num_gpus: float
+    """That the encoders held while the stages ran; 0 on CPUs."""
+    nodes: tuple[str, ...]
+    """Of the cluster, with what Ray may use of each."""
     execution: Execution
     """What executed the engine and decoded images, or would have."""
 
@@ -157,6 +164,7 @@ def plan(config: EmbedConfig) -> Plan:
 def embed(
     config: EmbedConfig,
     *,
+    run_id: str | None = None,
     on_progress: Callable[[Counts, Progress], None] | None = None,
     check_plan: CheckPlan | None = None,
     approve: Approve | None = None,
@@ -170,6 +178,7 @@ def embed(
 
     Args:
         config: What, where to and with what.
+        run_id: Of `new_run_id`, where the caller keeps a record of the run; None makes one.
         on_progress: Called about twice a second while the stages run, from another thread.
         check_plan: Called before anything is embedded; what it raises is raised.
         approve: Called before a snapshot is committed; what it raises is raised, and the same
@@ -243,9 +252,8 @@ def embed(
         num_rejected = ledger.num_rejected()
     new = set(files).difference(setting.before)
     _check_there(store, new)
-    now = datetime.now(UTC)
-    run_id = f"{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
-    created_at = now.isoformat(timespec="seconds")
+    run_id = run_id or new_run_id()
+    created_at = datetime.now(UTC).isoformat(timespec="seconds")
     record = catalog_record(catalog, num_keys=counts.num_keys)
     snapshot = Snapshot(
         number=1 if parent is None else parent.number + 1,
@@ -300,9 +308,12 @@ def embed(
         counts=counts,
         num_embedded=written.num_embedded(catalog.modalities),
         num_copied=written.num_copied(catalog.modalities),
+        num_rejected=written.num_rejected,
         rejects_by_reason=count_rejects(store, snapshot.files_of("rejects")),
         progress=written.progress,
         workers=num_workers(config.resources, execution=execution),
+        num_gpus=gpus_held(config.resources, execution=execution),
+        nodes=node_lines(),
         execution=execution,
     )
 

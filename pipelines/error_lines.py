@@ -3,7 +3,7 @@
 Knows nothing of who raised it.
 """
 
-from pipelines.lineage import public_uri
+from engine.redaction import public_uri
 
 MAX_CHARACTERS = 500
 

@@ -4,7 +4,8 @@ Knows nothing of what they describe.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -51,7 +52,7 @@ def read_manifest(
     Raises:
         StoreError: It cannot be read, is damaged, or was written by a newer Clipmill.
     """
-    try:
+    with manifest_errors(store, path, way_out=way_out):
         record: dict[str, Any] = json.loads(store.read(path))
         version = record.pop("format_version")
         if version > format_version:
@@ -60,6 +61,13 @@ def read_manifest(
                 f"{format_version}; upgrade Clipmill"
             )
         return build(record)
+
+
+@contextmanager
+def manifest_errors(store: Store, path: str, *, way_out: str) -> Iterator[None]:
+    """Raise StoreError for what a block finds in a file's JSON that it cannot be."""
+    try:
+        yield
     except UnknownFieldError as error:
         raise StoreError(
             f"store {store.uri}: {path} was written by a newer Clipmill, this one does not know "

@@ -64,7 +64,10 @@ def plan_night(config: NightlyConfig) -> Plan:
 
 
 def run_night(
-    config: NightlyConfig, *, on_progress: Callable[[Counts, Progress], None] | None = None
+    config: NightlyConfig,
+    *,
+    run_id: str | None = None,
+    on_progress: Callable[[Counts, Progress], None] | None = None,
 ) -> NightResult:
     """Make the store's state that of the catalog, with its index, or leave it as it was.
 
@@ -73,6 +76,7 @@ def run_night(
 
     Args:
         config: What, where to, with what, and within what bounds.
+        run_id: As for `embed`.
         on_progress: Called about twice a second while rows are embedded, from another thread.
 
     Raises:
@@ -98,6 +102,7 @@ def run_night(
 
     result = embed(
         _embed_config(config),
+        run_id=run_id,
         on_progress=on_progress,
         check_plan=partial(_check_memory, config=config),
         approve=approve,

@@ -3,12 +3,15 @@
 Knows nothing of how the report is drawn.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from engine.redaction import public_uri
 from pipelines.counts import KeyCounts, plan_line
-from pipelines.embedding import EmbedResult
 from pipelines.progress import Progress
+
+if TYPE_CHECKING:  # who reads reports of old runs need not load what runs them
+    from pipelines.embedding import EmbedResult
 
 ADVICE = {
     "read": "the catalog's storage sets the pace; bring the data nearer or use larger row groups",
@@ -95,9 +98,17 @@ class RunReport:
     """(seconds, rows encoded) over the run."""
     bottleneck: str
     """One line: the stage that limits, and what would help."""
+    num_rejected: int | None = None
+    """Rows of all modalities that this run rejected; None in reports of before it was counted."""
+    num_gpus: float | None = None
+    """That encoders held while the stages ran; 0 on CPUs, None as above."""
+    nodes: list[str] = field(default_factory=list)
+    """Of the cluster; see `node_line`."""
+    slow: str | None = None
+    """One line if it was slower than earlier runs; see `slow_line`."""
 
 
-def make_report(result: EmbedResult, *, catalog_uri: str, store_uri: str) -> RunReport:
+def make_report(result: "EmbedResult", *, catalog_uri: str, store_uri: str) -> RunReport:
     """Put a run's result into numbers; its URIs lose what they hold of credentials."""
     snapshot, progress = result.snapshot, result.progress
     stages = stage_reports(progress, workers=result.workers) if progress else []
@@ -129,6 +140,9 @@ def make_report(result: EmbedResult, *, catalog_uri: str, store_uri: str) -> Run
         stages=stages,
         samples=progress.samples if progress else [],
         bottleneck=bottleneck_line(stages),
+        num_rejected=result.num_rejected,
+        num_gpus=result.num_gpus,
+        nodes=list(result.nodes),
     )
 
 

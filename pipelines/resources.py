@@ -109,6 +109,16 @@ def num_workers(resources: Resources, *, execution: Execution) -> dict[str, int]
     return {**workers, "encode": encoders, "write": io}
 
 
+def gpus_held(resources: Resources, *, execution: Execution) -> float:
+    """GPUs, in shares, that the encoders hold from the first read until the stages end.
+
+    Where an autoscaler gives the nodes, those that are there now: at the end of a run its most.
+    """
+    if execution.backend == "onnxruntime":
+        return 0.0
+    return num_workers(resources, execution=execution)["encode"] * resources.encoder_gpus
+
+
 def check_room(resources: Resources, *, execution: Execution) -> None:
     """ValueError if the cluster has less room than the stages need at once.
 

@@ -53,6 +53,11 @@ class Written:
         """Embeddings that were not."""
         return {modality: _num_embeddings(self.encoded, modality) for modality in modalities}
 
+    @property
+    def num_rejected(self) -> int:
+        """Rejects of all modalities."""
+        return _num_rejects(self.encoded)
+
 
 def write_due(
     pass_: Pass,

@@ -7,7 +7,7 @@ Knows nothing of what the files hold.
       embeddings/PLAN/*.parquet    rows; what no snapshot lists does not exist for a reader
       rejects/PLAN/*.parquet
       indexes/INDEX/               manifest.json last, and BUILD/ with its files
-      runs/RUN/                    report.html, report.json
+      runs/RUN/                    run.json, report.html, report.json
 """
 
 import uuid

@@ -19,6 +19,7 @@ from typing import Literal, get_args
 from engine.publishing.folders import ListedFile
 from pipelines.errors import StoreError
 from pipelines.indexes.manifest import MANIFEST_FILE, index_dir
+from pipelines.run_ids import RUNS_DIR
 from pipelines.snapshots import (
     SNAPSHOTS_DIR,
     Snapshot,
@@ -120,8 +121,9 @@ def _garbage(
             doomed.append(manifest)
     for manifest in doomed:
         yield "snapshots", [manifest]
-    # Beside manifests, or as probes in the root; those of other folders go with these.
-    for folder in ("", SNAPSHOTS_DIR):
+    # Beside manifests and reports, or as probes in the root; those of other folders go with these.
+    runs = [f"{RUNS_DIR}/{run}" for run in store.names(RUNS_DIR)] if store.is_local else []
+    for folder in ("", SNAPSHOTS_DIR, *runs):
         yield "snapshots", [file for file in store.hidden_files(folder) if is_old(file)]
     newest = numbers[-1]
     for places in _GROUPED:

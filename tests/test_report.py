@@ -130,9 +130,12 @@ def result(*, committed: bool = True) -> EmbedResult:
         ),
         num_embedded={"image": 50, "text": 40},
         num_copied={"image": 11, "text": 3},
+        num_rejected=7,
         rejects_by_reason={"null_image": 9, "empty_text": 1},
         progress=progress(encode=18) if committed else None,
         workers=WORKERS,
+        num_gpus=0,
+        nodes=("here: 2 CPUs",),
         execution=Execution(backend="onnxruntime", decoder="cpu"),
     )
 
@@ -153,6 +156,7 @@ def test_a_report_has_the_numbers_of_its_run():
     assert report.num_unchanged == {"image": 40, "text": 50}
     assert report.num_stored == {"image": 90, "text": 90}
     assert report.rejects_by_reason == {"null_image": 9, "empty_text": 1}
+    assert (report.num_rejected, report.num_gpus, report.nodes) == (7, 0, ["here: 2 CPUs"])
     assert report.seconds == 10
     assert report.samples == [(0.0, 0), (10.0, 1000)]
     assert report.bottleneck.startswith("encode-bound")
