@@ -6,6 +6,7 @@ Knows nothing of what runs on it.
 import ctypes
 import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,18 @@ _CAPTURE_REFUSED = "cudaErrorStreamCapture"
 _DEFAULT_STREAM = 0
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Card:
+    """A GPU that CUDA sees."""
+
+    name: str
+    """As NVIDIA calls it."""
+    architecture: str
+    """As plans name it: `sm_90`."""
+    num_bytes: int
+    """Of its memory."""
+
+
 class Device:
     """The current GPU of this process, through CUDA's runtime API.
 
@@ -68,6 +81,25 @@ class Device:
         """Free and total memory, in bytes."""
         free, total = self._call("cudaMemGetInfo")
         return int(free), int(total)
+
+    def cards(self) -> list[Card]:
+        """All GPUs that this process may use."""
+        found = []
+        for number in range(int(self._call("cudaGetDeviceCount"))):
+            properties = self._call("cudaGetDeviceProperties", number)
+            found.append(
+                Card(
+                    name=properties.name.decode(errors="replace").rstrip("\0"),
+                    architecture=f"sm_{properties.major}{properties.minor}",
+                    num_bytes=int(properties.totalGlobalMem),
+                )
+            )
+        return found
+
+    def driver_cuda(self) -> str:
+        """The newest CUDA that the driver runs: `13.0`."""
+        version = int(self._call("cudaDriverGetVersion"))  # 1000 x major + 10 x minor
+        return f"{version // 1000}.{version % 1000 // 10}"
 
     def allocate(self, num_bytes: int) -> int:
         """Memory on the GPU, filled with zeros; DeviceMemoryError if there is not enough."""

@@ -7,8 +7,6 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from jobs.command import run
-
 COMMANDS = {
     "demo": ("jobs.demo.run", "offline, from nothing to a report with pictures"),
     "engine": ("jobs.engine", "build engines, judge them, promote them or go back"),
@@ -18,9 +16,11 @@ COMMANDS = {
         "jobs.snapshots",
         "the states of a store: what changed, going back, removing old ones",
     ),
+    "runs": ("jobs.runs", "what the runs of a store did, and how fast"),
     "index": ("jobs.index", "build the index of the current snapshot"),
     "query": ("jobs.query", "find the nearest rows to a text or an image"),
     "serve": ("jobs.serve", "an HTTP API and a page that searches"),
+    "doctor": ("jobs.doctor", "what this machine or cluster can run, and what mends it"),
     "bench": ("jobs.bench", "measure encoders, the pipeline, the answers of a store"),
 }
 
@@ -36,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     # Imported only now: each command brings its own heavy libraries.
     command = importlib.import_module(COMMANDS[words[0]][0])
+    if words[0] == "doctor":  # which runs where packages are missing
+        return int(command.main(words[1:]))
+    from jobs.command import run
+
     run(command.main, words[1:])
 
 
@@ -46,7 +50,7 @@ def _usage() -> str:
 
 def entry() -> None:
     """The console script."""
-    run(main)
+    sys.exit(main())
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import functools
 import random
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -196,6 +197,22 @@ class FakeCuda:
             names.cudaDevAttrComputeCapabilityMajor: self.capability[0],
             names.cudaDevAttrComputeCapabilityMinor: self.capability[1],
         }[attribute]
+
+    @api(results=1)
+    def cudaDriverGetVersion(self) -> int:  # noqa: N802
+        return 13_010
+
+    @api(results=1)
+    def cudaGetDeviceCount(self) -> int:  # noqa: N802
+        return 1
+
+    @api(results=1)
+    def cudaGetDeviceProperties(self, device: int) -> Any:  # noqa: N802
+        assert device == 0
+        major, minor = self.capability
+        return SimpleNamespace(
+            name=b"NVIDIA H200\0\0", major=major, minor=minor, totalGlobalMem=self.total_bytes
+        )
 
     @api(results=2)
     def cudaMemGetInfo(self) -> tuple[int, int]:  # noqa: N802

@@ -9,6 +9,7 @@ import pytest
 from jobs.bench import BENCHES
 from jobs.cli import COMMANDS, main
 from jobs.engine import ACTIONS
+from jobs.runs import ACTIONS as RUN_ACTIONS
 from jobs.snapshots import ACTIONS as SNAPSHOT_ACTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,9 +30,10 @@ def test_an_unknown_command_is_a_usage_error(capsys):
 @pytest.mark.parametrize(
     "name",
     [
-        *sorted(COMMANDS.keys() - {"bench", "engine", "snapshots"}),
+        *sorted(COMMANDS.keys() - {"bench", "engine", "runs", "snapshots"}),
         *(f"bench {action}" for action in BENCHES),
         *(f"engine {action}" for action in ACTIONS),
+        *(f"runs {action}" for action in RUN_ACTIONS),
         *(f"snapshots {action}" for action in SNAPSHOT_ACTIONS),
     ],
 )

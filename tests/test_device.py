@@ -11,7 +11,7 @@ import pytest
 from cuda.bindings import runtime as real
 
 from engine import device
-from engine.device import Device, open_device
+from engine.device import Card, Device, open_device
 from engine.errors import DeviceError, DeviceLostError, DeviceMemoryError, NoGpuError
 from tests.fake_gpu import MIB, FakeCuda
 
@@ -54,6 +54,12 @@ def test_all_calls_exist() -> None:
     assert {name for name in dir(FakeCuda) if name.startswith("cuda")} <= set(dir(real))
     errors = {error.name for error in real.cudaError_t}
     assert device._STICKY | set(device._UNUSABLE) <= errors
+
+
+def test_what_there_is_is_named(cuda: FakeCuda) -> None:
+    gpu = Device(cuda)
+    assert gpu.cards() == [Card(name="NVIDIA H200", architecture="sm_89", num_bytes=MIB)]
+    assert gpu.driver_cuda() == "13.1"
 
 
 def test_architecture_and_memory(cuda: FakeCuda) -> None:

@@ -57,6 +57,8 @@ NEVER_IN = {
 
 # What workers without a model import, and what a person waits for who only looks at a store.
 LIGHT_MODULES = (
+    "jobs.doctor",
+    "jobs.runs",
     "jobs.snapshots",
     "pipelines.schema",
     "pipelines.decode",
