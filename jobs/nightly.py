@@ -15,7 +15,7 @@ from jobs.embed_options import add_embed_options, embed_config_from
 from jobs.index_options import add_index_options, index_options_from
 from jobs.logs import event_log
 from jobs.progress import shown_progress
-from jobs.recorded_run import close_run, noted, recorded_run, say_begun
+from jobs.recorded_run import close_run, noted, recorded_run, say_begun, say_ended
 from pipelines.counts import KeyCounts, plan_line
 from pipelines.embedding import Plan
 from pipelines.guard_limits import GuardLimits
@@ -196,6 +196,8 @@ def _run(config: NightlyConfig, *, address: str | None) -> NightReport:
         report_path = None
         if committed:  # else nothing is written
             run_report, report_path = close_run(run_report, journal, context)
+        else:
+            say_ended(run_report, context)
     return NightReport(
         outcome="committed" if committed else "unchanged",
         snapshot=snapshot.number,

@@ -59,7 +59,7 @@ def close_run(
         The report, with a line if the run was slower than they, which is an event too; and its
         page's path, or None and a line on stderr why there is none.
     """
-    context.snapshot = report.snapshot
+    context.snapshot = report.snapshot  # for all events from here on
     try:
         past = readable(read_history(journal.store, num_last=NUM_LAST))
         report = replace(report, slow=slow_line(run_numbers(report), past))
@@ -74,6 +74,13 @@ def close_run(
             file=sys.stderr,
         )
         path = None
+    say_ended(report, context)
+    return report, path
+
+
+def say_ended(report: RunReport, context: LogContext) -> None:
+    """The last event of a run that ended well."""
+    context.snapshot = report.snapshot
     numbers = run_numbers(report)
     fields = {
         "status": ended_status(report),
@@ -90,4 +97,3 @@ def close_run(
         numbers.num_embedded,
         extra=event("ended", **fields),
     )
-    return report, path

@@ -48,10 +48,10 @@ def nights_plot(records: Sequence[RunRecord]) -> Plot | None:
         axes_of[-1].set_title("rejects of the run")
         step = -(-len(records) // MAX_LABELS)
         shown = range(0, len(records), step)
-        axes_of[-1].set_xticks(list(shown), labels=[night(records[at])[5:] for at in shown])
+        axes_of[-1].set_xticks(list(shown), labels=_labels([records[at] for at in shown]))
         for axes in axes_of:
             axes.grid(visible=True)
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
             axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda number, _: compact(number)))
         handles, labels = axes_of[0].get_legend_handles_labels()
@@ -67,6 +67,12 @@ def nights_plot(records: Sequence[RunRecord]) -> Plot | None:
         f"{len(measured)} embedded rows, {compact(min(speeds))} to {compact(max(speeds))} a "
         f"second, the last {compact(speeds[-1])}; {lost} failed or were killed",
     )
+
+
+def _labels(records: Sequence[RunRecord]) -> list[str]:
+    """Days, or times where all are of one day."""
+    days, times = zip(*(night(record).split() for record in records), strict=True)
+    return list(times) if len(set(days)) == 1 else [day[5:] for day in days]
 
 
 def _draw_by_engine(axes: Axes, records: Sequence[RunRecord], measure: Measure) -> None:

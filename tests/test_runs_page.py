@@ -1,6 +1,7 @@
 """Tests of pipelines/runs_page.py: what a reader finds on it."""
 
 import dataclasses
+import re
 
 from pipelines.run_records import night
 from pipelines.runs_page import MAX_LABELS, nights_plot, render_runs_page
@@ -57,7 +58,14 @@ def test_one_run_is_no_plot():
 def test_many_nights_share_few_labels():
     plot = nights_plot([record(n) for n in range(1, 32)])
     assert plot is not None
-    assert 1 < plot.svg.count("03:15") <= MAX_LABELS
+    assert 1 < len(re.findall(r">03-\d\d<", plot.svg)) <= MAX_LABELS
+
+
+def test_runs_of_one_day_are_told_by_their_time():
+    later = dataclasses.replace(record(1), started_at="2026-03-01T17:40:00+00:00")
+    plot = nights_plot([record(1), later])
+    assert plot is not None
+    assert re.findall(r">(\d\d:\d\d)<", plot.svg) == ["03:15", "17:40"]
 
 
 def test_what_others_wrote_is_no_markup():

@@ -585,3 +585,12 @@ def test_killed_after_any_removal_it_leaves_all_that_is_listed_whole(
         assert {file.path for file in read_snapshot(local, number).files} <= paths(local)
     assert sum(vacuum(local, ONE_NOW).num_files.values()) == 17 - len(killed.removed)
     assert paths(local) == all_of(local, snapshots[2])
+
+
+def test_what_a_killed_run_left_beside_its_report_goes(tmp_path: Path):
+    local = Store(str(tmp_path))
+    three_nights(local)
+    for name in ("run.json", ".run.json.0123"):
+        local.publish(f"runs/run/{name}", b"{}")
+    vacuum(local, Retention(num_snapshots=3, min_age_hours=0))
+    assert [path.name for path in (tmp_path / "runs" / "run").iterdir()] == ["run.json"]
