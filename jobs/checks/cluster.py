@@ -77,8 +77,8 @@ def ray_checks(address: str | None, *, nodes: Callable[[str], Nodes] = nodes_of)
                 name="ray",
                 verdict="missing" if isinstance(error, ClipmillError) else "wrong",
                 found=str(error).strip(),
-                mend="ray status --address ADDRESS, from the head node; the same versions of "
-                "Python and Ray on all nodes and here",
+                mend="`ray status` on its head node; here must be its versions of Python and Ray, "
+                "and its token ($RAY_AUTH_TOKEN or $RAY_AUTH_TOKEN_PATH) if it asks for one",
                 is_needed=True,
             )
         ]
