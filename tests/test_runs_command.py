@@ -145,3 +145,15 @@ def test_a_run_like_the_others_says_nothing(store, capsys):
     assert report.slow is None
     events = [json.loads(line)["event"] for line in capsys.readouterr().err.splitlines()]
     assert events == ["ended"]
+
+
+def test_a_report_that_cannot_be_saved_is_no_failure(tmp_path: Path, capsys):
+    (tmp_path / "store").write_bytes(b"")  # a file in the store's place
+    closed = Store(str(tmp_path / "store"))
+    with RunJournal(closed, command="nightly") as journal, event_log("nightly") as context:
+        report = dataclasses.replace(REPORT, run_id=journal.run_id, store_uri=closed.uri)
+        _, path = close_run(report, journal, context)
+    assert path is None
+    said, ended = capsys.readouterr().err.splitlines()
+    assert said.startswith("clipmill: snapshot 7 is committed; only its report is missing: store")
+    assert json.loads(ended)["status"] == "committed"
