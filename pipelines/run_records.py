@@ -68,7 +68,7 @@ class RunNumbers:
 
     @property
     def gpu_seconds(self) -> float | None:
-        """GPUs held by encoders x seconds of the stages, whether they were busy or not."""
+        """GPUs held by encoders (`gpus_held`) x seconds of the stages, busy or not."""
         return None if self.num_gpus is None else self.num_gpus * self.seconds
 
     @property
