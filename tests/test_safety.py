@@ -238,6 +238,10 @@ def test_a_configuration_makes_no_objects(tmp_path: Path, trap: Trap, capsys):
     assert "could not determine a constructor" in capsys.readouterr().err
 
 
+# They pickle for a process that they start themselves, over a pipe, as Ray does for its workers.
+BETWEEN_OWN_PROCESSES = ("isolation.py", "isolated_process.py")
+
+
 def test_no_source_opens_a_door():
     """Calls that run what they read, in our own code; and pages that take markup from outside."""
     num_read = 0
@@ -256,7 +260,9 @@ def test_no_source_opens_a_door():
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [node.module] if isinstance(node, ast.ImportFrom) else []
                 names += [alias.name for alias in node.names]
-                assert not {"pickle", "cloudpickle", "dill", "joblib", "marshal"} & set(names), path
+                if path.name not in BETWEEN_OWN_PROCESSES:
+                    doors = {"pickle", "cloudpickle", "dill", "joblib", "marshal"}
+                    assert not doors & set(names), path
             if not isinstance(node, ast.Call):
                 continue
             called = ast.unparse(node.func)
