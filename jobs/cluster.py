@@ -81,7 +81,7 @@ def _object_store_bytes() -> int:
 
 def _quiet_console() -> None:
     """Leave stderr to the progress; Ray Data's own log file keeps everything."""
-    import ray.data  # half a second that commands without a cluster need not wait for
+    import ray.data  # slow, and commands without a cluster do without
 
     for handler in logging.getLogger(ray.data.__name__).handlers:
         if isinstance(handler, logging.StreamHandler):

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from pipelines.errors import RecallError
+from pipelines.errors import PipelineError, RecallError
 from pipelines.indexes import recall
 from pipelines.indexes.choice import Recipe, named_recipe
 from pipelines.indexes.making import Parent, asked_hash, make_index
 from pipelines.indexes.manifest import (
     IndexManifest,
     find_index,
+    index_dir,
     indexed_files,
     publish_index,
     remove_other_builds,
@@ -50,17 +51,17 @@ class IndexConfig:
 
 
 def build_index(config: IndexConfig) -> list[IndexManifest]:
-    """Index a snapshot, each modality by itself.
-
-    An index that is there is kept, unless another type is named.
+    """Index a snapshot, each modality by itself; an index that is there is kept.
 
     Raises:
         StoreError: There is no such snapshot, or the store cannot be read or written.
-        PipelineError: No index fits in the memory allowed.
+        PipelineError: No index fits in the memory allowed; or there is one of another type than the
+            one that is named.
         RecallError: An index finds less than was asked for; it is not promoted.
     """
     store = Store(config.store_uri)
     snapshot = read_snapshot(store, config.snapshot)
+    _check_type(store, snapshot, options=config.options)
     return index_snapshot(store, snapshot, options=config.options, promote=check_recall)
 
 
@@ -87,9 +88,7 @@ def index_snapshot(
     options: IndexOptions,
     promote: Callable[[IndexManifest], None],
 ) -> list[IndexManifest]:
-    """Index a snapshot, also one that is not committed yet.
-
-    An index that is there is kept, unless another type is named: readers have it until then.
+    """Index a snapshot, also one that is not committed yet; an index that is there is kept.
 
     Args:
         store: Where its files lie.
@@ -104,15 +103,26 @@ def index_snapshot(
     manifests = []
     for modality in snapshot.modalities:
         manifest = find_index(store, snapshot, modality=modality)
-        if manifest is None or (
-            manifest.num_rows and options.factory not in (None, manifest.factory)
-        ):
+        if manifest is None:
             manifest = _indexed(store, snapshot, modality=modality, options=options)
             promote(manifest)
             publish_index(store, manifest)
             remove_other_builds(store, manifest)
         manifests.append(manifest)
     return manifests
+
+
+def _check_type(store: Store, snapshot: Snapshot, *, options: IndexOptions) -> None:
+    """PipelineError if there is an index of another type than the one that is named."""
+    for modality in snapshot.modalities:
+        found = find_index(store, snapshot, modality=modality)
+        if found and found.num_rows and options.factory not in (None, found.factory):
+            raise PipelineError(
+                f"factory={options.factory}: snapshot {snapshot.number} has an index of its "
+                f"{modality} embeddings already, {found.factory}, which is kept; to have another, "
+                f"remove {store.full_path(index_dir(snapshot, modality=modality))} first (until "
+                "then nobody can query that snapshot), or leave --factory out"
+            )
 
 
 def _indexed(

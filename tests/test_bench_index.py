@@ -75,7 +75,7 @@ def test_autofaiss_is_asked_the_same(
 ) -> None:
     python = python_with_autofaiss(tmp_path, num_missing=num_missing)
     _, theirs, _ = measured(capsys, "--autofaiss", str(python), "--max-memory-bytes", "123456789")
-    assert (theirs["name"], theirs["factory"]) == ("autofaiss", "Flat of 123456789B")
+    assert (theirs["name"], theirs["factory"]) == ("autofaiss, build alone", "Flat of 123456789B")
     assert {entry["kind"] for entry in theirs["measured"]} == {"image", "text"}
     # One of 20 files is missing, and with it one answer in 20.
     for entry in theirs["measured"]:
@@ -97,6 +97,11 @@ def test_the_table_marks_the_setting_of_searches(capsys: pytest.CaptureFixture[s
     ("words", "told"),
     [
         (["--rows", "19"], f"num_rows=19: expected at least {NUM_FILES}"),
+        (
+            ["--rows", "1000", "--changed", "0.08"],
+            "60 rows would change or go, expected at most 50",
+        ),
+        (["--rows", "21"], "3 rows would change or go, expected at most 1"),
         (["--changed", "1"], "changed_share=1.0: expected between 0 and 1"),
     ],
 )

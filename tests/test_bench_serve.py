@@ -28,6 +28,8 @@ def test_a_service_is_measured_alone_and_through_snapshots(
     ("words", "told"),
     [
         (["--clients", "0"], "num_clients=0: expected at least 1"),
+        (["--clients", "1001"], "num_clients=1001: expected at most 1000"),
+        (["--rows", "0"], "num_rows=0: expected at least 20"),
         (["--seconds", "0"], "seconds=0.0: expected more than 0"),
         (["--switches", "-1"], "num_switches=-1: expected 0 or more"),
     ],

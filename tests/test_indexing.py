@@ -129,20 +129,17 @@ def test_a_modality_of_which_all_rows_were_rejected_has_an_empty_index(store):
     assert (index.rows.num_rows, ids.tolist(), scores.tolist()) == (0, [[-1, -1]], [[-np.inf] * 2])
 
 
-def test_another_type_that_is_named_takes_the_place_of_an_index(store):
-    vectors = unit_vectors(300)
-    snapshot = commit_vectors(store, image=[keyed(vectors)])
+def test_another_type_than_that_which_is_there_is_refused(store):
+    snapshot = commit_vectors(store, image=[keyed(unit_vectors(300))])
     (exact,) = build_index(IndexConfig(store_uri=store.uri))
     named = IndexConfig(store_uri=store.uri, options=IndexOptions(factory="HNSW32,Flat"))
+    with pytest.raises(PipelineError, match=r"snapshot 1 has an index .* Flat, .* remove .*/index"):
+        build_index(named)
+    same = IndexConfig(store_uri=store.uri, options=IndexOptions(factory="Flat"))
+    assert build_index(same) == [exact]
+    store.remove(folder_of(snapshot))
     (graph,) = build_index(named)
-    assert (exact.factory, graph.factory) == ("Flat", "HNSW32,Flat")
-    assert graph.index_id == exact.index_id
-    assert store.names(folder_of(snapshot)) == sorted([graph.build_id, "manifest.json"])
-    index = open_index(store, snapshot, modality="image")
-    _, ids = index.search(vectors[:5], num_hits=1)
-    assert keys_of(index, ids) == [[f"k{row}"] for row in range(5)]
-    # Named again, or not at all, it stays.
-    assert build_index(named) == build_index(IndexConfig(store_uri=store.uri)) == [graph]
+    assert (graph.factory, graph.index_id) == ("HNSW32,Flat", exact.index_id)
 
 
 def test_an_index_that_is_there_is_kept(store, tmp_path):

@@ -25,22 +25,26 @@ def path(tmp_path: Path, vectors: np.ndarray) -> Path:
     return tmp_path / "vectors.npy"
 
 
-def drop_from_memory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(descriptor)
-
-
 @pytest.mark.parametrize("is_cold", [False, True])
-def test_rows_are_those_of_the_array(path: Path, vectors: np.ndarray, is_cold: bool) -> None:
+def test_rows_are_those_of_the_array(
+    path: Path, vectors: np.ndarray, is_cold: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened = VectorFile(path)
+    wanted = []
+    real = os.posix_fadvise
+    monkeypatch.setattr(
+        vector_file.os, "posix_fadvise", lambda *place: wanted.append(place) or real(*place)
+    )
     if is_cold:
-        drop_from_memory(path)
+        # As of a disk whose file nobody has read: that it is asked for all rows before the first.
+        monkeypatch.setattr(VectorFile, "_read_cached", lambda self, part, offset: False)
     ids = np.array([0, NUM_ROWS - 1, 7, 7, *range(100, 9_000, 13)])
     found = opened.rows(ids)
     assert found.dtype == np.float32
     assert np.array_equal(found, vectors[ids].astype(np.float32))
+    asked = [place for place in wanted if place[3] == os.POSIX_FADV_WILLNEED]
+    # Of a file that was just written all is in memory; but a row may lie on two pages.
+    assert len(asked) == len(ids) if is_cold else len(asked) < len(ids) / 2
 
 
 def test_no_rows_at_all(path: Path) -> None:

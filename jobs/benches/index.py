@@ -13,7 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from jobs.benches.programs import run_watched
-from jobs.benches.vector_stores import NUM_FILES, change_store, make_store, stored_vectors
+from jobs.benches.vector_stores import (
+    NUM_FILES,
+    change_store,
+    make_store,
+    num_changes,
+    rows_of_last_file,
+    stored_vectors,
+)
 from pipelines.indexes.manifest import find_index, indexed_files
 from pipelines.indexes.opening import TRUTH_FILE
 from pipelines.indexes.recall import CHOSEN_K
@@ -44,6 +51,13 @@ class IndexBenchConfig:
             raise ValueError(f"num_rows={self.num_rows}: expected at least {NUM_FILES}")
         if not 0 < self.changed_share < 1:
             raise ValueError(f"changed_share={self.changed_share}: expected between 0 and 1")
+        least = sum(num_changes(self.num_rows, changed_share=self.changed_share))
+        most = rows_of_last_file(self.num_rows)
+        if least > most:
+            raise ValueError(
+                f"changed_share={self.changed_share}: {least} rows would change or go, expected at "
+                f"most {most}, those of the last of {NUM_FILES} files"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,7 +168,7 @@ def _of_autofaiss(
         [program, str(scratch), str(config.memory_bytes)], python=config.autofaiss_python
     )
     return IndexFigures(
-        name="autofaiss",
+        name="autofaiss, build alone",
         seconds=run.report["seconds"],
         peak_memory_bytes=run.peak_memory_bytes,
         factory=run.report["factory"],

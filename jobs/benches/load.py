@@ -5,6 +5,7 @@ Knows nothing of what answers, but where it takes queries.
 
 import asyncio
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ class Load:
     statuses: Counter[int] = field(default_factory=Counter)
     """HTTP status -> answers."""
     seconds: list[float] = field(default_factory=list)
-    """Of each request that was answered, be it by an error."""
+    """Of each request that was answered with 200."""
     snapshots: list[int] = field(default_factory=list)
     """That each answer is of."""
     errors: list[str] = field(default_factory=list)
@@ -31,12 +32,12 @@ class Load:
 
     @property
     def requests_per_second(self) -> float:
-        """Answered."""
+        """Answered with 200."""
         return len(self.seconds) / self.wall_seconds
 
     def milliseconds(self, percent: float) -> float:
-        """A percentile of what a request took."""
-        return 1e3 * float(np.percentile(self.seconds, percent))
+        """A percentile of what such a request took; nan if there was none."""
+        return math.nan if not self.seconds else 1e3 * float(np.percentile(self.seconds, percent))
 
     def __str__(self) -> str:
         """One line."""
@@ -79,9 +80,9 @@ async def _client(url: str, texts: Sequence[str], found: Load, *, until: float) 
             connection = None
             await asyncio.sleep(0.05)
             continue
-        found.seconds.append(time.monotonic() - started)
         found.statuses[status] += 1
         if status == 200:
+            found.seconds.append(time.monotonic() - started)
             found.snapshots.append(json.loads(body)["snapshot"])
         else:
             found.errors.append(body.decode(errors="replace")[:300])

@@ -37,9 +37,11 @@ def make_store(
     files = []
     for first in range(0, num_rows, per_file):
         rows = range(first, min(first + per_file, num_rows))
-        files.append(_write(store, "image", rows, vectors.images(len(rows), rng=rng)))
+        parts = vectors.images(len(rows), rng=rng)
+        files.append(_write(store, "image", rows, parts, engine=engine))
     num_texts = min(NUM_TEXTS, num_rows)
-    files.append(_write(store, "text", range(num_texts), vectors.texts(num_texts, rng=rng)))
+    parts = vectors.texts(num_texts, rng=rng)
+    files.append(_write(store, "text", range(num_texts), parts, engine=engine))
     snapshot = Snapshot(
         number=1,
         parent=None,
@@ -57,6 +59,18 @@ def make_store(
     return snapshot
 
 
+def num_changes(num_rows: int, *, changed_share: float) -> tuple[int, int]:
+    """How many rows have another vector, and how many go, which as many new ones come for."""
+    num = max(4, int(num_rows * changed_share))
+    return num // 2, num // 4
+
+
+def rows_of_last_file(num_rows: int) -> int:
+    """Of the images: those that can change or go."""
+    per_file = -(-num_rows // NUM_FILES)
+    return num_rows - (-(-num_rows // per_file) - 1) * per_file
+
+
 def change_store(store: Store, before: Snapshot, *, changed_share: float) -> Snapshot:
     """Commit a snapshot that is the same but for one file, with as many rows.
 
@@ -64,8 +78,7 @@ def change_store(store: Store, before: Snapshot, *, changed_share: float) -> Sna
     """
     num_rows = before.num_rows("embeddings", modality="image")
     vectors = clip_like(num_rows=num_rows, embedding_dim=before.embedding_dim)
-    num = max(4, int(num_rows * changed_share))
-    num_changed, num_gone = num // 2, num // 4
+    num_changed, num_gone = num_changes(num_rows, changed_share=changed_share)
     rng = np.random.default_rng(2)
     images = before.files_of("embeddings", modality="image")
     kept, changed = images[:-1], images[-1]
@@ -77,7 +90,7 @@ def change_store(store: Store, before: Snapshot, *, changed_share: float) -> Sna
         old = stored_vectors(file)[num_gone + num_changed :]
     contents = [1] * num_changed + [0] * len(old) + [1] * num_gone
     parts = iter([new[:num_changed], old, new[num_changed:]])
-    written = _write(store, "image", rows, parts, versions=contents)
+    written = _write(store, "image", rows, parts, engine=before.engine, versions=contents)
     texts = before.files_of("embeddings", modality="text")
     files = (*kept, written, *texts)
     snapshot = replace(before, number=before.number + 1, parent=before.number, files=files)
@@ -96,6 +109,7 @@ def _write(
     rows: Sequence[int],
     parts: Iterator[Vectors],
     *,
+    engine: EngineRecord,
     versions: Iterable[int] | None = None,
 ) -> StoredFile:
     vectors = np.concatenate(list(parts)).astype(np.float16)
@@ -115,7 +129,7 @@ def _write(
                 [xxhash.xxh3_128_digest(f"{key} {version}".encode()) for key, version in of_rows],
                 schema.FINGERPRINT_TYPE,
             ),
-            schema.ENGINE_ID: [UNKNOWN_ENGINE.engine_id] * len(keys),
+            schema.ENGINE_ID: [engine.engine_id] * len(keys),
         },
         schema=table_schema,
     )

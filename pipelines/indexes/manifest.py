@@ -53,7 +53,7 @@ class MeasuredRecall:
     setting: int
     """Lists that are searched, or the length of a graph's queue; 0: an exact search has none."""
     num_queries: int
-    """Asked; every tenth of them for a hundred answers."""
+    """Asked; of many, every tenth for a hundred answers."""
     recall: Mapping[str, float]
     """k (1, 10, 100) -> share of the exact k nearest that are among the k found."""
     search_seconds: float

@@ -20,6 +20,8 @@ KS = (1, 10, 100)
 CHOSEN_K = 10
 # Queries of each kind that are timed, one at a time.
 NUM_TIMED = 64
+# With fewer, all are asked for a hundred answers.
+MIN_QUERIES = 50
 # No more settings are tried where there is nothing left to gain, or nobody would wait.
 ENOUGH_RECALL = 0.998
 MAX_SEARCH_SECONDS = 0.05
@@ -129,12 +131,16 @@ def _recalls(index: OpenIndex, truth: Truth, asked: Ids) -> dict[str, float]:
     num_own = int((truth.own_ids[asked] >= 0).any())
     recalls: dict[str, float] = {}
     for k in KS:
-        if k > CHOSEN_K:  # as many answers, to some of the queries, tell as much
-            asked = asked[:: k // CHOSEN_K]
-        scores, ids = index.search(truth.vectors[asked], num_hits=k + num_own)
-        scores, ids = _without_own(scores, ids, truth.own_ids[asked])
-        recalls[str(k)] = _recall(scores[:, :k], ids[:, :k], truth, asked)
+        part = asked[:: _step(len(asked)) if k > CHOSEN_K else 1]
+        scores, ids = index.search(truth.vectors[part], num_hits=k + num_own)
+        scores, ids = _without_own(scores, ids, truth.own_ids[part])
+        recalls[str(k)] = _recall(scores[:, :k], ids[:, :k], truth, part)
     return recalls
+
+
+def _step(num_queries: int) -> int:
+    """Of how many queries one is asked for a hundred answers, which take longest."""
+    return max(1, min(10, num_queries // MIN_QUERIES))
 
 
 def _recall(scores: Vectors, ids: Ids, truth: Truth, asked: Ids) -> float:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.errors import StoreError
+from pipelines.indexes.manifest import WAY_OUT
 
 Vectors = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -48,14 +49,21 @@ class VectorFile:
         for _, offset in absent:
             os.posix_fadvise(self._descriptor, offset, size, os.POSIX_FADV_WILLNEED)
         for part, offset in absent:
-            if os.preadv(self._descriptor, [part], offset) != size:
-                raise StoreError(f"{self._path} was cut while it was open; index again")
+            self._read(part, offset)
         return (
             np.frombuffer(content, dtype=np.float16).reshape(len(ids), self._dim).astype(np.float32)
         )
 
     def _offset(self, row_id: int) -> int:
         return self._first_byte + row_id * self._row_bytes
+
+    def _read(self, part: memoryview, offset: int) -> None:
+        try:
+            num_read = os.preadv(self._descriptor, [part], offset)
+        except OSError as error:
+            raise StoreError(f"{self._path} cannot be read ({error}); {WAY_OUT}") from error
+        if num_read != len(part):
+            raise StoreError(f"{self._path} was cut while it was open; {WAY_OUT}")
 
     def _read_cached(self, part: memoryview, offset: int) -> bool:
         """Read a row if it is in the machine's memory."""
