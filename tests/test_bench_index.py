@@ -83,8 +83,12 @@ def test_autofaiss_is_asked_the_same(
     assert all(entry["search_seconds"] > 0 for entry in theirs["measured"])
 
 
-def test_the_table_marks_the_setting_of_searches(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["index", "--rows", str(NUM_ROWS), "--dim", "16"]) == 0
+def test_the_table_marks_the_setting_of_searches(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    page = tmp_path / "page.html"
+    assert main(["index", "--rows", str(NUM_ROWS), "--dim", "16", "--page", str(page)]) == 0
+    assert "1,000 x 16" in page.read_text()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("first: ")
     assert [line.split()[:2] for line in lines if line.startswith("*")] == [

@@ -42,6 +42,8 @@ class IndexBenchConfig:
     """More options of `clipmill index`."""
     changed_share: float = 0.01
     """Of the rows: half of these have another vector, a quarter goes, and a quarter is new."""
+    page: str | None = None
+    """A file for the plots of the index that is built first."""
     autofaiss_python: str | None = None
     """A Python that has autofaiss, to be measured beside it; None: it is not."""
 
@@ -105,7 +107,8 @@ def measure_index(config: IndexBenchConfig) -> Iterator[IndexFigures]:
         words = ["-m", "jobs.cli", "index", "--store", store.uri, "--json"]
         words += ["--max-memory-bytes", str(config.memory_bytes), *config.words]
         snapshot = make_store(store, num_rows=config.num_rows, embedding_dim=config.embedding_dim)
-        yield _figures("first", words)
+        page = [] if config.page is None else ["--page", config.page]
+        yield _figures("first", [*words, *page])
         if config.autofaiss_python is not None:
             yield _of_autofaiss(store, snapshot, config, scratch=Path(scratch) / "autofaiss")
         change_store(store, snapshot, changed_share=config.changed_share)

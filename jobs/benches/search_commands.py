@@ -25,6 +25,7 @@ def index(argv: Sequence[str]) -> int:
     parser.add_argument("--max-memory-bytes", type=int, default=2**30)
     parser.add_argument("--min-recall", type=float, default=DEFAULT_MIN_RECALL, metavar="SHARE")
     parser.add_argument("--factory", metavar="NAME", help="as of `clipmill index`")
+    parser.add_argument("--page", metavar="FILE", help="write plots there, as one HTML page")
     parser.add_argument(
         "--autofaiss", metavar="PYTHON", help="one that has autofaiss, which is measured as well"
     )
@@ -37,6 +38,7 @@ def index(argv: Sequence[str]) -> int:
         memory_bytes=options.max_memory_bytes,
         words=tuple(words),
         changed_share=options.changed,
+        page=options.page,
         autofaiss_python=options.autofaiss,
     )
     figures = []
