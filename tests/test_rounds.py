@@ -291,11 +291,8 @@ def test_twins_in_a_file_that_is_replaced_meanwhile_stop_the_run(
     assert stored_snapshot(nights.store_dir) == first.snapshot
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_nights_at_random_agree_with_a_model(
-    nights: Nights, seed: int, monkeypatch: pytest.MonkeyPatch
-):
-    random = np.random.default_rng(seed)
+def test_nights_at_random_agree_with_a_model(nights: Nights, monkeypatch: pytest.MonkeyPatch):
+    random = np.random.default_rng(0)
     scenes = scene_rows(12)
     images = [None, b"no image", b"nor this", *(row["image"] for row in scenes)]
     texts = [None, "", " ", *(row["text"] for row in scenes)]
