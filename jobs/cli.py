@@ -20,6 +20,8 @@ COMMANDS = {
     "index": ("jobs.index", "build the index of the current snapshot"),
     "query": ("jobs.query", "find the nearest rows to a text or an image"),
     "serve": ("jobs.serve", "an HTTP API and a page that searches"),
+    "submit": ("jobs.submit", "run one of these as a job on a Ray cluster, and follow it"),
+    "jobs": ("jobs.submitted", "what was submitted: find it again, follow it, stop it"),
     "doctor": ("jobs.doctor", "what this machine or cluster can run, and what mends it"),
     "bench": ("jobs.bench", "measure encoders, the pipeline, the answers of a store"),
 }

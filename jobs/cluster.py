@@ -37,6 +37,12 @@ def ray_cluster(address: str | None) -> Iterator[None]:
         address: Of a cluster (`auto`, `host:6379`, `ray://host:10001`). None: the one that
             $RAY_ADDRESS names (Ray sets it within a submitted job), or a new one on this machine.
     """
+    named = address or os.environ.get("RAY_ADDRESS", "")
+    if named.startswith(("http://", "https://")):
+        raise ValueError(
+            f"address {named}: that of a job server, which `clipmill submit COMMAND ...` asks; "
+            "without `submit` leave it out (unset RAY_ADDRESS) to start Ray on this machine"
+        )
     _quiet_console()
     if address or os.environ.get("RAY_ADDRESS"):
         try:

@@ -24,7 +24,6 @@ from ray.exceptions import (
 )
 
 from engine.errors import ClipmillError
-from engine.images import ImageRejected
 from engine.redaction import redact_process, redacted
 from pipelines.errors import QueryError
 from pipelines.json_text import json_text
@@ -177,7 +176,7 @@ def run(main: Main, argv: Sequence[str] | None = None) -> NoReturn:
         code = _fail(str(error), code=1)
     except ValueError as error:
         # Libraries derive their own errors from it; those are no fault of the user.
-        if type(error) is not ValueError and not isinstance(error, ImageRejected | QueryError):
+        if type(error) is not ValueError and not _is_for_people(error):
             raise
         code = _fail(str(error), code=2)
     sys.exit(code)
@@ -192,6 +191,13 @@ def say(*lines: str) -> None:
     """Print on stderr, at once: what takes long and ends early has then said what it had."""
     sys.stderr.write("".join(f"{line}\n" for line in lines))
     sys.stderr.flush()
+
+
+def _is_for_people(error: ValueError) -> bool:
+    # Not imported before: a client that only submits has no Pillow.
+    from engine.images import ImageRejected
+
+    return isinstance(error, ImageRejected | QueryError)
 
 
 def _lost(error: RayError) -> str:

@@ -1,0 +1,1 @@
+"""A command as a job on a Ray cluster: packed, named, submitted, followed and found again."""
