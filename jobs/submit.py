@@ -209,7 +209,7 @@ def _submit(
 
 
 def _refusal(running: SubmittedJob) -> str:
-    since = "" if running.started_at is None else f" since {running.started_at:%Y-%m-%d %H:%M} UTC"
+    since = "" if running.started_at is None else f" since {running.started_at}"
     return (
         f"{running.job_id} works on it already{since} ({running.status}): {running.command}; "
         f"--attach follows it, `clipmill jobs stop {running.job_id}` ends it"

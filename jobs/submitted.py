@@ -115,8 +115,9 @@ def _text(job: SubmittedJob) -> str:
 def _times(job: SubmittedJob) -> str:
     if job.started_at is None:
         return "not yet started"
-    seconds = ((job.ended_at or datetime.now(UTC)) - job.started_at).total_seconds()
-    return f"{job.started_at:%Y-%m-%d %H:%M:%S} UTC, {seconds:,.0f} s"
+    started = datetime.fromisoformat(job.started_at)
+    ended = datetime.fromisoformat(job.ended_at) if job.ended_at else datetime.now(UTC)
+    return f"{started:%Y-%m-%d %H:%M:%S} UTC, {(ended - started).total_seconds():,.0f} s"
 
 
 if __name__ == "__main__":

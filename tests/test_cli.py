@@ -11,6 +11,7 @@ from jobs.cli import COMMANDS, main
 from jobs.engine import ACTIONS
 from jobs.runs import ACTIONS as RUN_ACTIONS
 from jobs.snapshots import ACTIONS as SNAPSHOT_ACTIONS
+from jobs.submitted import ACTIONS as JOBS_ACTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,11 +31,12 @@ def test_an_unknown_command_is_a_usage_error(capsys):
 @pytest.mark.parametrize(
     "name",
     [
-        *sorted(COMMANDS.keys() - {"bench", "engine", "runs", "snapshots"}),
+        *sorted(COMMANDS.keys() - {"bench", "engine", "jobs", "runs", "snapshots"}),
         *(f"bench {action}" for action in BENCHES),
         *(f"engine {action}" for action in ACTIONS),
         *(f"runs {action}" for action in RUN_ACTIONS),
         *(f"snapshots {action}" for action in SNAPSHOT_ACTIONS),
+        *(f"jobs {action}" for action in JOBS_ACTIONS),
     ],
 )
 def test_every_command_explains_its_options(name: str, capsys):

@@ -1,8 +1,13 @@
 """The same job on this machine and, submitted, on a Ray cluster of three nodes."""
 
+import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,52 +16,153 @@ import pytest
 
 from jobs import cluster
 from pipelines.stages import IN_FLIGHT_BYTES_PER_CPU
+from tests import encoded_rows
 from tests.catalogs import scene_rows, stored_embeddings, write_rows
-from tests.ray_nodes import ray_nodes
+from tests.ray_nodes import RayNodes, ray_nodes
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def embed_options(catalog_dir: Path, store_dir: Path, *, checkpoint: Path, engines: Path):
-    return [
-        *("--catalog", str(catalog_dir), "--store", str(store_dir)),
-        *("--checkpoint", str(checkpoint), "--engines", str(engines)),
-        *("--batch-rows", "16", "--rows-per-file", "32", "--num-encoders", "2"),
+NUM_ROWS = 160
+# A raylet that is gone is noticed after seconds, and no worker starts that nobody asked for.
+QUICK = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_worker_niceness": "0",
+    "RAY_enable_worker_prestart": "0",
+    "RAY_prestart_worker_first_driver": "0",
+}
+
+
+class Cluster:
+    """Three nodes that take jobs, two of them with a GPU that is none, and a catalog."""
+
+    def __init__(self, folder: Path, *, nodes: RayNodes, options: list[str], log: Path) -> None:
+        self.folder, self.nodes = folder, nodes
+        self._options, self._log = options, log
+
+    def options(self, store: str) -> list[str]:
+        """Of a command with a store of that name."""
+        return [*self._options, "--store", str(self.folder / store)]
+
+    def num_encoded(self) -> int:
+        """Rows that workers of the cluster have begun to encode."""
+        return sum(map(int, self._log.read_text().split())) if self._log.exists() else 0
+
+    def clipmill(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """A command that asks the job server, from its beginning to its end."""
+        return subprocess.run(
+            self._words(words), cwd=ROOT, capture_output=True, text=True, check=False
+        )
+
+    def watched(self, *words: str) -> subprocess.Popen[str]:
+        """The same, running."""
+        return subprocess.Popen(
+            self._words(words),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def _words(self, words: tuple[str, ...]) -> list[str]:
+        return [sys.executable, "-m", "jobs.cli", *words, "--address", self.nodes.jobs]
+
+
+@pytest.fixture(scope="module")
+def cluster_of_three(
+    tmp_path_factory: pytest.TempPathFactory, checkpoint_dir: Path, engines_dir: Path
+) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("cluster")
+    catalog_dir = write_rows(folder / "catalog", scene_rows(NUM_ROWS), num_files=4)
+    options = [
+        *("--catalog", str(catalog_dir), "--checkpoint", str(checkpoint_dir)),
+        *("--engines", str(engines_dir), "--backend", "onnxruntime"),
+        *("--batch-rows", "8", "--rows-per-file", "32", "--num-encoders", "2"),
+    ]
+    log = folder / "encoded-rows"
+    environment = {**QUICK, **encoded_rows.environment(log)}
+    with ray_nodes(3, num_gpus=1, environment=environment) as nodes:
+        yield Cluster(folder, nodes=nodes, options=options, log=log)
+
+
+def test_a_night_is_submitted_left_and_found_again_and_a_lost_node_costs_no_key(
+    cluster_of_three: Cluster,
+):
+    cluster, words = cluster_of_three, cluster_of_three.options("far")
+    left = cluster.watched("submit", "nightly", *words, "--json")
+    wait_until(lambda: cluster.num_encoded() >= 16, watched=left)
+    left.send_signal(signal.SIGINT)
+    out, err = left.communicate(timeout=60)
+    assert (left.returncode, out) == (130, ""), err
+    (job_id,) = re.findall(r"clipmill jobs attach (\S+)", err)
+
+    os.kill(cluster.nodes.worker_pids[0], signal.SIGKILL)
+    assert cluster.num_encoded() < 2 * NUM_ROWS
+    refused = cluster.clipmill("submit", "nightly", *words)
+    assert refused.returncode == 1
+    assert f"{job_id} works on it already" in refused.stderr
+
+    found = cluster.clipmill("jobs", "attach")
+    assert found.returncode == 0, found.stderr
+    report = json.loads(found.stdout)
+    assert (report["outcome"], report["snapshot"]) == ("committed", 1)
+    assert len(report["indexes"]) == 2
+    listed = json.loads(cluster.clipmill("jobs", "list", "--json").stdout)
+    assert [(job["job_id"], job["status"], job["exit_code"]) for job in listed] == [
+        (job_id, "SUCCEEDED", 0)
     ]
 
-
-def test_a_job_submitted_to_three_nodes_gives_what_one_machine_gives(
-    tmp_path: Path, checkpoint_dir: Path, engines_dir: Path
-):
-    rows = scene_rows(120)
-    catalog_dir = write_rows(tmp_path / "catalog", rows, num_files=3)
-    local, far = tmp_path / "local", tmp_path / "far"
-    common = {"checkpoint": checkpoint_dir, "engines": engines_dir}
-    subprocess.run(
-        [sys.executable, "-m", "jobs.embed", *embed_options(catalog_dir, local, **common)],
-        cwd=ROOT,
-        check=True,
-    )
-    with ray_nodes(3) as nodes:
-        submitted = subprocess.run(
-            [
-                *(str(Path(sys.executable).parent / "ray"), "job", "submit"),
-                *("--address", nodes.jobs, "--working-dir", str(ROOT), "--"),
-                *("python", "-m", "jobs.embed"),
-                *embed_options(catalog_dir, far, **common),
-            ],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-    assert "snapshot 1 committed: 120 keys of 120 rows" in submitted.stdout
+    # The same words without `submit`, on this machine.
+    here = cluster.options("here")
+    subprocess.run([sys.executable, "-m", "jobs.embed", *here], cwd=ROOT, check=True)
     for modality in ("image", "text"):
-        one = stored_embeddings(local, modality=modality)
-        three = stored_embeddings(far, modality=modality)
-        assert set(one) == set(three) == {row["key"] for row in rows}
+        one = stored_embeddings(cluster.folder / "here", modality=modality)
+        three = stored_embeddings(cluster.folder / "far", modality=modality)
+        assert set(one) == set(three) == {row["key"] for row in scene_rows(NUM_ROWS)}
         assert all(np.allclose(one[key], three[key], atol=1e-5) for key in one)
+
+
+def test_rays_own_client_submits_it_too(cluster_of_three: Cluster):
+    submitted = subprocess.run(
+        [
+            *(str(Path(sys.executable).parent / "ray"), "job", "submit"),
+            *("--address", cluster_of_three.nodes.jobs, "--working-dir", str(ROOT), "--"),
+            *("python", "-m", "jobs.embed", *cluster_of_three.options("far")),
+        ],
+        cwd=cluster_of_three.folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    assert "nothing to do" in submitted.stdout
+
+
+def test_a_job_that_is_stopped_ends_with_1_and_the_next_goes_on(cluster_of_three: Cluster):
+    cluster, words = cluster_of_three, cluster_of_three.options("stopped")
+    before = cluster.num_encoded()
+    submitted = cluster.clipmill("submit", "embed", *words, "--detach")
+    job_id = submitted.stdout.strip()
+    watched = cluster.watched("jobs", "attach", job_id)
+    wait_until(lambda: cluster.num_encoded() > before, watched=watched)
+    stopped = cluster.clipmill("jobs", "stop", job_id)
+    assert stopped.returncode == 0, stopped.stderr
+    assert stopped.stdout.startswith(f"{job_id}: STOPPED")
+    _, err = watched.communicate(timeout=60)
+    assert watched.returncode == 1
+    assert f"{job_id} was stopped" in err
+
+
+def wait_until(condition: Callable[[], bool], *, watched: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 180
+    while not condition():
+        if watched.poll() is not None or time.monotonic() > deadline:
+            watched.kill()
+            out, err = watched.communicate()
+            raise AssertionError(f"not in time, or it ended: {out}\n{err}")
+        time.sleep(0.05)
 
 
 JOIN_AND_LEAVE = """

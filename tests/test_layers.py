@@ -60,6 +60,7 @@ LIGHT_MODULES = (
     "jobs.doctor",
     "jobs.runs",
     "jobs.snapshots",
+    "jobs.submit",
     "pipelines.schema",
     "pipelines.decode",
     "engine.preprocess",

@@ -87,7 +87,7 @@ def test_a_second_one_on_the_same_store_is_refused_until_the_first_has_ended(
     for words in (NIGHTLY, ("embed", "--store", "s3://bucket/vectors/", "--catalog", "s3://b/c")):
         refused = submitted(server, *words)
         assert refused.code == 1
-        assert f"{job_id} works on it already since 2025-06-15 15:06 UTC" in refused.err
+        assert f"{job_id} works on it already since 2025-06-15T15:06:40+00:00" in refused.err
         assert " ".join(NIGHTLY) in refused.err
     assert list(server.jobs) == [job_id]
 
@@ -147,7 +147,13 @@ def test_secrets_are_in_no_record_of_the_job_and_in_no_message(
     server: FakeJobServer, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("BUCKET_KEY", "hush-value")
-    words = ("embed", "--store", "abfs://me:hush-password@x/s?sig=hush-sig", "--catalog", "s3://b/c")
+    words = (
+        "embed",
+        "--store",
+        "abfs://me:hush-password@x/s?sig=hush-sig",
+        "--catalog",
+        "s3://b/c",
+    )
     done = submitted(server, *words, "--env", "BUCKET_KEY", "--detach")
     assert done.code == 0
     request = dict(server.jobs[done.out.strip()].request)

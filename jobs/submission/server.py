@@ -58,10 +58,10 @@ class SubmittedJob:
     """Without secrets."""
     catalog: str | None
     """Without secrets."""
-    started_at: datetime | None
-    """In UTC."""
-    ended_at: datetime | None
-    """In UTC; None while it runs."""
+    started_at: str | None
+    """ISO 8601, in UTC; None before it has."""
+    ended_at: str | None
+    """The same; None while it runs."""
     exit_code: int | None
     """Of the command; None while it runs, or if it was not it that ended."""
     message: str
@@ -113,7 +113,7 @@ class JobServer:
         with self._answers():
             found = [_submitted(job) for job in self._client.list_jobs() if job.submission_id]
         ours = [job for job in found if job.target is not None]
-        return sorted(ours, key=lambda job: (job.started_at or _NEVER, job.job_id), reverse=True)
+        return sorted(ours, key=lambda job: (job.started_at or "", job.job_id), reverse=True)
 
     def ids(self) -> list[str]:
         """Of all jobs, whoever submitted them."""
@@ -217,9 +217,6 @@ def _said_to_ray(address: str) -> Iterator[None]:
             os.environ[ADDRESS_VARIABLES[0]] = before
 
 
-_NEVER = datetime.fromtimestamp(0, UTC)
-
-
 def _submitted(job: JobDetails) -> SubmittedJob:
     metadata = job.metadata or {}
     return SubmittedJob(
@@ -236,8 +233,10 @@ def _submitted(job: JobDetails) -> SubmittedJob:
     )
 
 
-def _time(milliseconds: int | None) -> datetime | None:
-    return datetime.fromtimestamp(milliseconds / 1000, UTC) if milliseconds else None
+def _time(milliseconds: int | None) -> str | None:
+    if not milliseconds:
+        return None
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="seconds")
 
 
 def _first_line(error: Exception) -> str:
