@@ -5,6 +5,7 @@ Knows nothing of how it is done.
 
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 
 from jobs.cluster import ray_cluster
 from jobs.command import CommandParser, print_result, run
@@ -36,7 +37,8 @@ def run_embed(config: EmbedConfig, *, address: str | None = None) -> tuple[RunRe
         event_log("embed", run_id=journal.run_id) as context,
     ):
         say_begun(config)
-        with ray_cluster(address), shown_progress() as show:
+        # Ray prints of its own, on stdout, where only the result belongs.
+        with redirect_stdout(sys.stderr), ray_cluster(address), shown_progress() as show:
             result = embed(config, run_id=journal.run_id, on_progress=noted(show, journal))
         report = make_report(result, catalog_uri=config.catalog.uri, store_uri=config.store_uri)
         return close_run(report, journal, context)

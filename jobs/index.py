@@ -5,7 +5,7 @@ Knows nothing of how it is done.
 
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 
 from engine.registry import default_engines_uri
@@ -45,7 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         snapshot=options.snapshot,
         options=index_options_from(options, min_recall=options.min_recall),
     )
-    with ray_cluster(options.address) if options.address else nullcontext():
+    # Ray prints of its own, on stdout, where only the result belongs.
+    with (
+        redirect_stdout(sys.stderr),
+        ray_cluster(options.address) if options.address else nullcontext(),
+    ):
         manifests = build_index(config)
     text = "\n".join(index_text(manifest) for manifest in manifests)
     if options.page:

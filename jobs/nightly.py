@@ -6,6 +6,7 @@ Knows nothing of how it is done.
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_options(words)
     config = _config_from(options, command=("clipmill", "nightly", *words))
     if options.dry_run:
-        with ray_cluster(options.address):
+        with redirect_stdout(sys.stderr), ray_cluster(options.address):
             plan_report = _plan_report(plan_night(config))
         print_result(plan_report, as_json=options.json, text=_plan_text(plan_report))
     else:
@@ -185,7 +186,8 @@ def _run(config: NightlyConfig, *, address: str | None) -> NightReport:
         event_log("nightly", run_id=journal.run_id) as context,
     ):
         say_begun(config.embed)
-        with ray_cluster(address), shown_progress() as show:
+        # Ray prints of its own, on stdout, where only the result belongs.
+        with redirect_stdout(sys.stderr), ray_cluster(address), shown_progress() as show:
             result = run_night(config, run_id=journal.run_id, on_progress=noted(show, journal))
         snapshot, committed = result.embedded.snapshot, result.embedded.committed
         run_report = make_report(

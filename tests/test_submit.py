@@ -150,7 +150,7 @@ def test_secrets_are_in_no_record_of_the_job_and_in_no_message(
     words = (
         "embed",
         "--store",
-        "abfs://me:hush-password@x/s?sig=hush-sig",
+        "s3://me:hush-password@x/s?sig=hush-sig",
         "--catalog",
         "s3://b/c",
     )
@@ -159,7 +159,7 @@ def test_secrets_are_in_no_record_of_the_job_and_in_no_message(
     request = dict(server.jobs[done.out.strip()].request)
     runtime_env = request.pop("runtime_env")
     assert runtime_env["env_vars"] == {"BUCKET_KEY": "hush-value"}
-    assert request["metadata"]["clipmill_store"] == "abfs://me@x/s"
+    assert request["metadata"]["clipmill_store"] == "s3://***@x/s?***"
     assert request["metadata"]["clipmill_catalog"] == "s3://b/c"
     assert "hush" not in json.dumps(request) + done.out + done.err
     # The command itself has all of it.

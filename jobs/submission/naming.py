@@ -8,7 +8,8 @@ import json
 import re
 from collections.abc import Iterable
 
-from jobs.submission.words import CommandWords, without_secrets
+from engine.redaction import MASK, public_uri
+from jobs.submission.words import CommandWords
 
 _MAX_PLACE_CHARACTERS = 24
 
@@ -21,7 +22,7 @@ def target_of(command: CommandWords) -> str:
     """
     store = command.value("store")
     # A signature is another one every day.
-    place = without_secrets(store or "").rstrip("/")
+    place = public_uri(store or "").rstrip("/")
     what = ["store", place] if store else [command.command, *command.words]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
@@ -29,7 +30,7 @@ def target_of(command: CommandWords) -> str:
 def base_name(command: CommandWords) -> str:
     """What the ids of all runs of a command on its target begin with."""
     place = command.value("store") or command.value("checkpoint") or ""
-    place = without_secrets(place).rstrip("/")
+    place = public_uri(place).removesuffix(f"?{MASK}").rstrip("/")
     last = re.sub(r"[^a-z0-9]+", "-", place.rsplit("/", 1)[-1].lower()).strip("-")
     parts = ["clipmill", command.command, last[:_MAX_PLACE_CHARACTERS].strip("-")]
     return "-".join([*filter(None, parts), target_of(command)[:8]])

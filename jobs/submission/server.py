@@ -19,8 +19,9 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from engine.errors import ClipmillError
+from engine.redaction import public_uri
 from jobs.submission.naming import target_of
-from jobs.submission.words import CommandWords, without_secrets
+from jobs.submission.words import CommandWords
 
 ENTRYPOINT = "python -m jobs.submission.entrypoint"
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
@@ -138,8 +139,8 @@ class JobServer:
         metadata = {
             "command": command.shown,
             "target": target_of(command),
-            "store": without_secrets(command.value("store") or ""),
-            "catalog": without_secrets(command.value("catalog") or ""),
+            "store": public_uri(command.value("store") or ""),
+            "catalog": public_uri(command.value("catalog") or ""),
         }
         with self._answers(job_id):
             self._client.submit_job(

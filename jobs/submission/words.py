@@ -3,13 +3,14 @@
 Knows nothing of what the options mean to the command.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from engine.redaction import without_secrets
 
 SUBMITTABLE = ("nightly", "embed", "index", "engine")
 """Commands that have work for a cluster; the others run where they are called."""
@@ -20,9 +21,6 @@ _PLACES = ("catalog", "store", "engines", "calibrate")
 _PLACES_OR_NAMES = ("checkpoint",)
 # Files that a command writes for the person who runs it.
 _WRITTEN = ("page",)
-# A name before it may be no person: abfs://CONTAINER@ACCOUNT/.
-_PASSWORD = re.compile(r"(://[^/@?#:\s]*):[^/@?#\s]*@")
-_SIGNATURE = re.compile(r"(://[^?\s]*)\?\S*")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +76,7 @@ class CommandWords:
     def shown(self) -> str:
         """The command line for people, without secrets."""
         config = () if self.config_path is None else ("--config", str(self.config_path))
-        return without_secrets(" ".join(("clipmill", self.command, *self.words, *config)))
+        return " ".join(without_secrets(("clipmill", self.command, *self.words, *config)))
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -110,8 +108,3 @@ def command_words(words: Sequence[str], *, config: Path | None) -> CommandWords:
         config_path=config,
         config={name: value for name, value in values.items() if name != "address"},
     )
-
-
-def without_secrets(text: str) -> str:
-    """A text whose URIs have lost password and query, which may be a signature."""
-    return _SIGNATURE.sub(r"\1", _PASSWORD.sub(r"\1@", text))
