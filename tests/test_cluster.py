@@ -129,7 +129,7 @@ def test_rays_own_client_submits_it_too(cluster_of_three: Cluster):
         [
             *(str(Path(sys.executable).parent / "ray"), "job", "submit"),
             *("--address", cluster_of_three.nodes.jobs, "--working-dir", str(ROOT), "--"),
-            *("python", "-m", "jobs.embed", *cluster_of_three.options("far")),
+            *("python", "-m", "jobs.nightly", *cluster_of_three.options("far")),
         ],
         cwd=cluster_of_three.folder,
         capture_output=True,
@@ -137,7 +137,9 @@ def test_rays_own_client_submits_it_too(cluster_of_three: Cluster):
         check=False,
     )
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-    assert "nothing to do" in submitted.stdout
+    assert "snapshot 1" in submitted.stdout
+    keys = {row["key"] for row in scene_rows(NUM_ROWS)}
+    assert set(stored_embeddings(cluster_of_three.folder / "far", modality="image")) == keys
 
 
 def test_a_job_that_is_stopped_ends_with_1_and_the_next_goes_on(cluster_of_three: Cluster):
@@ -163,6 +165,16 @@ def wait_until(condition: Callable[[], bool], *, watched: subprocess.Popen[str])
             out, err = watched.communicate()
             raise AssertionError(f"not in time, or it ended: {out}\n{err}")
         time.sleep(0.05)
+
+
+def test_the_address_of_a_job_server_is_not_joined(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    for address in ("https://head", None):
+        with (
+            pytest.raises(ValueError, match="clipmill submit COMMAND"),
+            cluster.ray_cluster(address),
+        ):
+            raise AssertionError("joined")
 
 
 JOIN_AND_LEAVE = """
