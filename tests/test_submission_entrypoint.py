@@ -56,15 +56,37 @@ def test_the_folder_is_all_that_the_command_needs(tmp_path: Path):
         )
         assert done.returncode == code, done.stdout
         assert said in done.stdout
-    located = subprocess.run(
-        [sys.executable, "-c", "import engine; print(engine.__file__)"],
+
+
+INSTALLED = """
+import pathlib
+from jobs.submission import packing
+from jobs.submission.words import command_words
+command = command_words(["index", "--store", "s3://bucket/vectors"], config=None)
+packing.pack(command, pathlib.Path("packed"))
+print(packing.__file__)
+"""
+
+
+def test_an_installed_clipmill_travels_without_the_files_of_a_checkout(tmp_path: Path):
+    pack(command_words(SNAPSHOTLESS, config=None), tmp_path)
+    (tmp_path / "other_package").mkdir()
+    for name in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / name).unlink()
+    (tmp_path / "packed").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", INSTALLED],
         cwd=tmp_path,
-        env=environment,
+        env={name: os.environ[name] for name in os.environ.keys() - {"PYTHONPATH"}},
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
-    assert located.stdout.startswith(str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(tmp_path))
+    packed = tmp_path / "packed"
+    assert {path.name for path in packed.iterdir()} == {"engine", "pipelines", "jobs", "submitted"}
+    assert (packed / "pipelines" / "schema.py").is_file()
 
 
 def test_more_than_the_bound_is_an_error_that_names_the_largest(

@@ -1,7 +1,9 @@
 """Following a job over connections that break, hang and end."""
 
 import io
+import json
 from collections.abc import Iterator
+from datetime import datetime
 
 import pytest
 
@@ -34,6 +36,23 @@ def test_lines_are_parted_wherever_pieces_end():
         assert out.getvalue() == "two\n\n"
         assert err.getvalue() == f"one\n\nthree {STDOUT_MARK}\nfour\n"
         assert lines.num_characters == len(log)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_what_events_say_and_a_file_has_them_whole():
+    event = {"time": "2026-11-29T13:35:21+00:00", "level": "warning", "message": "waits for a GPU"}
+    others = '{"other": 1}\n{no json\n7\n'
+    at = datetime.fromisoformat(event["time"]).astimezone()
+    for err, expected in (
+        (Terminal(), f"{at:%H:%M:%S} warning: waits for a GPU\n{others}"),
+        (io.StringIO(), f"{json.dumps(event)}\n{others}"),
+    ):
+        LogLines(out=io.StringIO(), err=err).take(f"{json.dumps(event)}\n{others}")
+        assert err.getvalue() == expected
 
 
 @pytest.mark.parametrize("breaks_after", [[0], [1], [2, 2, 1], [3, 0]])

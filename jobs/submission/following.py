@@ -4,7 +4,9 @@ Knows nothing of how it was submitted.
 """
 
 import asyncio
+import json
 import time
+from datetime import datetime
 from typing import TextIO
 
 from jobs.submission.entrypoint import STDOUT_MARK
@@ -43,10 +45,23 @@ class LogLines:
             self._begun = ""
 
     def _write(self, line: str) -> None:
-        is_stdout = line.startswith(STDOUT_MARK)
-        stream = self._out if is_stdout else self._err
-        stream.write(f"{line.removeprefix(STDOUT_MARK)}\n")
+        if line.startswith(STDOUT_MARK):
+            stream, line = self._out, line.removeprefix(STDOUT_MARK)
+        else:
+            stream, line = self._err, _for_people(line) if self._err.isatty() else line
+        stream.write(f"{line}\n")
         stream.flush()
+
+
+def _for_people(line: str) -> str:
+    """An event of a run as a run at a terminal shows it; other lines as they are."""
+    try:
+        event = json.loads(line)
+        at = datetime.fromisoformat(event["time"]).astimezone()
+        level = "" if event["level"] == "info" else f"{event['level']}: "
+        return f"{at:%H:%M:%S} {level}{event['message']}"
+    except (KeyError, TypeError, ValueError):
+        return line
 
 
 def follow(server: JobServer, job_id: str, *, out: TextIO, err: TextIO) -> SubmittedJob:
