@@ -142,7 +142,7 @@ def test_rays_own_client_submits_it_too(cluster_of_three: Cluster):
     assert set(stored_embeddings(cluster_of_three.folder / "far", modality="image")) == keys
 
 
-def test_a_job_that_is_stopped_ends_with_1_and_the_next_goes_on(cluster_of_three: Cluster):
+def test_a_job_that_is_stopped_ends_with_1_for_who_watches_it(cluster_of_three: Cluster):
     cluster, words = cluster_of_three, cluster_of_three.options("stopped")
     before = cluster.num_encoded()
     submitted = cluster.clipmill("submit", "embed", *words, "--detach")
