@@ -68,7 +68,8 @@ def test_the_rayjob_is_valid_by_kuberays_schema(rayjob: Any):
         (("spec", "rayClusterSpec", "autoscalerOptions"), "version", "v3"),
         (("spec", "rayClusterSpec", "workerGroupSpecs", 0), "minReplicas", None),
         (("spec", "rayClusterSpec", "headGroupSpec", "rayStartParams"), "num-cpus", 0),
-        (("spec", "deletionStrategy", "deletionRules", 0), "policy", "DeleteAll"),
+        (("spec",), "ttlSecondsAfterFinished", "1h"),
+        (("spec",), "shutdownAfterJobFinishes", 3600),
     ],
 )
 def test_kuberays_schema_finds_faults(rayjob: Any, path: tuple, name: str, value: Any):
@@ -78,6 +79,14 @@ def test_kuberays_schema_finds_faults(rayjob: Any, path: tuple, name: str, value
     part[name] = value
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(rayjob, json.loads(SCHEMA.read_text()))
+
+
+def test_a_cluster_goes_however_its_job_ended(rayjob: Any):
+    """Deletion rules know SUCCEEDED and FAILED only, and KubeRay refuses them beside a shutdown."""
+    spec = rayjob["spec"]
+    assert spec["shutdownAfterJobFinishes"] is True
+    assert spec["ttlSecondsAfterFinished"] <= 3600
+    assert "deletionStrategy" not in spec
 
 
 def test_a_schema_is_cut_to_what_is_used():
@@ -129,6 +138,18 @@ def test_kubernetes_schema_finds_faults():
     misspelled["spec"]["concurrencyPolicies"] = "Forbid"
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(misspelled, KUBERNETES, strict=True)
+
+
+# They hold kubectl and nothing else, no shell.
+WITHOUT_SHELL = ("registry.k8s.io/kubectl", "rancher/kubectl")
+
+
+def test_a_container_that_runs_a_shell_is_of_an_image_that_has_one():
+    (container,) = cronjob()["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    image = container["image"]
+    assert container["command"][0] == "/bin/sh"
+    assert not any(name in image for name in WITHOUT_SHELL)
+    assert re.search(r":v?\d+\.\d+\.\d+$", image)
 
 
 def test_rays_autoscaler_reads_what_the_pods_ask_for(rayjob: Any):
