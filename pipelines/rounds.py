@@ -7,6 +7,7 @@ embedded then, or rejected themselves. There is no third.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -95,8 +96,12 @@ def write_due(
         encoded: list[StoredFile] = []
         if due := ledger.due():
             board = board or _board(pass_)
-            with polled(board, shown):
-                for files in run_stages(pass_, due=due, board=board):
+            with (
+                polled(board, shown),
+                # Or it would go on for as long as someone holds what is raised here.
+                closing(run_stages(pass_, due=due, board=board)) as written_files,
+            ):
+                for files in written_files:
                     encoded += files
                     num_rejected += _num_rejects(files)
                     check_rejects(

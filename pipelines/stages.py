@@ -5,7 +5,7 @@ Where GPUs decode, the stages are read, prepare, decode and encode in one actor,
 Knows nothing of snapshots or of why the rows are due.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -46,8 +46,8 @@ TEXT_BLOCK_BYTES = 2**20
 # on long runs. With half of it, a stand-in for an encoder as fast as an H200's waited for images
 # beside 16 CPUs.
 IN_FLIGHT_BYTES_PER_CPU = 256 * 2**20
-# For the counts, which come from an actor beside the driver.
-COUNT_SECONDS = 10.0
+# For the counts, which come from an actor beside the driver; nothing is scheduled meanwhile.
+COUNT_SECONDS = 2.0
 # Where GPUs decode: nvJPEG decodes two batches, one is encoded, others come or go.
 CALLS_OF_GPU_ENCODER = 6
 
@@ -78,7 +78,7 @@ class Pass:
     """What the stages take of the cluster."""
 
 
-def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Iterator[list[StoredFile]]:
+def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Generator[list[StoredFile]]:
     """Embed due rows; yields the files as they are written.
 
     A file that a worker wrote before it died, and did not report, is not among them.
@@ -207,6 +207,7 @@ def ray_data_settings(*, modalities: Sequence[schema.Modality]) -> Iterator[None
         "target_max_block_size": IMAGE_BLOCK_BYTES if "image" in modalities else TEXT_BLOCK_BYTES,
         "raise_original_map_exception": True,
         "custom_execution_callback_classes": [PlacementCallback],
+        "execution_no_progress_timeout_s": -1,  # PlacementCallback ends runs
     }
     before = {name: getattr(context, name) for name in settings}
     limits = context.execution_options.resource_limits

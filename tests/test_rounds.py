@@ -6,23 +6,26 @@ Rows of a first night, in an empty store, are all embedded: nobody compares thei
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from pipelines import rounds
 from pipelines.catalog import CatalogConfig
 from pipelines.copying import copy_embeddings
 from pipelines.decode import RowLimits
 from pipelines.embedding import EmbedConfig, EmbedResult, embed
 from pipelines.engines import EngineChoice
-from pipelines.errors import IncompleteRunError
+from pipelines.errors import IncompleteRunError, TooManyRejectsError
 from pipelines.ledger import DueRows
 from pipelines.resources import Resources
 from pipelines.schema import MODALITIES
 from pipelines.snapshots import StoredFile
 from pipelines.stages import run_stages
+from pipelines.store import Store
 from pipelines.writing import write_table
 from tests.catalogs import scene_rows, stored_rows, stored_snapshot, write_rows
 
@@ -95,6 +98,43 @@ def nights(
     made = Nights(tmp_path, checkpoint_dir=checkpoint_dir, engines_dir=engines_dir)
     monkeypatch.setattr("pipelines.rounds.run_stages", made.watched_stages)
     return made
+
+
+def test_stages_end_with_the_error_that_stops_their_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Though whoever holds the error, with its frames, holds what they yield, too."""
+    ended = []
+
+    def stages(*_: Any, **__: Any) -> Iterator[list[StoredFile]]:
+        try:
+            yield [
+                StoredFile(path="a", kind="rejects", modality="image", num_rows=100, num_bytes=1)
+            ]
+            raise AssertionError("nobody asked for more")
+        finally:
+            ended.append(True)
+
+    monkeypatch.setattr(rounds, "run_stages", stages)
+    monkeypatch.setattr(rounds, "copy_embeddings", lambda *_, **__: [])
+    monkeypatch.setattr(rounds, "_board", lambda _: None)
+    pass_ = SimpleNamespace(
+        resources=Resources(),
+        limits=RowLimits(max_reject_share=0.0),
+        store=Store(str(tmp_path)),
+        plan_id="p",
+    )
+    ledger = SimpleNamespace(
+        num_due=lambda: {"image": 100},
+        num_waiting=lambda: {"image": 0},
+        num_rejected=lambda: 0,
+        due=lambda: ["all"],
+    )
+    counts = SimpleNamespace(keys={}, num_planned=100)
+    with pytest.raises(TooManyRejectsError) as caught:
+        rounds.write_due(pass_, ledger=ledger, counts=counts, on_progress=None)
+    assert caught.value.__traceback__ is not None
+    assert ended
 
 
 def keyed(rows: Rows, key: Callable[[int], Any]) -> list[dict[str, Any]]:

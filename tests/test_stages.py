@@ -49,10 +49,14 @@ def test_where_gpus_decode_the_encoders_do_and_the_cpus_prepare(local_ray: None)
 def test_ray_data_settings_are_of_the_block_only(local_ray: None):
     context = DataContext.get_current()
     before = context.target_max_block_size, context.enable_progress_bars
+    patience = context.execution_no_progress_timeout_s
     limits = context.execution_options.resource_limits
     with ray_data_settings(modalities=["text"]):
         assert not context.enable_progress_bars
+        # Ray Data would end a run that waits for a place before --placement-timeout does.
+        assert context.execution_no_progress_timeout_s == -1
         limit = context.execution_options.resource_limits.object_store_memory
         assert limit == IN_FLIGHT_BYTES_PER_CPU * int(ray.cluster_resources()["CPU"])
     assert (context.target_max_block_size, context.enable_progress_bars) == before
+    assert context.execution_no_progress_timeout_s == patience > 0
     assert context.execution_options.resource_limits == limits
