@@ -5,7 +5,9 @@ Knows nothing of what the workers do; `pipelines.placement` judges what is seen.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -14,11 +16,13 @@ from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.exceptions import GetTimeoutError, RpcError
 from ray.util.client import ray as client
 
-from pipelines.placement import ClusterState, Node, Placement, PlacementWatch, Wanted
+from pipelines.placement import ClusterState, Node, Placement, PlacementWatch, WorkerDemand
 
 _log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 10.0
+# For the head's answer, a whole number for Ray; Ray Data schedules nothing meanwhile.
+_ANSWER_SECONDS = 2
 # Ray gives it to nodes that `ray up` or KubeRay started as one of their types.
 GROUP_LABEL = "ray.io/node-group"
 _MAX_FAILURES = 2
@@ -27,7 +31,9 @@ _MAX_FAILURES = 2
 def can_grow() -> bool:
     """Whether the cluster's nodes have types, as those of an autoscaler do.
 
-    Such a cluster may get what it lacks now, GPUs as well as CPUs.
+    Such a cluster may get what it lacks now, GPUs as well as CPUs. KubeRay's nodes have types with
+    autoscaling off, too, and Ray's head tells nothing by which those differ: its cluster config,
+    which Ray Data asks for, is one that no autoscaler of Ray 2.60 reports.
     """
     return any(GROUP_LABEL in node["Labels"] for node in ray.nodes() if node["Alive"])
 
@@ -36,7 +42,7 @@ def cluster_state() -> ClusterState:
     """The cluster now; RpcError if it does not answer."""
     if client.is_connected():  # it reaches the head's client port alone
         return _state_of_nodes(ray.nodes())
-    status = get_cluster_status(ray.get_runtime_context().gcs_address)
+    status = get_cluster_status(ray.get_runtime_context().gcs_address, _ANSWER_SECONDS)
     return state_of(status, can_grow=can_grow())
 
 
@@ -60,11 +66,15 @@ def state_of(status: ClusterStatus, *, can_grow: bool) -> ClusterState:
     )
 
 
-def wait_for_place(references: Sequence[Any], *, wanted: Wanted, placement: Placement) -> None:
+def wait_for_place(
+    references: Sequence[Any], *, wanted: WorkerDemand, placement: Placement
+) -> None:
     """Wait until all references are there; say what their workers wait for if that lasts.
 
+    What one of them raises is raised at once.
+
     Args:
-        references: Of an actor that is ready, of tasks that have ended.
+        references: Of calls of an actor, of tasks.
         wanted: What each of the workers takes.
         placement: For how long they may wait for it.
 
@@ -72,9 +82,16 @@ def wait_for_place(references: Sequence[Any], *, wanted: Wanted, placement: Plac
         PlacementError: They got no place in time.
     """
     left = list(references)
-    looks = Looks([wanted], placement=placement, progress=lambda: -len(left))
+    looks = Looks(
+        [wanted],
+        placement=placement,
+        progress=lambda: -len(left),
+        # Where nobody knows what waits: or the wait might have no end.
+        assumed=(wanted.resources,),
+    )
     while left:
-        _, left = ray.wait(left, num_returns=len(left), timeout=LOOK_SECONDS)
+        done, left = ray.wait(left, num_returns=1, timeout=LOOK_SECONDS)
+        ray.get(done)
         if left:
             looks.look()
 
@@ -83,25 +100,61 @@ class Looks:
     """A watch, and the clock and the cluster that it looks at."""
 
     def __init__(
-        self, wanted: Sequence[Wanted], *, placement: Placement, progress: Callable[[], float]
+        self,
+        wanted: Sequence[WorkerDemand],
+        *,
+        placement: Placement,
+        progress: Callable[[], float],
+        assumed: tuple[Mapping[str, float], ...] | None = None,
     ) -> None:
-        """`progress` gives anything that changes while work is done."""
+        """Begin with a clock that has just started.
+
+        Args:
+            wanted: What the kinds of workers take.
+            placement: For how long they may wait for it.
+            progress: Gives anything that changes while work is done; GetTimeoutError if that is
+                not known in time, then it counts as unchanged.
+            assumed: What waits where the cluster does not tell; None: nothing is known then.
+        """
         self._watch = PlacementWatch(wanted, placement=placement)
-        self._progress = progress
-        self._next_seconds = time.monotonic() + LOOK_SECONDS
+        self._warn_seconds = placement.warn_seconds
+        self._progress, self._last_progress = progress, 0.0
+        self._assumed = assumed
+        self._seen_seconds = time.monotonic()
+        self._next_seconds = self._seen_seconds + LOOK_SECONDS
+        self._said_unseen = False
 
     def look(self) -> None:
         """At most every LOOK_SECONDS; the head may be away for a while."""
-        now = time.monotonic()
-        if now < self._next_seconds:
+        if time.monotonic() < self._next_seconds:
             return
-        self._next_seconds = now + LOOK_SECONDS
         try:
-            state, progress = cluster_state(), self._progress()
-        except (RpcError, GetTimeoutError):
+            state = cluster_state()
+        except (RpcError, GetTimeoutError) as error:
+            self._unseen(error)
             return
-        for line in self._watch.look(state, seconds=now, progress=progress):
+        if state.pending is None:
+            state = replace(state, pending=self._assumed)
+        with suppress(GetTimeoutError):
+            self._last_progress = self._progress()
+        now = time.monotonic()
+        self._seen_seconds, self._next_seconds = now, now + LOOK_SECONDS
+        self._said_unseen = False
+        for line in self._watch.look(state, seconds=now, progress=self._last_progress):
             _log.warning("%s", line)
+
+    def _unseen(self, error: Exception) -> None:
+        now = time.monotonic()
+        self._next_seconds = now + LOOK_SECONDS
+        seconds = now - self._seen_seconds
+        if seconds >= self._warn_seconds and not self._said_unseen:
+            self._said_unseen = True
+            _log.warning(
+                "for %.0f s the cluster's head has not said what waits for a place: %s; while it "
+                "does not, no wait is told of or ended (`ray status` on the head says more)",
+                seconds,
+                error,
+            )
 
 
 def _node(node: NodeInfo) -> Node:

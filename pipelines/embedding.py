@@ -24,7 +24,7 @@ from pipelines.errors import IncompleteRunError
 from pipelines.ledger import Ledger
 from pipelines.lineage import Lineage, code_version
 from pipelines.parent import ENGINE_CHANGES, EngineChange, same_state
-from pipelines.placement import Wanted
+from pipelines.placement import WorkerDemand
 from pipelines.planning import catalog_record, fill, modalities_by_content, staged_files
 from pipelines.preparing import Preparation, built_manifest, prepare, ready_manifest
 from pipelines.progress import Progress
@@ -356,7 +356,7 @@ def _ledger(config: EmbedConfig, setting: Preparation) -> Iterator[Ledger]:
 def _fill(config: EmbedConfig, setting: Preparation, *, ledger: Ledger) -> list[StoredFile]:
     """Read both sides into a ledger; returns the files that an unfinished run left."""
     staged = staged_files(setting.store, plan_id=setting.plan_id, committed=setting.before)
-    reading = Wanted(
+    reading = WorkerDemand(
         what="reading the catalog",
         resources={"CPU": config.resources.io_cpus},
         kind="queue",

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 from pipelines.cluster_state import wait_for_place
-from pipelines.placement import SLIVER, Placement, Wanted, accelerator
+from pipelines.placement import SLIVER, Placement, WorkerDemand, accelerator
 
 # Of a GPU: room for it is left beside most that use GPUs in part.
 _PROBE_GPUS = SLIVER
@@ -29,6 +29,12 @@ def gpu_probe(placement: Placement) -> Iterator[Look]:
     Looks raise PlacementError if no GPU of the type asked for has room in time.
     """
     workers: list[Any] = []
+    wanted = WorkerDemand(
+        what="a look at a GPU",
+        resources={"GPU": _PROBE_GPUS, **accelerator(placement)},
+        kind="actor",
+        option=None,
+    )
 
     def look(function: Callable[[], Any]) -> Any:
         if not workers:
@@ -37,15 +43,10 @@ def gpu_probe(placement: Placement) -> Iterator[Look]:
                 accelerator_type=placement.accelerator_type, max_restarts=3, max_task_retries=3
             )
             workers.append(worker.remote())
-            wanted = Wanted(
-                what="a look at a GPU",
-                resources={"GPU": _PROBE_GPUS, **accelerator(placement)},
-                kind="actor",
-                option=None,
-            )
-            started = workers[0].__ray_ready__.remote()
-            wait_for_place([started], wanted=wanted, placement=placement)
-        return ray.get(workers[0].call.remote(function))
+        looked = workers[0].call.remote(function)
+        # Again for each look: a worker whose node is gone needs another place.
+        wait_for_place([looked], wanted=wanted, placement=placement)
+        return ray.get(looked)
 
     try:
         yield look

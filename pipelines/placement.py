@@ -23,7 +23,7 @@ class Placement:
     """Where encoders may go, and how long workers may wait for a place."""
 
     max_encoders: int | None = None
-    """Encode actors that the backlog may call for, beyond `Resources.num_encoders`."""
+    """Encode actors at most, as the backlog asks; None: `Resources.num_encoders`."""
     accelerator_type: str | None = None
     """Of the encoders' GPUs, as Ray names it (L4, H100); None: any."""
     warn_seconds: float = 120.0
@@ -47,7 +47,7 @@ class Placement:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Wanted:
+class WorkerDemand:
     """A kind of workers, and what each takes of a node."""
 
     what: str
@@ -101,7 +101,7 @@ def accelerator(placement: Placement) -> dict[str, float]:
 class PlacementWatch:
     """Judges one look at a cluster after the other."""
 
-    def __init__(self, wanted: Sequence[Wanted], *, placement: Placement) -> None:
+    def __init__(self, wanted: Sequence[WorkerDemand], *, placement: Placement) -> None:
         """Begin with nothing waiting."""
         self._wanted = wanted
         self._placement = placement
@@ -141,7 +141,7 @@ class PlacementWatch:
         return lines
 
 
-def waiting_text(wanted: Wanted, *, seconds: float, state: ClusterState) -> str:
+def waiting_text(wanted: WorkerDemand, *, seconds: float, state: ClusterState) -> str:
     """What is waited for, for how long, what there is and where, and what would help."""
     able = [node for node in state.nodes if _has_room(node.total, wanted.resources)]
     head = f"{wanted.what} has waited {seconds:.0f} s for {_amounts(wanted.resources)}"
@@ -154,7 +154,7 @@ def waiting_text(wanted: Wanted, *, seconds: float, state: ClusterState) -> str:
     return f"{head}; {there}; {_autoscaler_text(state)}; {_way_out(wanted, is_there=bool(able))}"
 
 
-def _is_waiting(wanted: Wanted, state: ClusterState) -> bool:
+def _is_waiting(wanted: WorkerDemand, state: ClusterState) -> bool:
     is_missing = not any(_has_room(node.total, wanted.resources) for node in state.nodes)
     if wanted.kind == "queue" or state.pending is None:
         return is_missing
@@ -180,7 +180,7 @@ def _amounts(resources: Mapping[str, float]) -> str:
     return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
 
 
-def _nodes_text(nodes: Sequence[Node], wanted: Wanted, *, free: bool) -> str:
+def _nodes_text(nodes: Sequence[Node], wanted: WorkerDemand, *, free: bool) -> str:
     alike: dict[str, list[str]] = {}
     for node in nodes:
         has = " ".join([_counted(node.total, wanted), *_accelerators(node)])
@@ -191,7 +191,7 @@ def _nodes_text(nodes: Sequence[Node], wanted: Wanted, *, free: bool) -> str:
     return "; ".join(f"{_addresses(found)}{text}" for text, found in alike.items())
 
 
-def _counted(amounts: Mapping[str, float], wanted: Wanted) -> str:
+def _counted(amounts: Mapping[str, float], wanted: WorkerDemand) -> str:
     shown = [name for name in wanted.resources if not name.startswith(ACCELERATOR_PREFIX)]
     names = dict.fromkeys(["CPU", "GPU", *shown])
     return ", ".join(f"{amounts.get(name, 0):g} {name}" for name in names)
@@ -223,7 +223,7 @@ def _autoscaler_text(state: ClusterState) -> str:
     return "there is no autoscaler"
 
 
-def _way_out(wanted: Wanted, *, is_there: bool) -> str:
+def _way_out(wanted: WorkerDemand, *, is_there: bool) -> str:
     ways = ["wait for the jobs that use them" if is_there else "add a node that has as much"]
     if any(name.startswith(ACCELERATOR_PREFIX) for name in wanted.resources):
         ways.append("name another --accelerator-type, or none")

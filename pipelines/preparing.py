@@ -13,7 +13,7 @@ from engine.errors import EngineError
 from engine.manifest import Manifest
 from engine.registry import Engine, Registry
 from pipelines.catalog import Catalog
-from pipelines.cluster_state import wait_for_place
+from pipelines.cluster_state import can_grow, wait_for_place
 from pipelines.decode import RowLimits
 from pipelines.engines import (
     EngineChoice,
@@ -22,9 +22,9 @@ from pipelines.engines import (
     chosen_decoder,
     ready_engine,
 )
-from pipelines.gpu_probe import gpu_probe
+from pipelines.gpu_probe import gpu_probe, num_gpus
 from pipelines.parent import EngineChange, check_parent
-from pipelines.placement import Placement, Wanted
+from pipelines.placement import Placement, WorkerDemand
 from pipelines.planning import plan_id_of
 from pipelines.resources import Resources
 from pipelines.schema import EmbeddingDtype
@@ -141,13 +141,21 @@ def _chosen_execution(
     placement: Placement,
     ready_manifest: Callable[[], Manifest],
 ) -> Execution:
+    # A look would start a node, for which there may be no work: what was there before is asked for
+    # again, and encoders say so if the GPUs that then come are others.
+    before = parent if can_grow() and not num_gpus() else None
     with gpu_probe(placement) as look:
-        backend = chosen_backend(choice.backend, engine=engine, look=look)
+        if before is not None and choice.backend in ("auto", before.backend):
+            backend = before.backend
+        else:
+            backend = chosen_backend(choice.backend, engine=engine, look=look)
         wanted = choice.decoder
         if "image" not in catalog.modalities:
             if wanted == "gpu":
                 raise ValueError("--decode gpu: the catalog has no images")
             return Execution(backend=backend, decoder="cpu")
+        if before is not None and wanted in ("auto", before.decoder) and backend == before.backend:
+            return Execution(backend=backend, decoder=before.decoder)
         # CPUs can always do what they did before.
         if wanted == "auto" and parent is not None and parent.decoder == "cpu":
             wanted = "cpu"
@@ -182,10 +190,10 @@ def ready_manifest(
         build: Any = ray.remote(cast("Any", ready_engine))
         build = build.options(num_cpus=resources.decode_cpus)
         built = build.remote(engine, registry=registry)
-        building = Wanted(
+        building = WorkerDemand(
             what="building the engine",
             resources={"CPU": resources.decode_cpus},
-            kind="queue",
+            kind="task",
             option="--decode-cpus",
         )
         wait_for_place([built], wanted=building, placement=resources.placement)

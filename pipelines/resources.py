@@ -3,13 +3,14 @@
 Knows nothing of what the stages do.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import ray
 
 from pipelines.cluster_state import can_grow
 from pipelines.engines import Execution
-from pipelines.placement import Placement, Wanted, accelerator
+from pipelines.placement import Placement, WorkerDemand, accelerator
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,27 +55,43 @@ class Resources:
             raise ValueError(f"max_encoders={most}: expected at least num_encoders={least}")
 
 
-def wanted_workers(resources: Resources, *, execution: Execution) -> list[Wanted]:
-    """What each kind of the stages' workers takes of a node."""
+def wanted_workers(resources: Resources, *, execution: Execution) -> list[WorkerDemand]:
+    """What each kind of the stages' workers takes of a node; kinds that take the same are one."""
     encoder, encoder_option = {"CPU": resources.encoder_cpus}, "--encoder-cpus"
     if execution.backend != "onnxruntime":
         encoder |= {"GPU": resources.encoder_gpus, **accelerator(resources.placement)}
         encoder_option = "--encoder-gpus"
-    return [
-        Wanted(what="an encoder", resources=encoder, kind="actor", option=encoder_option),
-        Wanted(
+    demands = [
+        WorkerDemand(what="an encoder", resources=encoder, kind="actor", option=encoder_option),
+        WorkerDemand(
             what="decoding",
             resources={"CPU": resources.decode_cpus},
             kind="task",
             option="--decode-cpus",
         ),
-        Wanted(
+        WorkerDemand(
             what="reading or writing",
             resources={"CPU": resources.io_cpus},
             kind="task",
             option=None,
         ),
     ]
+    alike: dict[frozenset[tuple[str, float]], list[WorkerDemand]] = {}
+    for demand in demands:
+        alike.setdefault(frozenset(demand.resources.items()), []).append(demand)
+    return [_as_one(same) for same in alike.values()]
+
+
+def _as_one(alike: Sequence[WorkerDemand]) -> WorkerDemand:
+    """Of those that wait only what they take is known: a task may be among them."""
+    if len(alike) == 1:
+        return alike[0]
+    return WorkerDemand(
+        what=" or ".join(demand.what for demand in alike),
+        resources=alike[0].resources,
+        kind="task",
+        option=" or ".join(demand.option for demand in alike if demand.option) or None,
+    )
 
 
 def encoder_bounds(resources: Resources, *, execution: Execution) -> tuple[int, int | None]:

@@ -10,7 +10,7 @@ from typing import Any
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from pipelines.cluster_state import Looks
-from pipelines.placement import Placement, Wanted
+from pipelines.placement import Placement, WorkerDemand
 
 # Of the blocks that are under way. Ray Data makes callbacks of its own, without arguments.
 _UNDER_WAY: list[Looks] = []
@@ -18,7 +18,7 @@ _UNDER_WAY: list[Looks] = []
 
 @contextmanager
 def placement_watched(
-    wanted: Sequence[Wanted], *, placement: Placement, progress: Callable[[], float]
+    wanted: Sequence[WorkerDemand], *, placement: Placement, progress: Callable[[], float]
 ) -> Iterator[None]:
     """Watch over the runs of a block, which have `PlacementCallback` in their context.
 
@@ -38,9 +38,17 @@ def placement_watched(
 
 
 class PlacementCallback(ExecutionCallback):
-    """What Ray Data calls, in the thread that schedules; what it raises ends the run."""
+    """What Ray Data calls, one for each run; what it raises ends the run."""
+
+    def __init__(self) -> None:
+        """Begin without a watch."""
+        self._looks: Looks | None = None
+
+    def before_execution_starts(self, executor: Any) -> None:
+        """Take the watch of the innermost block, whose run it is."""
+        self._looks = _UNDER_WAY[-1] if _UNDER_WAY else None
 
     def on_execution_step(self, executor: Any) -> None:
-        """Look, if it is time."""
-        for looks in tuple(_UNDER_WAY):
-            looks.look()
+        """Look, if it is time; called in the thread that schedules."""
+        if self._looks in _UNDER_WAY:
+            self._looks.look()

@@ -1,5 +1,6 @@
 """A look at a cluster, from what Ray's head reports of it; and looks while something is awaited."""
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -8,15 +9,15 @@ import ray
 from ray.autoscaler.v2.schema import ClusterStatus, Stats
 from ray.autoscaler.v2.utils import ClusterStatusParser
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply, NodeStatus
-from ray.exceptions import RpcError
+from ray.exceptions import GetTimeoutError, RpcError
 
 from pipelines import cluster_state
 from pipelines.cluster_state import Looks, can_grow, state_of
 from pipelines.errors import PlacementError
-from pipelines.placement import ClusterState, Node, Placement, Wanted
+from pipelines.placement import ClusterState, Node, Placement, WorkerDemand
 from pipelines.watched_runs import PlacementCallback, placement_watched
 
-WANTED = Wanted(what="an encoder", resources={"GPU": 1.0}, kind="actor", option=None)
+WANTED = WorkerDemand(what="an encoder", resources={"GPU": 1.0}, kind="actor", option=None)
 NO_GPU = ClusterState(
     nodes=(Node(address="10.0.0.1", group=None, total={"CPU": 2}, free=None),),
     pending=({"GPU": 1.0},),
@@ -112,6 +113,7 @@ def test_a_watched_run_says_and_ends(clock: list[float], caplog: pytest.LogCaptu
     callback = PlacementCallback()
     patience = Placement(warn_seconds=10, fail_seconds=20)
     with placement_watched([WANTED], placement=patience, progress=lambda: 0):
+        callback.before_execution_starts(None)
         for clock[0] in range(6, 26):
             callback.on_execution_step(None)
         assert [record.levelno for record in caplog.records] == [logging.WARNING]
@@ -123,21 +125,118 @@ def test_a_watched_run_says_and_ends(clock: list[float], caplog: pytest.LogCaptu
     callback.on_execution_step(None)  # nobody watches any more
 
 
-def test_what_is_awaited_ends_the_wait(clock: list[float], monkeypatch: pytest.MonkeyPatch):
-    answers = iter([[], [], ["ready"]])
+def test_a_run_is_watched_by_its_own_block(clock: list[float]):
+    short, long = (Placement(warn_seconds=1, fail_seconds=seconds) for seconds in (10, 100))
+    callback = PlacementCallback()
+    with placement_watched([WANTED], placement=long, progress=lambda: 0):
+        callback.before_execution_starts(None)
+        with placement_watched([WANTED], placement=short, progress=lambda: 0):
+            of_short = PlacementCallback()
+            of_short.before_execution_starts(None)
+            for clock[0] in (10, 20, 30):
+                callback.on_execution_step(None)
+            of_short.on_execution_step(None)
+            clock[0] = 40
+            with pytest.raises(PlacementError, match="has waited 10 s"):
+                of_short.on_execution_step(None)
+            callback.on_execution_step(None)
 
-    def wait(left: list, *, num_returns: int, timeout: float):
-        clock[0] += timeout
-        done = next(answers)
+
+class Waits:
+    """In the place of `ray.wait` and `ray.get`: what is there after each wait, by the clock."""
+
+    def __init__(self, clock: list[float], *answers: list[Any]) -> None:
+        self._clock, self._answers = clock, iter(answers)
+
+    def wait(self, left: list[Any], *, num_returns: int, timeout: float) -> tuple[list, list]:
+        done = next(self._answers, [])
+        assert num_returns == 1
+        self._clock[0] += 0 if done else timeout
         return done, [reference for reference in left if reference not in done]
 
-    monkeypatch.setattr(ray, "wait", wait)
+    def get(self, done: list[Any]) -> None:
+        for reference in done:
+            if isinstance(reference, Exception):
+                raise reference
+
+    def put_in_place(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ray, "wait", self.wait)
+        monkeypatch.setattr(ray, "get", self.get)
+
+
+def test_what_is_awaited_ends_the_wait(clock: list[float], monkeypatch: pytest.MonkeyPatch):
+    Waits(clock, [], [], ["ready"]).put_in_place(monkeypatch)
     cluster_state.wait_for_place(["ready"], wanted=WANTED, placement=Placement())
-    answers = iter([[]] * 100)
+    Waits(clock).put_in_place(monkeypatch)
     with pytest.raises(PlacementError, match="an encoder has waited 30 s for 1 GPU"):
         cluster_state.wait_for_place(
             ["ready"], wanted=WANTED, placement=Placement(warn_seconds=10, fail_seconds=30)
         )
+
+
+def test_an_error_of_one_is_raised_while_others_are_awaited(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+):
+    error = OSError("disk full")
+    Waits(clock, ["a"], [error]).put_in_place(monkeypatch)
+    with pytest.raises(OSError, match="disk full"):
+        cluster_state.wait_for_place(["a", error, "b"], wanted=WANTED, placement=Placement())
+    assert clock[0] == 0
+
+
+@pytest.mark.parametrize("kind", ["actor", "task"])
+def test_a_wait_of_which_nobody_knows_what_for_has_an_end(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch, kind: Any
+):
+    with_gpu = Node(address="10.0.0.2", group=None, total={"GPU": 1}, free=None)
+    unknown = ClusterState(nodes=(with_gpu,), pending=None, can_grow=False)
+    monkeypatch.setattr(cluster_state, "cluster_state", lambda: unknown)
+    Waits(clock).put_in_place(monkeypatch)
+    with pytest.raises(PlacementError, match=r"has waited 30 s .* are in use"):
+        cluster_state.wait_for_place(
+            ["a"],
+            wanted=dataclasses.replace(WANTED, kind=kind),
+            placement=Placement(warn_seconds=10, fail_seconds=30),
+        )
+
+
+def test_a_count_that_is_late_hides_no_wait(clock: list[float]):
+    counts = iter([5.0, None, None, 6.0, None, None, None])
+
+    def progress() -> float:
+        clock[0] += 2
+        if (count := next(counts)) is None:
+            raise GetTimeoutError
+        return count
+
+    looks = Looks(
+        [WANTED], placement=Placement(warn_seconds=10, fail_seconds=30), progress=progress
+    )
+    for clock[0] in (10, 21, 22, 34, 46, 58, 70):  # 21 is too early after calls that took 2 s
+        looks.look()
+    clock[0] = 82
+    with pytest.raises(PlacementError):
+        looks.look()
+    assert next(counts, "none left") == "none left"
+
+
+def test_a_head_that_stays_away_is_told_of_once(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def away() -> ClusterState:
+        clock[0] += 2
+        raise RpcError("unavailable")
+
+    monkeypatch.setattr(cluster_state, "cluster_state", away)
+    looks = Looks([WANTED], placement=Placement(warn_seconds=30, fail_seconds=60), progress=int)
+    for clock[0] in (10, 22):
+        looks.look()
+    assert caplog.messages == []
+    for clock[0] in range(34, 200, 12):
+        looks.look()
+    (message,) = caplog.messages
+    assert message.startswith("for 36 s the cluster's head has not said what waits for a place")
+    assert "unavailable" in message
 
 
 def test_a_head_that_is_away_is_looked_at_again(

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from engine.device import has_driver
 from engine.errors import DeviceError
 from pipelines import gpu_probe
+from pipelines.cluster_state import wait_for_place
 from pipelines.placement import Placement
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,10 +77,19 @@ def test_one_worker_is_asked_again_and_then_ends(
     local_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_probe, "_PROBE_GPUS", 0)  # there is none here
+    watched = []
+
+    def wait(references: list[Any], **options: Any) -> None:
+        watched.append(references)
+        wait_for_place(references, **options)
+
+    monkeypatch.setattr(gpu_probe, "wait_for_place", wait)
     with gpu_probe.gpu_probe(Placement()) as look:
         pid = look(os.getpid)
         with pytest.raises(DeviceError, match="no such card"):
             look(fail)
         assert look(os.getpid) == pid != os.getpid()
+    # A worker whose node is gone needs another place: each look waits with a message and an end.
+    assert len(watched) == 3
     psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=10)
     assert not psutil.pid_exists(pid)

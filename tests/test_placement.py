@@ -12,18 +12,20 @@ from pipelines.placement import (
     Node,
     Placement,
     PlacementWatch,
-    Wanted,
+    WorkerDemand,
     accelerator,
     waiting_text,
 )
 
-ENCODER = Wanted(
+ENCODER = WorkerDemand(
     what="an encoder",
     resources={"CPU": 0.5, "GPU": 1.0, "accelerator_type:H100": 0.001},
     kind="actor",
     option="--encoder-gpus",
 )
-DECODING = Wanted(what="decoding", resources={"CPU": 0.5}, kind="task", option="--decode-cpus")
+DECODING = WorkerDemand(
+    what="decoding", resources={"CPU": 0.5}, kind="task", option="--decode-cpus"
+)
 HEAD = Node(address="10.0.0.1", group="head", total={"CPU": 0.0}, free={"CPU": 0.0})
 H100 = Node(
     address="10.0.0.9",

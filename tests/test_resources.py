@@ -85,8 +85,38 @@ def test_workers_ask_for_what_is_configured():
     encoder, decoding, io = wanted_workers(resources, execution=ON_GPUS)
     assert encoder.resources == {"CPU": 0.5, "GPU": 0.5, "accelerator_type:H100": 0.001}
     assert (decoding.resources, io.resources) == ({"CPU": 0.5}, {"CPU": 0.25})
-    encoder, *_ = wanted_workers(resources, execution=ON_CPUS)
-    assert encoder.resources == {"CPU": 0.5}
+    encoder, *_ = wanted_workers(Resources(encoder_cpus=2), execution=ON_CPUS)
+    assert (encoder.what, encoder.kind) == ("an encoder", "actor")
+    assert encoder.resources == {"CPU": 2}
+
+
+@pytest.mark.parametrize(
+    ("io_cpus", "demands"),
+    [
+        (
+            0.25,
+            [
+                ("an encoder or decoding", {"CPU": 0.5}, "--encoder-cpus or --decode-cpus"),
+                ("reading or writing", {"CPU": 0.25}, None),
+            ],
+        ),
+        (
+            0.5,
+            [
+                (
+                    "an encoder or decoding or reading or writing",
+                    {"CPU": 0.5},
+                    "--encoder-cpus or --decode-cpus",
+                )
+            ],
+        ),
+    ],
+)
+def test_what_waits_for_the_same_is_not_taken_for_an_encoder(io_cpus: float, demands: list):
+    wanted = wanted_workers(Resources(io_cpus=io_cpus), execution=ON_CPUS)
+    assert [(demand.what, demand.resources, demand.option) for demand in wanted] == demands
+    # A queued decode task may wait while others move: that is no encoder without a place.
+    assert {demand.kind for demand in wanted} == {"task"}
 
 
 def test_fewer_at_most_than_at_least_is_a_fault():

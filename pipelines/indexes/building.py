@@ -40,7 +40,7 @@ from pipelines.indexes.shards import (
 )
 from pipelines.indexes.training import draw_vectors, num_sample_rows, train
 from pipelines.indexes.truth import Truth
-from pipelines.placement import Placement, Wanted
+from pipelines.placement import Placement, WorkerDemand
 from pipelines.schema import Modality
 from pipelines.snapshots import StoredFile
 from pipelines.store import Store
@@ -257,7 +257,7 @@ def _build_shards(build: Build, shards: Sequence[Shard]) -> None:
     if len(left) > 1 and ray.is_initialized():
         task = cast("Any", ray.remote)(num_cpus=1)(build_shard)
         built = [task.remote(shard, store=build.store, work=build.work) for shard in left]
-        building = Wanted(
+        building = WorkerDemand(
             what="building a shard of the index",
             resources={"CPU": 1.0},
             kind="queue",
