@@ -36,6 +36,9 @@ from engine.redaction import public_uri
 PLANS_DIR, PLAN_FILE = "plans", "plan.json"
 PROMOTIONS_DIR = "promotions"
 
+# Told what was built (engine, plan), and the seconds that it took.
+OnBuilt = Callable[[str, float], None]
+
 _WAY_OUT = "name another with --engines or $CLIPMILL_ENGINES"
 _log = logging.getLogger(__name__)
 _ENGINE_PREFIXES = tuple(f"{precision}-" for precision in get_args(Precision))
@@ -64,12 +67,19 @@ def _cache_dir() -> Path:
 class Registry:
     """The engines under a URI. Small, and safe to send to workers."""
 
-    def __init__(self, uri: str, *, lease_timing: LeaseTiming | None = None) -> None:
+    def __init__(
+        self,
+        uri: str,
+        *,
+        lease_timing: LeaseTiming | None = None,
+        on_built: OnBuilt | None = None,
+    ) -> None:
         """Find the file system of `uri`; nothing is read or written yet.
 
         Args:
             uri: A folder, or any fsspec URI.
             lease_timing: How builders on other nodes are waited for.
+            on_built: Called where something was built; what is sent to workers can be pickled.
 
         Raises:
             EngineError: No such kind of file system, or the package that reads it is missing.
@@ -82,6 +92,7 @@ class Registry:
             way_out=f"Check the path, its permissions and the free space, or {_WAY_OUT}",
         )
         self._lease_timing = lease_timing or LeaseTiming()
+        self._on_built = on_built
 
     @property
     def local(self) -> LocalArtifacts:
@@ -125,7 +136,8 @@ class Registry:
             EngineError: The root or this node's folder cannot be written, or the engine is of a
                 newer Clipmill.
         """
-        return _engine(self._obtain(engine_artifact(engine_id), build))
+        timed = self._timed(build, what="engine")
+        return _engine(self._obtain(engine_artifact(engine_id), timed))
 
     def obtain_plan(self, engine_id: str, plan_id: str, build: Callable[[Path], object]) -> Path:
         """The folder of a plan, found or built like an engine is.
@@ -146,7 +158,7 @@ class Registry:
                 f"engines {self.uri}: no whole engine {engine_id} to make a plan of; run "
                 "`clipmill engine build`"
             )
-        return self._obtain(artifact, build)
+        return self._obtain(artifact, self._timed(build, what="plan"))
 
     def manifest(self, engine_id: str) -> Manifest | None:
         """The manifest on the root, None if there is none or it is damaged, which is logged.
@@ -174,6 +186,15 @@ class Registry:
         """Names of the folders of an engine's plans on the root, published or not; EngineError."""
         names = self.root.names(f"{engine_artifact(engine_id).path}/{PLANS_DIR}")
         return [name for name in names if self.root.names(plan_artifact(engine_id, name).path)]
+
+    def _timed(self, build: Callable[[Path], object], *, what: str) -> Callable[[Path], object]:
+        def timed(into: Path) -> None:
+            started = time.monotonic()
+            build(into)
+            if self._on_built is not None:
+                self._on_built(what, time.monotonic() - started)
+
+        return timed
 
     def _obtain(self, artifact: Artifact, build: Callable[[Path], object]) -> Path:
         found = self.local.find(artifact)

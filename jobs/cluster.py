@@ -6,6 +6,7 @@ Knows nothing of what runs on it.
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,12 +31,13 @@ _SHM_DIR = "/dev/shm"
 
 
 @contextmanager
-def ray_cluster(address: str | None) -> Iterator[None]:
+def ray_cluster(address: str | None, *, metrics_port: int | None = None) -> Iterator[None]:
     """Be connected to Ray for the length of a block.
 
     Args:
         address: Of a cluster (`auto`, `host:6379`, `ray://host:10001`). None: the one that
             $RAY_ADDRESS names (Ray sets it within a submitted job), or a new one on this machine.
+        metrics_port: Where a new one serves its metrics; None: any free port.
     """
     named = address or os.environ.get("RAY_ADDRESS", "")
     if named.startswith(("http://", "https://")):
@@ -44,6 +46,8 @@ def ray_cluster(address: str | None) -> Iterator[None]:
             "without `submit` leave it out (unset RAY_ADDRESS) to start Ray on this machine"
         )
     _quiet_console()
+    if metrics_port is not None:
+        _check_metrics_port(metrics_port, joins=address or os.environ.get("RAY_ADDRESS"))
     if address or os.environ.get("RAY_ADDRESS"):
         try:
             ray.init(address or "auto", log_to_driver=False, logging_level=logging.ERROR)
@@ -57,6 +61,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
         ray.init(
             "local",
             include_dashboard=False,
+            _metrics_export_port=metrics_port,
             num_cpus=_num_cpus(),
             object_store_memory=_object_store_bytes(),
             log_to_driver=False,
@@ -69,6 +74,24 @@ def ray_cluster(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_metrics_port(port: int, *, joins: str | None) -> None:
+    if joins:
+        raise ValueError(
+            f"--metrics-port {port}: the cluster at {joins} has ports of its own, which its head "
+            "lists in Ray's folder (prom_metrics_service_discovery.json); leave it out"
+        )
+    if not 1024 <= port <= 65535:
+        raise ValueError(f"--metrics-port {port}: expected 1024 to 65535")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise ClipmillError(
+                f"--metrics-port {port}: {error.strerror}; name one that is free"
+            ) from error
 
 
 def _num_cpus() -> int:

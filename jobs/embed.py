@@ -15,6 +15,7 @@ from jobs.progress import shown_progress
 from jobs.recorded_run import close_run, noted, recorded_run, say_begun
 from pipelines.embedding import EmbedConfig, embed
 from pipelines.report import RunReport, make_report, summary
+from pipelines.run_metrics import told_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,13 +25,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_embed_options(parser)
     options = parser.parse_options(words)
     config = embed_config_from(options, command=("clipmill", "embed", *words))
-    report, report_path = run_embed(config, address=options.address)
+    report, report_path = run_embed(
+        config, address=options.address, metrics_port=options.metrics_port
+    )
     text = f"{summary(report)}\nreport: {report_path or 'could not be saved'}"
     print_result(report, as_json=options.json, text=text)
     return 0
 
 
-def run_embed(config: EmbedConfig, *, address: str | None = None) -> tuple[RunReport, str | None]:
+def run_embed(
+    config: EmbedConfig, *, address: str | None = None, metrics_port: int | None = None
+) -> tuple[RunReport, str | None]:
     """Embed with progress on stderr; returns the report and where its page was saved, if it was."""
     with (
         recorded_run(config.store_uri, command="embed") as journal,
@@ -38,8 +43,14 @@ def run_embed(config: EmbedConfig, *, address: str | None = None) -> tuple[RunRe
     ):
         say_begun(config)
         # Ray prints of its own, on stdout, where only the result belongs.
-        with redirect_stdout(sys.stderr), ray_cluster(address), shown_progress() as show:
+        with (
+            redirect_stdout(sys.stderr),
+            ray_cluster(address, metrics_port=metrics_port),
+            told_run(config.store_uri) as told,
+            shown_progress() as show,
+        ):
             result = embed(config, run_id=journal.run_id, on_progress=noted(show, journal))
+            told.outcome = "committed" if result.committed else "unchanged"
         report = make_report(result, catalog_uri=config.catalog.uri, store_uri=config.store_uri)
         return close_run(report, journal, context)
 

@@ -128,6 +128,11 @@ def add_embed_options(parser: CommandParser) -> None:
     where = parser.add_argument_group("resources")
     where.add_argument("--address", help="of a Ray cluster; otherwise Ray is started here")
     where.add_argument(
+        "--metrics-port",
+        type=int,
+        help="where the Ray that is started here can be scraped; a cluster has its own",
+    )
+    where.add_argument(
         "--num-encoders",
         type=int,
         help="if left out one for every two CPUs, or for each GPU; with an autoscaler from one on, "

@@ -24,6 +24,7 @@ from pipelines.indexes.manifest import IndexManifest
 from pipelines.lineage import GUARDS, Lineage, measurement_line
 from pipelines.nightly import NightlyConfig, plan_night, run_night
 from pipelines.report import RunReport, make_report, summary
+from pipelines.run_metrics import told_run
 from pipelines.schema import RETRYABLE_REASONS
 from pipelines.snapshots import is_other_engine
 
@@ -80,11 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_options(words)
     config = _config_from(options, command=("clipmill", "nightly", *words))
     if options.dry_run:
-        with redirect_stdout(sys.stderr), ray_cluster(options.address):
+        with (
+            redirect_stdout(sys.stderr),
+            ray_cluster(options.address, metrics_port=options.metrics_port),
+        ):
             plan_report = _plan_report(plan_night(config))
         print_result(plan_report, as_json=options.json, text=_plan_text(plan_report))
     else:
-        report = _run(config, address=options.address)
+        report = _run(config, address=options.address, metrics_port=options.metrics_port)
         print_result(report, as_json=options.json, text=_night_text(report))
     return 0
 
@@ -180,15 +184,21 @@ def _plan_text(report: PlanReport) -> str:
     return "\n".join([*lines, "dry run: nothing was done"])
 
 
-def _run(config: NightlyConfig, *, address: str | None) -> NightReport:
+def _run(config: NightlyConfig, *, address: str | None, metrics_port: int | None) -> NightReport:
     with (
         recorded_run(config.embed.store_uri, command="nightly") as journal,
         event_log("nightly", run_id=journal.run_id) as context,
     ):
         say_begun(config.embed)
         # Ray prints of its own, on stdout, where only the result belongs.
-        with redirect_stdout(sys.stderr), ray_cluster(address), shown_progress() as show:
+        with (
+            redirect_stdout(sys.stderr),
+            ray_cluster(address, metrics_port=metrics_port),
+            told_run(config.embed.store_uri) as told,
+            shown_progress() as show,
+        ):
             result = run_night(config, run_id=journal.run_id, on_progress=noted(show, journal))
+            told.outcome = "committed" if result.embedded.committed else "unchanged"
         snapshot, committed = result.embedded.snapshot, result.embedded.committed
         run_report = make_report(
             result.embedded,

@@ -23,6 +23,7 @@ from pipelines.engines import EngineChoice, Execution, chosen_engine
 from pipelines.errors import IncompleteRunError
 from pipelines.ledger import Ledger
 from pipelines.lineage import Lineage, code_version
+from pipelines.metrics import add_built, store_label
 from pipelines.parent import ENGINE_CHANGES, EngineChange, same_state
 from pipelines.placement import WorkerDemand
 from pipelines.planning import catalog_record, fill, modalities_by_content, staged_files
@@ -31,6 +32,7 @@ from pipelines.progress import Progress
 from pipelines.resources import Resources, gpus_held, num_workers
 from pipelines.rounds import Written, check_rejects, write_due
 from pipelines.run_ids import new_run_id
+from pipelines.run_metrics import tell_plan, tell_progress, tell_snapshot
 from pipelines.schema import EmbeddingDtype, Modality
 from pipelines.snapshots import (
     EngineRecord,
@@ -196,7 +198,8 @@ def embed(
     catalog = open_catalog(config.catalog)
     if not catalog.num_rows and (approve is None or not snapshot_numbers(store)):
         check_has_rows(catalog)
-    registry = Registry(config.engine.engines_uri)
+    store_name = store_label(config.store_uri)
+    registry = Registry(config.engine.engines_uri, on_built=partial(add_built, store=store_name))
     engine = chosen_engine(config.engine, registry=registry)
     store.check_writable()
     manifest_of = partial(
@@ -208,6 +211,9 @@ def embed(
     )
     setting = _prepared(config, catalog=catalog, engine=engine, manifest=manifest_of)
     parent, base, execution = setting.parent, setting.base, setting.execution
+    workers = num_workers(config.resources, execution=execution)
+    if parent is not None:
+        tell_snapshot(config.store_uri, parent)
     written = Written()
     with _ledger(config, setting) as ledger:
         staged = _fill(config, setting, ledger=ledger)
@@ -239,7 +245,9 @@ def embed(
                 limits=config.limits.beside(catalog.config.uri),
                 resources=config.resources,
             )
-            written = write_due(pass_, ledger=ledger, counts=counts, on_progress=on_progress)
+            tell_plan(config.store_uri, counts, workers=workers)
+            told = partial(_told, config.store_uri, on_progress=on_progress)
+            written = write_due(pass_, ledger=ledger, counts=counts, on_progress=told)
         files = next_files(
             [*setting.before, *staged, *written.files],
             committed=setting.before,
@@ -300,6 +308,8 @@ def embed(
             raise
     elif parent is not None:
         snapshot = parent
+    rejects_by_reason = count_rejects(store, snapshot.files_of("rejects"))
+    tell_snapshot(config.store_uri, snapshot, rejects_by_reason=rejects_by_reason)
     return EmbedResult(
         run_id=run_id,
         created_at=created_at,
@@ -309,13 +319,25 @@ def embed(
         num_embedded=written.num_embedded(catalog.modalities),
         num_copied=written.num_copied(catalog.modalities),
         num_rejected=written.num_rejected,
-        rejects_by_reason=count_rejects(store, snapshot.files_of("rejects")),
+        rejects_by_reason=rejects_by_reason,
         progress=written.progress,
-        workers=num_workers(config.resources, execution=execution),
+        workers=workers,
         num_gpus=gpus_held(config.resources, execution=execution),
         nodes=node_lines(),
         execution=execution,
     )
+
+
+def _told(
+    store_uri: str,
+    counts: Counts,
+    progress: Progress,
+    *,
+    on_progress: Callable[[Counts, Progress], None] | None,
+) -> None:
+    tell_progress(store_uri, counts, progress)
+    if on_progress is not None:
+        on_progress(counts, progress)
 
 
 def _prepared(

@@ -5,6 +5,7 @@ for PyTorch's encoder their pixels never leave the card.
 """
 
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from engine.decoding.jpegs import Jpegs
 from engine.errors import ClipmillError
 from engine.images import ImageLimits, ImageRejected
 from engine.registry import Registry
-from pipelines import schema
+from pipelines import metrics, schema
 from pipelines.binary_columns import contents, pixel_array
 from pipelines.engines import ready_engine
 from pipelines.progress import StageMeter, metered
@@ -58,6 +59,7 @@ class EncodeStage:
         self._decoder: Any = None
         if decoder == "gpu":
             use_all_channels()  # before anything starts CUDA
+        started = time.monotonic()
         try:
             self._encoder: Encoder = load_encoder(
                 ready_engine(engine, registry=registry),
@@ -72,6 +74,9 @@ class EncodeStage:
                 self._decoder = GpuDecoder(
                     self._encoder.manifest.preprocessing, limits=limits, num_threads=num_threads
                 )
+            if meter is not None:
+                meter.add(metrics.ENGINE_LOADS, 1, {})
+                meter.add(metrics.ENGINE_LOAD_SECONDS, time.monotonic() - started, {})
         except ClipmillError as error:
             self._error = error
         # PyTorch's encoder takes pixels where they are, others from host memory.
@@ -104,6 +109,10 @@ class EncodeStage:
                 texts = table[schema.TEXT].drop_null().to_pylist()
                 embeddings[has_text] = self._encoder.encode_texts(texts)
             size(table.num_rows, 0)
+        if self._meter is not None:
+            num_images = int(has_pixels.sum()) + len(decoded_rows)
+            for modality, num_rows in (("image", num_images), ("text", int(has_text.sum()))):
+                self._meter.add(metrics.ENCODED, num_rows, {"modality": modality})
         is_sound = np.isfinite(embeddings).all(axis=1)
         is_encoded = has_pixels | has_text
         is_encoded[decoded_rows] = True

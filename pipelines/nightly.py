@@ -19,6 +19,7 @@ from pipelines.indexing import index_snapshot
 from pipelines.lineage import GUARDS, GuardName, Measurement
 from pipelines.progress import Progress
 from pipelines.rounds import has_too_many_rejects
+from pipelines.run_metrics import tell_indexes
 from pipelines.schema import Modality
 from pipelines.snapshots import Snapshot
 from pipelines.store import Store
@@ -111,6 +112,7 @@ def run_night(
         built = missing_indexes(store, result.snapshot)
     outcome = f"Snapshot {result.snapshot.number} is current, and stays without this index."
     indexes = _indexed(store, result.snapshot, config=config, outcome=outcome)
+    tell_indexes(config.embed.store_uri, indexes)
     return NightResult(embedded=result, indexes=indexes, num_indexes_built=len(built))
 
 

@@ -1,17 +1,20 @@
 """Counts what the stages do while they do it, across all workers of a run.
 
-Knows nothing of how progress is shown. The counts serve progress and timing; what is in the
-store is counted from its files.
+Knows nothing of how progress is shown. The counts serve progress, timing and metrics; what is in
+the store is counted from its files.
 """
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+
+from pipelines import metrics
+from pipelines.metrics import Metric
 
 STAGES = ("read", "decode", "encode", "write")
 # Where GPUs decode, CPUs prepare: they look at headers and decode what GPUs do not take.
@@ -90,12 +93,22 @@ class ProgressBoard:
 
 
 class StageMeter:
-    """Times one stage in one worker and reports it to the board, without waiting for it."""
+    """Times one stage in one worker and reports it to the board, without waiting for it.
 
-    def __init__(self, board: Any, *, stage: str) -> None:
-        """`board` is a handle of a ProgressBoard."""
+    The same counts are metrics of the worker.
+    """
+
+    def __init__(self, board: Any, *, stage: str, store: str = "") -> None:
+        """Measure nothing yet.
+
+        Args:
+            board: Handle of a ProgressBoard.
+            stage: Name of the stage.
+            store: As metrics name it (`metrics.store_label`).
+        """
         self._board = board
         self._stage = stage
+        self._store = store
 
     @contextmanager
     def batch(self) -> Iterator[Callable[[int, int], None]]:
@@ -116,6 +129,15 @@ class StageMeter:
     ) -> None:
         """Count a batch that was timed otherwise."""
         self._board.add.remote(self._stage, num_rows, num_bytes, busy_seconds, core_seconds)
+        labels = {"stage": self._stage}
+        self.add(metrics.STAGE_ROWS, num_rows, labels)
+        self.add(metrics.STAGE_BYTES, num_bytes, labels)
+        self.add(metrics.STAGE_BUSY, busy_seconds, labels)
+        self.add(metrics.STAGE_CORES, core_seconds, labels)
+
+    def add(self, metric: Metric, value: float, labels: Mapping[str, str]) -> None:
+        """Count something of the stage in a metric of its own; `store` is one of its labels."""
+        metrics.add(metric, value, {"store": self._store, **labels})
 
 
 @contextmanager

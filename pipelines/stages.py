@@ -23,6 +23,7 @@ from pipelines.decode import RowLimits, decode_batch
 from pipelines.encode import EncodeStage, embedding_type
 from pipelines.engines import Execution
 from pipelines.ledger import DueRows
+from pipelines.metrics import store_label
 from pipelines.progress import StageMeter
 from pipelines.reading import CatalogDatasource, RowGroupRows, num_blocks
 from pipelines.resources import (
@@ -93,6 +94,7 @@ def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Generator[
     """
     catalog, resources = pass_.catalog, pass_.resources
     execution = pass_.execution
+    meter = partial(StageMeter, board, store=store_label(pass_.store.uri))
     on_cpus = execution.backend == "onnxruntime"
     on_gpus = execution.decoder == "gpu"
     batch_rows = resources.batch_rows or default_batch_rows(execution)
@@ -103,7 +105,7 @@ def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Generator[
         catalog,
         pieces=pieces,
         content=catalog.modalities,
-        meter=StageMeter(board, stage="read"),
+        meter=meter(stage="read"),
     )
     # Where GPUs decode, Ray Data reads and prepares in one task, for which both must ask alike.
     read_cpus = resources.decode_cpus if on_gpus else resources.io_cpus
@@ -124,7 +126,7 @@ def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Generator[
             ),
             modalities=catalog.modalities,
             carry_columns=catalog.config.carry_columns,
-            meter=StageMeter(board, stage="prepare" if on_gpus else "decode"),
+            meter=meter(stage="prepare" if on_gpus else "decode"),
         ),
         batch_format="pyarrow",
         batch_size=None if on_gpus else batch_rows,
@@ -144,8 +146,8 @@ def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Generator[
                 dtype=pass_.dtype,
             ),
             "type_": embedding_type(embedding_dim=pass_.manifest.embedding_dim, dtype=pass_.dtype),
-            "meter": StageMeter(board, stage="encode"),
-            "decode_meter": StageMeter(board, stage="decode"),
+            "meter": meter(stage="encode"),
+            "decode_meter": meter(stage="decode"),
         },
         batch_format="pyarrow",
         batch_size=batch_rows,
@@ -172,7 +174,7 @@ def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Generator[
                 dtype=pass_.dtype,
                 carried=catalog.carried,
             ),
-            meter=StageMeter(board, stage="write"),
+            meter=meter(stage="write"),
         ),
         batch_format="pyarrow",
         batch_size=resources.rows_per_file,

@@ -16,15 +16,16 @@ from functools import partial
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from engine.errors import DeviceLostError
-from pipelines import schema
+from pipelines import metrics, schema
 from pipelines.attempts import check_attempts, is_suspect, was_restarted
 from pipelines.decode import undecodable, wanted_rows
 from pipelines.encode import EncodeStage, unencodable
 from pipelines.isolation import IsolatedStage
 from pipelines.progress import StageMeter, metered
-from pipelines.schema import Modality
+from pipelines.schema import MODALITIES, Modality
 
 # Of a worker that lost its GPU; Ray then starts another.
 LOST_GPU_CODE = 3
@@ -151,6 +152,12 @@ class EncodeActor:
         with self._loading, self._meter.batch() as size:
             isolated = self._isolated(table)
             size(table.num_rows, 0)
+        for modality in MODALITIES:
+            num_rows = sum(
+                int(pc.sum(pc.equal(part[schema.MODALITY], modality)).as_py() or 0)
+                for part in isolated.parts
+            )
+            self._meter.add(metrics.ENCODED, num_rows, {"modality": modality})
         if not isolated.poison:
             return pa.concat_tables(isolated.parts)
         rejects = unencodable(table, isolated.poison, type_=self._type)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipelines import schema
+from pipelines import metrics, schema
 from pipelines.attempts import check_attempts
 from pipelines.progress import StageMeter
 from pipelines.schema import MODALITIES, Modality
@@ -93,6 +93,9 @@ def write_batch(
         for modality in MODALITIES:
             rows = table.filter(pc.equal(table[schema.MODALITY], modality))
             rejected = rows[schema.REASON].is_valid()
+            for entry in rows[schema.REASON].drop_null().value_counts().to_pylist():
+                labels = {"modality": modality, "reason": entry["values"]}
+                meter.add(metrics.REJECTS, entry["counts"], labels)
             for kind, part, columns in (
                 ("embeddings", rows.filter(pc.invert(rejected)), embeddings_schema),
                 ("rejects", rows.filter(rejected), rejects_schema),

@@ -1,7 +1,10 @@
 """A meter that keeps what it is told, in the place of pipelines.progress.StageMeter."""
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+
+from pipelines.metrics import Metric
 
 
 class ListMeter:
@@ -9,6 +12,8 @@ class ListMeter:
 
     def __init__(self) -> None:
         self.batches: list[tuple[int, int]] = []
+        self.added: Counter[tuple[str, ...]] = Counter()
+        """Name of a metric and values of its labels -> what was added to it."""
 
     @contextmanager
     def batch(self) -> Iterator[Callable[[int, int], None]]:
@@ -20,6 +25,10 @@ class ListMeter:
 
         yield size
         self.batches.append(sizes)
+
+    def add(self, metric: Metric, value: float, labels: Mapping[str, str]) -> None:
+        if value:
+            self.added[metric.name, *labels.values()] += value
 
     def count(self, num_rows: int, num_bytes: int, busy_seconds: float) -> None:
         assert busy_seconds >= 0

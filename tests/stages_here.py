@@ -4,7 +4,7 @@ A night takes a fraction of a second this way, and can be killed at what its wor
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -17,6 +17,7 @@ from pipelines.catalog import Catalog
 from pipelines.decode import decode_batch
 from pipelines.encode import EncodeStage
 from pipelines.ledger import DueRows
+from pipelines.metrics import Metric
 from pipelines.progress import StageMeter
 from pipelines.reading import CatalogDatasource, RowGroupRows, all_rows
 from pipelines.snapshots import EngineRecord, StoredFile
@@ -33,6 +34,9 @@ class UnreadMeter(StageMeter):
     def count(
         self, num_rows: int, num_bytes: int, busy_seconds: float, core_seconds: float = 0.0
     ) -> None:
+        pass
+
+    def add(self, metric: Metric, value: float, labels: Mapping[str, str]) -> None:
         pass
 
 

@@ -14,7 +14,7 @@ def test_the_demo_retrieves_scenes_that_it_never_trained_on(
     tmp_path: Path, engines_dir: Path, local_ray: None, capsys, monkeypatch: pytest.MonkeyPatch
 ):
     # The session's Ray stands in for the one that the command would start.
-    monkeypatch.setattr("jobs.embed.ray_cluster", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr("jobs.embed.ray_cluster", lambda *_, **__: contextlib.nullcontext())
     options = ["--out", str(tmp_path), "--engines", str(engines_dir), "--rows", "300", "--json"]
     assert main(options) == 0
     printed = json.loads(capsys.readouterr().out)

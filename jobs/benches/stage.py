@@ -9,7 +9,7 @@ import multiprocessing
 import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +28,7 @@ from pipelines.decode import RowLimits, decode_batch
 from pipelines.encode import EncodeStage
 from pipelines.engines import EngineChoice, Execution, chosen_engine, ready_engine
 from pipelines.errors import CatalogError
+from pipelines.metrics import Metric
 from pipelines.progress import StageMeter
 from pipelines.reading import CatalogDatasource, all_rows
 from pipelines.resources import Resources
@@ -225,6 +226,9 @@ class _Meter(StageMeter):
         with self._lock:
             self._num_rows += num_rows
             self._busy_seconds += busy_seconds
+
+    def add(self, metric: Metric, value: float, labels: Mapping[str, str]) -> None:
+        pass
 
     def rate(self) -> float:
         return self._num_rows / self._busy_seconds if self._busy_seconds else 0.0
