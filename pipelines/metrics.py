@@ -154,8 +154,7 @@ def add_built(what: str, seconds: float, *, store: str) -> None:
 
 def store_label(uri: str) -> str:
     """A store's short name: the last two parts of its URI, without secrets."""
-    path = public_uri(uri).partition("://")[2] or uri
-    path = path.partition("?")[0].rpartition("@")[2]
+    path = public_uri(uri).rpartition("://")[2].partition("?")[0].rpartition("@")[2]
     parts = [part for part in path.replace("\\", "/").split("/") if part]
     return "/".join(parts[-2:])[-_MAX_LABEL_CHARS:] or "root"
 

@@ -91,6 +91,8 @@ class Searcher:
         self._rows = self._index.rows
         self.build_id = self._index.manifest.build_id
         """Of the index: one that is built anew for the same snapshot has another."""
+        self.index_manifest = self._index.manifest
+        """What the index is, and what it finds."""
         self.columns: Mapping[str, Kind] = {
             field.name: kind_of(field.type)
             for field in self._rows.schema

@@ -17,12 +17,13 @@ from jobs.serving.live import Opened
 from jobs.serving.options import ServiceConfig
 from pipelines.errors import QueryError
 from pipelines.indexes.filters import Condition, UnknownColumnError
+from pipelines.indexes.manifest import IndexManifest
 from pipelines.indexes.queries import Query
 from pipelines.indexes.shown import shown
 from pipelines.search import Answer, Hit, UnknownKeyError
 from pipelines.snapshots import CatalogRecord, Snapshot, commit
 from pipelines.store import Store
-from tests.stored import make_snapshot
+from tests.stored import index_manifest, make_snapshot
 
 COLUMNS = {"name": "string", "price": "number", "stock": "integer", "new": "boolean"}
 COMPARE = {
@@ -45,6 +46,9 @@ class WordSearcher:
     modality: str = "image"
     columns: Mapping[str, str] = field(default_factory=lambda: COLUMNS)
     build_id: str = "first"
+    index_manifest: IndexManifest = field(
+        default_factory=lambda: index_manifest(image=0.97, text=0.96)
+    )
     pause_seconds: float = 0.0
     batch_sizes: list[int] = field(default_factory=list)
 

@@ -79,6 +79,8 @@ MACHINE_PATH = re.compile(
 )
 # The cloud image's user, whose home `ray up` fills.
 FOREIGN_HOME = "/home/ubuntu"
+# Ray's own, the same on every machine.
+RAY_FOLDER = "/" + "tmp/ray"
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".yaml", ".yml", ".html", ".txt", ".json", ".cfg", ""}
 
 
@@ -121,7 +123,9 @@ def project_files() -> Iterator[Path]:
 
 
 def machine_paths(text: str) -> list[str]:
-    return [found for found in MACHINE_PATH.findall(text) if found != FOREIGN_HOME]
+    return [
+        found for found in MACHINE_PATH.findall(text) if found not in (FOREIGN_HOME, RAY_FOLDER)
+    ]
 
 
 def test_every_import_is_allowed() -> None:
@@ -198,6 +202,8 @@ def test_no_file_names_a_path_of_one_machine() -> None:
         ("cd /" + "Users/someone", ["/" + "Users/someone"]),
         ("C:" + "\\Users\\someone", ["C:" + "\\Users"]),
         ("/" + "home/ubuntu/clipmill", []),
+        ("/" + "tmp/ray/session_latest", []),
+        ("/" + "tmp/rays", ["/" + "tmp/rays"]),
         ("s3://bucket/home/catalog and ~/home/x, https://example.com/tmp/x", []),
     ],
 )

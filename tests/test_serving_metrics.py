@@ -4,6 +4,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from jobs.serving.metrics import Metrics, exposition
+from tests.stored import index_manifest
 
 
 def parsed(text: bytes) -> dict[tuple[str, str], float]:
@@ -41,3 +42,11 @@ def test_the_age_of_the_snapshot_grows(monkeypatch):
         values = parsed(exposition([("a", metrics.families())]))
         assert values["clipmill_snapshot_age_seconds", "a"] == pytest.approx(age)
     assert values["clipmill_snapshot", "a"] == 7
+
+
+def test_what_the_index_finds_is_told():
+    metrics = Metrics()
+    metrics.finds(index_manifest(image=0.97, text=0.96))
+    values = parsed(exposition([("a", metrics.families())]))
+    assert values["clipmill_index_recall_ratio", "a"] == pytest.approx(0.97 + 0.96)
+    assert values["clipmill_index_target_recall_ratio", "a"] == 0.95

@@ -155,6 +155,7 @@ class Live:
         )
         for modality, searcher in opened.searchers.items():
             self._metrics.rows.labels(modality).set(searcher.num_rows)
+            self._metrics.finds(searcher.index_manifest)
         self._metrics.openings.labels("opened").inc()
         self._note(None)
         _logger.info("snapshot %d answers", opened.snapshot.number)

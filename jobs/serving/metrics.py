@@ -10,6 +10,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from pipelines.indexes.manifest import IndexManifest
+from pipelines.run_metrics import RECALL_AT
+
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0)
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -60,6 +63,18 @@ class Metrics:
         self.rows = Gauge(
             "clipmill_rows", "Rows that are searched.", ["among"], registry=self.registry
         )
+        self.recall = Gauge(
+            "clipmill_index_recall_ratio",
+            "Recall of the ten nearest when the index was built, by kind of queries.",
+            ["among", "queries"],
+            registry=self.registry,
+        )
+        self.target_recall = Gauge(
+            "clipmill_index_target_recall_ratio",
+            "Recall that was asked for.",
+            ["among"],
+            registry=self.registry,
+        )
         self.openings = Counter(
             "clipmill_snapshot_openings",
             "Snapshots that were opened, or could not be.",
@@ -79,6 +94,12 @@ class Metrics:
         """Note which snapshot answers now, and when it was committed (seconds since 1970)."""
         self.snapshot.set(number)
         self._created_seconds = created_seconds
+
+    def finds(self, index: IndexManifest) -> None:
+        """Note what an index finds, and what it was asked to."""
+        self.target_recall.labels(index.modality).set(index.min_recall)
+        for queries, recall in index.recall_at(RECALL_AT).items():
+            self.recall.labels(index.modality, queries).set(recall)
 
     def families(self) -> list[Metric]:
         """All counts of now."""
