@@ -98,7 +98,7 @@ def _fill(folder: str, num_left: int) -> None:
 def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # Ray prints to stdout as it starts
-    nightly.ray_cluster = lambda address: contextlib.nullcontext()  # type: ignore[assignment]
+    nightly.ray_cluster = lambda *_, **__: contextlib.nullcontext()  # type: ignore[assignment]
     methods: dict[str, Any] = {"night": _night, "copy": _copy, "fill": _fill}
     with ray_cluster(None):
         for line in sys.stdin:

@@ -60,7 +60,7 @@ def shop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., Shop]:
     """Makes one, with its first night done by some options."""
-    monkeypatch.setattr(nightly, "ray_cluster", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(nightly, "ray_cluster", lambda *_, **__: contextlib.nullcontext())
     model = ("--checkpoint", str(checkpoint_dir), "--engines", str(engines_dir))
 
     def make(*options: str, rows: Sequence[dict[str, Any]] = ROWS) -> Shop:

@@ -154,7 +154,7 @@ def test_nights_are_measured_by_what_changed_before_them(
 
     monkeypatch.setattr("jobs.benches.nights.run_watched", here)
     for module in (nightly, embed):
-        monkeypatch.setattr(module, "ray_cluster", lambda _: contextlib.nullcontext())
+        monkeypatch.setattr(module, "ray_cluster", lambda *_, **__: contextlib.nullcontext())
     words = ["nights", "--keys", "400", "--changed", "0.05", "--engines", str(engines_dir)]
     done = command(main, [*words, "--json"])
     assert done.code == 0, done.err

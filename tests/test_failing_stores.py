@@ -56,7 +56,7 @@ def own_ray(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., D
     """`clipmill nightly` in this process."""
     from contextlib import nullcontext
 
-    monkeypatch.setattr(nightly, "ray_cluster", lambda _: nullcontext())
+    monkeypatch.setattr(nightly, "ray_cluster", lambda *_, **__: nullcontext())
     return lambda words: command(nightly.main, words)
 
 

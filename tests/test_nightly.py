@@ -87,7 +87,7 @@ def night(
 ) -> Night:
     """60 texts, embedded and indexed."""
     for module in (nightly, embed):
-        monkeypatch.setattr(module, "ray_cluster", lambda _: contextlib.nullcontext())
+        monkeypatch.setattr(module, "ray_cluster", lambda *_, **__: contextlib.nullcontext())
     made = Night(tmp_path / "catalog", tmp_path / "store", checkpoint_dir, engines_dir)
     write_rows(made.catalog_dir, text_rows(60), num_files=2)
     first = made.done()

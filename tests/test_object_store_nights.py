@@ -107,7 +107,7 @@ def places(
 
     def here(words: Sequence[str]) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(nightly, "ray_cluster", lambda _: contextlib.nullcontext())
+            patch.setattr(nightly, "ray_cluster", lambda *_, **__: contextlib.nullcontext())
             done = command(nightly.main, [*words, *model])
             assert done.code == 0, done.err
 

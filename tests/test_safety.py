@@ -396,7 +396,7 @@ def test_a_night_leaves_no_secret_anywhere(
     tmp_path: Path, checkpoint_dir: Path, engines_dir: Path, local_ray: None, monkeypatch
 ):
     """On Ray: catalog and images behind a password, signatures, tokens; all files are searched."""
-    monkeypatch.setattr(nightly, "ray_cluster", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(nightly, "ray_cluster", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setenv("HF_TOKEN", f"hf_{SECRET}")
     monkeypatch.setenv("CLIPMILL_TOKEN", SECRET)
     files_dir, store_dir = tmp_path / "files", tmp_path / "store"
