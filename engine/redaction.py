@@ -12,6 +12,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from numbers import Number
 from types import TracebackType
 from typing import Any
 
@@ -25,15 +26,17 @@ _QUERY = re.compile(r"[?#].*$", re.DOTALL)
 # What stands there before an @ is the container, which is no secret.
 _CONTAINER_SCHEMES = re.compile(r"(?:abfss?|wasbs?|az|adl)://[^/:@]*@", re.IGNORECASE)
 # A URI amid words ends where they or a quotation do; what closes a sentence is not part of it.
-_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>`]*")
+# Its scheme is short: of a long word without any, each letter would be tried as the first of one.
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,40}://[^\s\"'<>`]*")
 _SENTENCE_END = re.compile(r"[:;,.)\]}]*$")
 # Libraries name what they failed on without its scheme: `KEY:SECRET@bucket`.
-_BARE_USERINFO = re.compile(r"[^\s\"'<>`:/=(\[{]+:(?!//|:)[^\s\"'<>`]+@")
+_BARE_USERINFO = re.compile(r"(?<![^\s\"'<>`:/=(\[{])[^\s\"'<>`:/=(\[{]+:(?!//|:)[^\s\"'<>`]+@")
 _SECRET_WORD = (
     r"(?:token|secret|passw(?:or)?d|passphrase|signature|credentials?|(?:api|access|account|secret)"
-    r"[_-]?key(?:[_-]?id)?|sharedkey)"
+    r"[_-]?key(?:[_-]?id)?|sharedkey|(?<![\w-])sig)"
 )
-_NAMED = re.compile(rf"([\w-]*{_SECRET_WORD})=[^\s\"'&;,]+", re.IGNORECASE)
+# From its first letter on: from each of a long word's, it would take a day.
+_NAMED = re.compile(rf"(?<![\w-])([\w-]*{_SECRET_WORD})=[^\s\"'&;,]+", re.IGNORECASE)
 _QUOTED = re.compile(
     rf"(([\"'])[\w-]*{_SECRET_WORD}\2\s*[:=]\s*)([\"']).*?\3", re.IGNORECASE | re.DOTALL
 )
@@ -116,11 +119,14 @@ class _RedactedRecords:
 
     def __call__(self, *args: Any, **kwargs: Any) -> logging.LogRecord:
         record = self._make_record(*args, **kwargs)
-        if not record.args:
-            record.msg = redacted(str(record.msg))
+        said = str(record.msg)
+        record.msg = redacted(said)
+        if record.args and record.msg.count("%") != said.count("%"):  # `token=%s`
+            record.msg = said
+            record.msg, record.args = redacted(record.getMessage()), ()
         elif isinstance(record.args, tuple):  # not put together: some formatters want them apart
             record.args = tuple(map(_redacted_argument, record.args))
-        else:
+        elif record.args:
             record.args = {name: _redacted_argument(part) for name, part in record.args.items()}
         if record.exc_info:
             # Formatters take this where it is there, and do not look at the exception.
@@ -131,7 +137,7 @@ class _RedactedRecords:
 
 def _redacted_argument(argument: Any) -> Any:
     """Numbers and the like stay what they are: a format asks for them."""
-    return redacted(str(argument)) if isinstance(argument, str | BaseException) else argument
+    return argument if isinstance(argument, Number) else redacted(str(argument))
 
 
 def _print_redacted(

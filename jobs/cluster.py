@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,8 @@ IDLE_WORKERS_PER_CPU = 4
 # Of what is free where Ray keeps it, and of memory (Ray's own bound).
 _MAX_SHM_SHARE, _MAX_MEMORY_SHARE = 0.9, 0.3
 _SHM_DIR = "/dev/shm"
+# How a run ended is exported within 10 s, and scraped within the 10 s that README names.
+LAST_SCRAPE_SECONDS = 22.0
 
 
 @contextmanager
@@ -73,6 +76,8 @@ def ray_cluster(address: str | None, *, metrics_port: int | None = None) -> Iter
     try:
         yield
     finally:
+        if metrics_port is not None:
+            time.sleep(LAST_SCRAPE_SECONDS)
         ray.shutdown()
 
 

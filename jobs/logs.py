@@ -9,6 +9,7 @@ import json
 import logging
 import platform
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from pipelines.error_lines import error_line
 # Of the project; what libraries say stays theirs.
 LOGGERS = ("engine", "pipelines", "jobs")
 _log = logging.getLogger(__name__)
+_attached: list[logging.Handler] = []
+_attaching = threading.Lock()
 
 
 @dataclass(slots=True)
@@ -45,12 +48,7 @@ def event_log(command: str, *, run_id: str | None = None) -> Iterator[LogContext
     is_terminal = Console(stderr=True).is_terminal
     handler = _StderrHandler()
     handler.setFormatter(PersonFormatter() if is_terminal else JsonFormatter(context))
-    loggers = [logging.getLogger(name) for name in LOGGERS]
-    before = [(logger.level, logger.propagate) for logger in loggers]
-    for logger in loggers:
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
+    _attach(handler)
     try:
         yield context
     except BaseException as error:
@@ -58,10 +56,29 @@ def event_log(command: str, *, run_id: str | None = None) -> Iterator[LogContext
             _log.error(error_line(error), extra=event("failed"))
         raise
     finally:
-        for logger, (level, propagate) in zip(loggers, before, strict=True):
+        _detach(handler)
+
+
+def _attach(handler: logging.Handler) -> None:
+    with _attaching:
+        _attached.append(handler)
+        for name in LOGGERS:
+            logger = logging.getLogger(name)
+            logger.addHandler(handler)
+            logger.setLevel(logging.INFO)
+            logger.propagate = False
+
+
+def _detach(handler: logging.Handler) -> None:
+    """What others attached meanwhile, in other threads, stays at work."""
+    with _attaching:
+        _attached.remove(handler)
+        for name in LOGGERS:
+            logger = logging.getLogger(name)
             logger.removeHandler(handler)
-            logger.setLevel(level)
-            logger.propagate = propagate
+            if not _attached:
+                logger.setLevel(logging.NOTSET)
+                logger.propagate = True
 
 
 def event(name: str, /, **fields: Any) -> Mapping[str, Any]:
@@ -92,7 +109,7 @@ class JsonFormatter(logging.Formatter):
             **getattr(record, "fields", {}),
         }
         if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
+            line["traceback"] = record.exc_text or self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
@@ -103,7 +120,10 @@ class PersonFormatter(logging.Formatter):
         """The line of a record."""
         level = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
         line = f"{_time(record).astimezone():%H:%M:%S} {level}{record.getMessage()}"
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        if not record.exc_info:
+            return line
+        # What redaction has left of it, where it was at work.
+        return f"{line}\n{record.exc_text or self.formatException(record.exc_info)}"
 
 
 class _StderrHandler(logging.StreamHandler[Any]):

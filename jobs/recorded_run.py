@@ -60,11 +60,10 @@ def close_run(
         page's path, or None and a line on stderr why there is none.
     """
     context.snapshot = report.snapshot  # for all events from here on
+    report = replace(report, slow=_slow_line(report, journal))
+    if report.slow is not None:
+        _log.warning("slow: %s", report.slow, extra=event("slow"))
     try:
-        past = readable(read_history(journal.store, num_last=NUM_LAST))
-        report = replace(report, slow=slow_line(run_numbers(report), past))
-        if report.slow is not None:
-            _log.warning("slow: %s", report.slow, extra=event("slow"))
         journal.finish(report)
         path = save_report(report, store_uri=journal.store.uri)
     except StoreError as error:
@@ -76,6 +75,16 @@ def close_run(
         path = None
     say_ended(report, context)
     return report, path
+
+
+def _slow_line(report: RunReport, journal: RunJournal) -> str | None:
+    """Whether it was slower than earlier runs; nothing if they cannot be read."""
+    try:
+        past = readable(read_history(journal.store, num_last=NUM_LAST))
+    except StoreError as error:
+        _log.warning("not compared with earlier runs: %s", error, extra=event("uncompared"))
+        return None
+    return slow_line(run_numbers(report), past)
 
 
 def say_ended(report: RunReport, context: LogContext) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.redaction import public_uri, redacted
 from jobs.command import Actions, CommandParser, dispatch, print_result, run
 from pipelines.errors import StoreError
 from pipelines.run_history import find_run, read_history, readable
@@ -46,22 +47,27 @@ def _list(argv: Sequence[str]) -> int:
     store = Store(options.store)
     history = read_history(store, num_last=options.last)
     records = [
-        {"run_id": name, "error": str(found)} if isinstance(found, StoreError) else _record(found)
+        {"run_id": name, "error": redacted(str(found))}
+        if isinstance(found, StoreError)
+        else _record(found)
         for name, found in history
     ]
     lines = [
-        f"{name}  {found}" if isinstance(found, StoreError) else _line(found)
+        f"{name}  {redacted(str(found))}" if isinstance(found, StoreError) else _line(found)
         for name, found in history
     ]
     if options.page:
-        from pipelines.runs_page import (
-            render_runs_page,
-        )  # matplotlib, for which lists need not wait
+        # matplotlib, for which lists need not wait
+        from pipelines.runs_page import render_runs_page
 
-        page = render_runs_page(readable(history), store_uri=options.store)
+        page = render_runs_page(readable(history), store_uri=public_uri(options.store))
         Path(options.page).write_text(page, encoding="utf-8")
         lines.append(f"page: {options.page}")
-    text = "\n".join([HEAD, *lines]) if history else f"store {store.uri} has no run on record"
+    text = (
+        "\n".join([HEAD, *lines])
+        if history
+        else f"store {public_uri(store.uri)} has no run on record"
+    )
     print_result(records, as_json=options.json, text=text)
     return 0
 

@@ -190,7 +190,12 @@ def _submit(
     with tempfile.TemporaryDirectory(prefix="clipmill-submit-") as folder:
         pack(command, Path(folder))
         for _ in range(_NUM_ID_TRIES):
-            job_id = next_id(base_name(command), ids=server.ids())
+            # In this order: one that came meanwhile is seen to run, one that comes now has that id.
+            ids = server.ids()
+            running = _running(server, command)
+            if running is not None:
+                raise ClipmillError(_refusal(running))
+            job_id = next_id(base_name(command), ids=ids)
             try:
                 server.submit(
                     command,
@@ -200,11 +205,8 @@ def _submit(
                     entrypoint=entrypoint,
                 )
             except TakenIdError:
-                running = _running(server, command)
-                if running is not None:
-                    raise ClipmillError(_refusal(running)) from None
-            else:
-                return job_id
+                continue
+            return job_id
     raise ClipmillError(f"others keep submitting {base_name(command)}; see `clipmill jobs list`")
 
 

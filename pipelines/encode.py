@@ -85,14 +85,18 @@ class EncodeStage:
         self._meter, self._decode_meter = meter, decode_meter
         self._encoding = threading.Lock()
 
+    def check(self) -> None:
+        """Raise what loading the engine met: the call does so, where it reaches the driver."""
+        if self._error is not None:
+            raise self._error
+
     def __call__(self, table: pa.Table) -> pa.Table:
         """Replace `pixels`, `encoded` and `text` by `embedding`, null for rejected rows.
 
         An image that cannot be decoded, and a row that the engine gives no embedding for, are
         rejected here.
         """
-        if self._error is not None:
-            raise self._error
+        self.check()
         manifest = self._encoder.manifest
         decoded_rows, decoded_pixels, rejected = self._decoded(table)
         embeddings = np.zeros((table.num_rows, manifest.embedding_dim), dtype=np.float32)

@@ -3,15 +3,14 @@
 Knows nothing of who raised it.
 """
 
-from engine.redaction import public_uri
+from engine.redaction import redacted
 
 MAX_CHARACTERS = 500
 
 
 def error_line(error: BaseException) -> str:
-    """What an error says in one line, without what its URIs hold of users, passwords, tokens."""
-    text = str(error).strip()
-    first = text.splitlines()[0] if text else ""
-    words = " ".join(public_uri(word) for word in first.split(" "))
+    """What an error says in one line, without secrets."""
+    text = redacted(str(error)).strip()
+    words = text.splitlines()[0] if text else ""
     kind = type(error).__name__
     return f"{kind}: {words}"[:MAX_CHARACTERS] if words else kind

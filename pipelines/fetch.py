@@ -143,4 +143,6 @@ def _failure(error: Exception) -> FetchFailure:
 
 
 def _line(text: str) -> str:
-    return (redacted(text).splitlines() or [""])[0][:_MAX_DETAIL_CHARACTERS]
+    # A server may say as much as it likes; what is cut off here cannot take long to look through.
+    said = redacted(text[: 10 * _MAX_DETAIL_CHARACTERS])
+    return (said.splitlines() or [""])[0][:_MAX_DETAIL_CHARACTERS]

@@ -1,10 +1,14 @@
 """The process of its own that `pipelines.isolation` lets do what others died of.
 
-Knows nothing of what it does: that comes through the pipe. It ends when the other side is gone.
+Knows nothing of what it does: that comes through the pipe. It ends when the other side is gone,
+also in the middle of a call, which may hold a GPU.
 """
 
+import os
 import pickle
 import sys
+import threading
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
@@ -15,6 +19,7 @@ from engine.errors import DeviceLostError
 # The first byte of each answer: what follows is a table (or nothing), the text of a fault after
 # which this process is of no use, or an error, pickled.
 DONE, LOST, FAILED = b"+", b"!", b"-"
+PARENT_POLL_SECONDS = 1.0
 
 StageFunction = Callable[[pa.Table], pa.Table]
 
@@ -34,6 +39,7 @@ def unpacked(content: bytes | memoryview) -> pa.Table:
 
 
 def _main(pipe: Connection) -> None:
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     asked = _next(pipe)
     if asked is None:
         return
@@ -47,6 +53,12 @@ def _main(pipe: Connection) -> None:
     except Exception as error:
         pipe.send_bytes(FAILED + _pickled(error))
         raise
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(PARENT_POLL_SECONDS)
+    os._exit(1)
 
 
 def _next(pipe: Connection) -> bytes | None:

@@ -4,7 +4,8 @@ Knows nothing of stages, of Ray, or of why the workers died.
 
 Not by halves: a process that takes the rows one by one dies once for each guilty row, a search by
 halves as often as there are halvings, and what takes the time is to start it (an engine is loaded
-each time). A row is only blamed if it was the first one that a fresh process got.
+each time). A row is only blamed if two processes died of it that had no other before: one may have
+been ended from outside.
 """
 
 import multiprocessing
@@ -28,6 +29,8 @@ from pipelines.errors import WorkerDeathError
 from pipelines.isolated_process import DONE, LOST, StageFunction, packed, unpacked
 
 MAX_STARTS = 3
+# Of a row, before it is blamed.
+FRESH_DEATHS = 2
 # Each by itself, and none between them that it survived.
 MAX_POISON_IN_A_ROW = 8
 # Of the free memory, for one call: with more, Ray or the kernel would end a process, maybe another.
@@ -93,10 +96,7 @@ class IsolatedStage:
             return Isolated(parts=[whole], poison={})
         parts, poison = [], {}
         for row in range(table.num_rows):
-            alone = table.slice(row, 1)
-            done = self._tried(alone)
-            if isinstance(done, _Death) and not done.was_fresh:
-                done = self._tried(alone)
+            done = self._alone(table.slice(row, 1))
             if isinstance(done, _Death):
                 poison[row] = done.cause
                 self._count_poison(done.cause)
@@ -110,6 +110,17 @@ class IsolatedStage:
         if self._process is not None:
             self._process.end()
             self._process = None
+
+    def _alone(self, row: pa.Table) -> pa.Table | _Death:
+        """What became of a row; a death is its own fault."""
+        num_fresh_deaths = 0
+        while True:
+            done = self._tried(row)
+            if isinstance(done, pa.Table):
+                return done
+            num_fresh_deaths += done.was_fresh
+            if num_fresh_deaths == FRESH_DEATHS:
+                return done
 
     def _tried(self, table: pa.Table) -> pa.Table | _Death:
         process = self._process = self._process or self._started()

@@ -71,13 +71,19 @@ def readable(history: Sequence[tuple[str, RunRecord | StoreError]]) -> list[RunR
 def _read(store: Store, name: str) -> RunRecord | StoreError | None:
     try:
         record = read_record(store, name)
+        return record and _judged(record)
     except StoreError as error:
         return error
-    return record and _judged(record)
 
 
 def _judged(record: RunRecord) -> RunRecord:
-    silent = datetime.now(UTC) - datetime.fromisoformat(record.seen_at)
+    try:
+        silent = datetime.now(UTC) - datetime.fromisoformat(record.seen_at)
+    except (TypeError, ValueError) as error:
+        raise StoreError(
+            f"record of run {record.run_id} is damaged: seen_at {record.seen_at!r} is no time with "
+            f"a zone ({error}); remove {RUNS_DIR}/{record.run_id}"
+        ) from error
     if record.status == "running" and silent.total_seconds() > KILLED_SECONDS:
         return replace(record, status="killed")
     return record

@@ -112,7 +112,7 @@ class EncodeActor:
         """
         self._load = partial(load, meter=meter, decode_meter=decode_meter)
         self._isolated = IsolatedStage(
-            partial(load, meter=None, decode_meter=None), called="the encoder"
+            partial(_checked, partial(load, meter=None, decode_meter=None)), called="the encoder"
         )
         self._type = type_
         self._meter = meter
@@ -152,9 +152,17 @@ class EncodeActor:
         with self._loading, self._meter.batch() as size:
             isolated = self._isolated(table)
             size(table.num_rows, 0)
+            if self._stage is not None:  # one engine on a GPU is enough
+                self._isolated.close()
         for modality in MODALITIES:
             num_rows = sum(
-                int(pc.sum(pc.equal(part[schema.MODALITY], modality)).as_py() or 0)
+                pc.sum(
+                    pc.and_(
+                        pc.equal(part[schema.MODALITY], modality),
+                        pc.is_valid(part[schema.EMBEDDING]),
+                    )
+                ).as_py()
+                or 0
                 for part in isolated.parts
             )
             self._meter.add(metrics.ENCODED, num_rows, {"modality": modality})
@@ -162,3 +170,10 @@ class EncodeActor:
             return pa.concat_tables(isolated.parts)
         rejects = unencodable(table, isolated.poison, type_=self._type)
         return pa.concat_tables([*isolated.parts, rejects])
+
+
+def _checked(load: Callable[[], EncodeStage]) -> EncodeStage:
+    """A stage whose engine is loaded: that it cannot be is no fault of the rows that come next."""
+    stage = load()
+    stage.check()
+    return stage

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from functools import partial
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from engine.errors import DeviceLostError
 def act_on(texts: list[str | None]) -> None:
     """Do what a text says.
 
-    `die`, `exit`, `lose` the GPU, `fault` on a real one, `fail`, `fill` memory, or `once PATH`,
-    which dies once.
+    `die`, `exit`, `lose` the GPU, `fault` on a real one, `fail`, `sleep`, `fill` memory, or
+    `once PATH`,
+    which dies once, `twice PATH` once more.
 
     Args:
         texts: Others do nothing.
@@ -31,11 +33,18 @@ def act_on(texts: list[str | None]) -> None:
             _fault()
         elif word == "fail":
             raise ValueError("an ordinary error")
+        elif word == "sleep":
+            time.sleep(600)
         elif word == "fill":
             _fill_memory()
-        elif word == "once" and not Path(path).exists():
-            Path(path).touch()
+        elif word in ("once", "twice") and _num_deaths(path) < ("once", "twice").index(word) + 1:
+            with open(path, "a") as deaths:
+                deaths.write("x")
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _num_deaths(path: str) -> int:
+    return Path(path).stat().st_size if Path(path).exists() else 0
 
 
 def _fault() -> None:

@@ -5,6 +5,7 @@ A night takes a fraction of a second this way, and can be killed at what its wor
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pyarrow as pa
@@ -44,6 +45,7 @@ def use_stages_here(patch: pytest.MonkeyPatch) -> None:
     """Ray is still asked for the size of its cluster, and builds engines that are not there."""
     patch.setattr("pipelines.rounds.run_stages", run_stages)
     patch.setattr("pipelines.rounds._board", lambda _: None)
+    patch.setattr("pipelines.rounds.polled", lambda board, on_progress: nullcontext())
     patch.setattr("pipelines.planning._hash", _hash)
 
 

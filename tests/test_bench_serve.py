@@ -12,16 +12,17 @@ def test_a_service_is_measured_alone_and_through_snapshots(
     engines_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--rows", "500", "--engines", str(engines_dir), "--json"]
-    words += ["--clients", "2", "--seconds", "1", "--runs", "1", "--switches", "1"]
+    words += ["--clients", "2", "--seconds", "1", "--runs", "1", "--switches", "6"]
     assert main(["serve", *words]) == 0
     alone, switched = json.loads(capsys.readouterr().out)
-    assert (alone["name"], switched["name"]) == ("run 1 of 1", "1 snapshots")
-    assert (alone["num_snapshots"], switched["num_snapshots"]) == (1, 2)
+    assert (alone["name"], switched["name"]) == ("run 1 of 1", "6 snapshots")
+    assert alone["num_snapshots"] == 1
+    assert 2 <= switched["num_snapshots"] <= 7
     for run in (alone, switched):
         assert run["num_errors"] == 0
-        assert run["num_requests"] > 10
-        assert 0 < run["p50_ms"] <= run["p99_ms"] < 10_000
-        assert run["requests_per_second"] > 5
+        assert run["num_requests"] > 1
+        assert 0 < run["p50_ms"] <= run["p99_ms"] < 60_000
+        assert run["requests_per_second"] > 1
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +17,8 @@ from pipelines import isolation
 from pipelines.errors import WorkerDeathError
 from pipelines.isolation import Isolated, IsolatedStage
 from tests import deadly
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -58,6 +62,32 @@ def test_the_rows_that_kill_are_found_and_the_others_done(stage: IsolatedStage):
         4: "lost the GPU: no such address on this card",
     }
     assert numbers(isolated) == [0, 4, 10]
+
+
+def test_one_death_alone_is_no_rows_fault_either(stage: IsolatedStage, tmp_path: Path):
+    """The table's and its own: it may have been ended from outside both times."""
+    isolated = stage(table_of([f"twice {tmp_path / 'deaths'}", "b"]))
+    assert (numbers(isolated), isolated.poison) == ([0, 2], {})
+
+
+def test_it_ends_when_the_one_who_asks_is_gone(tmp_path: Path):
+    """Also in the middle of a call."""
+    program = (
+        "import pyarrow as pa; from pipelines.isolation import IsolatedStage;"
+        "from tests import deadly;"
+        "stage = IsolatedStage(deadly.doubled, called='doubling');"
+        "table = pa.table({'text': ['a'], 'number': [1]});"
+        "print(stage(table).parts[0]['pid'][0].as_py(), flush=True);"
+        "stage(pa.table({'text': ['sleep'], 'number': [1]}))"
+    )
+    asking = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, cwd=ROOT, text=True
+    )
+    with asking:
+        assert asking.stdout is not None
+        process = psutil.Process(int(asking.stdout.readline()))
+        asking.kill()
+    process.wait(timeout=30)
 
 
 @pytest.mark.gpu

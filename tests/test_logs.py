@@ -100,3 +100,16 @@ def test_afterwards_all_is_as_it_was(capsys):
     assert state() == before
     _log.info("unheard")
     assert capsys.readouterr().err == ""
+
+
+def test_two_logs_that_overlap_leave_the_loggers_as_they_were():
+    """As of two runs in threads of one process."""
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    first, second = event_log("embed"), event_log("nightly")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert all(len(logger.handlers) == 1 for logger in loggers)
+    second.__exit__(None, None, None)
+    assert all(logger.propagate and not logger.handlers for logger in loggers)
+    assert all(logger.level == logging.NOTSET for logger in loggers)

@@ -474,7 +474,7 @@ def test_whatever_the_nights_every_key_is_there_once_and_right(
     nights: type[Nights], monkeypatch: pytest.MonkeyPatch
 ):
     use_stages_here(monkeypatch)
-    num_examples = int(NUM_EXAMPLES or 8)
+    num_examples = int(NUM_EXAMPLES or 5)
     run_state_machine_as_test(
         nights, settings=settings(PROFILE, max_examples=num_examples, stateful_step_count=20)
     )

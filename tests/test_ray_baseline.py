@@ -11,9 +11,7 @@ from engine.checkpoint import find_checkpoint
 from engine.images import ImageLimits
 from engine.preprocess import decode_pixels
 from engine.registry import Registry
-from jobs.benches.pipeline import PipelineConfig, measure_baseline
 from jobs.benches.ray_baseline import embed_with_transformers
-from pipelines.engines import EngineChoice
 from tests.catalogs import scene_rows, write_rows
 
 
@@ -46,13 +44,3 @@ def test_every_row_has_the_embeddings_of_the_engine(
     ):
         stored = np.array([found[row["key"]][column] for row in rows], dtype=np.float32)
         assert np.einsum("nd,nd->n", stored, expected).min() > 0.9999
-
-
-def test_it_is_measured_in_a_process_of_its_own(checkpoint_dir: Path) -> None:
-    figures = measure_baseline(
-        PipelineConfig(num_rows=48, engine=EngineChoice(checkpoint=str(checkpoint_dir)))
-    )
-    assert figures.name == "Ray Data, Pillow, transformers"
-    assert figures.num_rows == 48
-    assert figures.rows_per_second > 96 / figures.seconds  # Ray's start is not counted
-    assert 200 * 2**20 < figures.peak_memory_bytes < 16 * 2**30

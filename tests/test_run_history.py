@@ -57,6 +57,16 @@ def test_a_damaged_record_hides_no_other(store):
     assert readable(history) == [record(1), record(2), record(3)]
 
 
+@pytest.mark.parametrize("seen_at", ["yesterday", "2026-01-01T00:00:00", None])
+def test_a_record_without_a_time_hides_no_other(store, seen_at):
+    publish_record(store, dataclasses.replace(record(2), seen_at=seen_at))
+    history = dict(read_history(store, num_last=10))
+    damaged = history[record(2).run_id]
+    assert isinstance(damaged, StoreError)
+    assert "is no time with a zone" in str(damaged)
+    assert readable(list(history.items())) == [record(1), record(3)]
+
+
 def test_a_run_is_found_by_how_its_name_begins(store):
     assert find_run(store, None) == record(3)
     assert find_run(store, record(2).run_id) == record(2)

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines import isolation
 from pipelines.catalog import CatalogConfig
 from pipelines.decode import RowLimits
 from pipelines.embedding import EmbedConfig, EmbedResult, embed
@@ -122,11 +121,3 @@ def test_an_encoder_that_never_starts_ends_the_run(
             run()
     assert not (tmp_path / "store/snapshots").exists()
     assert run().committed
-
-
-def test_where_every_row_kills_the_run_ends(prepared, tmp_path: Path):
-    # Of one row group: their texts come one after the other.
-    run = prepared({16 + row: {"text": "exit"} for row in range(isolation.MAX_POISON_IN_A_ROW)})
-    with pytest.raises(WorkerDeathError, match=r"the encoder died of 8 rows .*ended with 7"):
-        run()
-    assert not (tmp_path / "store/snapshots").exists()

@@ -5,8 +5,9 @@ Knows nothing of how a thing is looked at. Imports nothing that may be missing.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
+from engine.redaction import redacted
 from jobs.checks.check import Check, urgency
 
 WIDTH = 16
@@ -24,7 +25,10 @@ class DoctorReport:
 
 def show(checks: Sequence[Check], *, as_json: bool) -> int:
     """Print checks, the most urgent first; returns the exit code."""
-    ordered = sorted(checks, key=urgency)
+    ordered = [
+        replace(check, found=redacted(check.found), mend=check.mend and redacted(check.mend))
+        for check in sorted(checks, key=urgency)
+    ]
     report = DoctorReport(runs=not any(check.stops for check in ordered), checks=ordered)
     print(json.dumps(asdict(report)) if as_json else text(report))
     return 0 if report.runs else 1

@@ -92,11 +92,12 @@ async def _follow(server: JobServer, job_id: str, *, lines: LogLines, err: TextI
             job = await asyncio.to_thread(server.job, job_id)
             answered_seconds = time.monotonic()
             num_tries_after_end += job.is_over
-            if await _take_log(server, job_id, lines=lines) and job.is_over:
+            is_whole = await _take_log(server, job_id, lines=lines)
+            if job.is_over and (is_whole or num_tries_after_end >= _TRIES_AFTER_END):
                 lines.end()
                 return job
         except UnreachableError as error:
-            if num_tries_after_end == _TRIES_AFTER_END:
+            if num_tries_after_end >= _TRIES_AFTER_END:
                 # It is on the node that the job's driver ran on, which may be gone.
                 lines.end()
                 print(f"the rest of the log can't be read: {error}", file=err, flush=True)

@@ -23,7 +23,8 @@ def target_of(command: CommandWords) -> str:
     store = command.value("store")
     # A signature is another one every day.
     place = public_uri(store or "").rstrip("/")
-    what = ["store", place] if store else [command.command, *command.words]
+    config = json.dumps(command.config, sort_keys=True, default=str)
+    what = ["store", place] if store else [command.command, *command.words, config]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
