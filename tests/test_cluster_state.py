@@ -110,6 +110,7 @@ def clock(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_watched_run_says_and_ends(clock: list[float], caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.WARNING)  # Ray may have left its handler with another
     callback = PlacementCallback()
     patience = Placement(warn_seconds=10, fail_seconds=20)
     with placement_watched([WANTED], placement=patience, progress=lambda: 0):
@@ -228,6 +229,7 @@ def test_a_head_that_stays_away_is_told_of_once(
         raise RpcError("unavailable")
 
     monkeypatch.setattr(cluster_state, "cluster_state", away)
+    caplog.set_level(logging.WARNING)
     looks = Looks([WANTED], placement=Placement(warn_seconds=30, fail_seconds=60), progress=int)
     for clock[0] in (10, 22):
         looks.look()
