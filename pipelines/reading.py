@@ -181,9 +181,9 @@ def read_rows(
     except (KeyError, pa.ArrowException, *file_system_errors()) as error:
         raise CatalogError(
             f"{piece.path}: row group {piece.row_group} cannot be read "
-            f"({str(error).splitlines()[0]}). Put the file back and run the same command again: if "
-            "it is the very file, with its time, what was embedded is kept; if it is another, all "
-            "that the last snapshot lacks is embedded"
+            f"({str(error).splitlines()[0]}). If the file is gone, put it back; then run the same "
+            "command again: if it is the very file, with its time, what was embedded is kept; if "
+            "it is another, all that the last snapshot lacks is embedded"
         ) from error
 
 

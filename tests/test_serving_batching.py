@@ -143,7 +143,10 @@ def test_closing_cancels_what_waits_and_ends_the_thread():
 
     results = asyncio.run(main())
     assert {type(result) for result in results} == {list, asyncio.CancelledError}
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("search")]
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("search")]
+    for thread in threads:
+        thread.join(timeout=10)  # its last batch may still be under way
+    assert not [thread for thread in threads if thread.is_alive()]
 
 
 def test_batches_are_counted():
