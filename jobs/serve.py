@@ -58,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # On a cluster of others, it is the port of another machine, or what Ray Serve has there.
     if is_own_cluster:
         _check_is_free(options.host, options.port)
+        # From HTTP to the replicas by gRPC and not as actor tasks, which cost twice as much; Ray
+        # Serve reads it in the processes that Ray starts, and listens for both in any case.
+        os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")
     # Here and not in a replica first: what is wrong with the store or its engine is said at once.
     opened = open_current(config)
     number, modalities = opened.snapshot.number, ", ".join(opened.searchers)

@@ -191,6 +191,21 @@ def test_ids_stay_over_ten_nights_also_where_the_index_is_built_anew(tmp_path):
     assert [reason for reason in reasons if "came, went or changed since" in reason]
 
 
+def test_nights_of_a_store_that_is_not_on_a_disk_each_on_another_machine(tmp_path, monkeypatch):
+    store = Store(f"memory://{tmp_path.name}")
+    nights = Nights(store)
+    contents = {f"k{number}": number for number in range(200)}
+    files = write_files(store, contents)
+    for number in range(3):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"machine-{number}"))
+        manifest = nights.night(files)
+        assert manifest.reason.startswith("index of snapshot") == (number > 0)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"reader-{number}"))
+        check_answers(nights.index(), contents)
+        change = {number: None, number + 50: 1000 + number, 900 + number: 2000 + number}
+        contents, files = changed(store, contents, files, change, is_rewritten=False)
+
+
 def test_only_what_differs_is_read(tmp_path, monkeypatch):
     store = Store(str(tmp_path / "store"))
     contents = {f"k{number}": number for number in range(200)}
