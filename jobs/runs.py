@@ -11,7 +11,7 @@ from pathlib import Path
 from engine.redaction import public_uri, redacted
 from jobs.command import Actions, CommandParser, dispatch, print_result, run
 from pipelines.errors import StoreError
-from pipelines.run_history import find_run, read_history, readable
+from pipelines.run_history import find_run, read_history, readable, run_before
 from pipelines.run_records import RunRecord, night, read_report
 from pipelines.store import Store
 
@@ -108,11 +108,14 @@ def _show(argv: Sequence[str]) -> int:
 
 def _compare(argv: Sequence[str]) -> int:
     parser = _parser("compare", "Two runs side by side, with what the second is of the first.")
-    parser.add_argument("first", help="a run's name, or how that begins")
+    parser.add_argument(
+        "first", nargs="?", help="a run's name, or how that begins; the last but one if left out"
+    )
     parser.add_argument("second", nargs="?", help="another one; the last if left out")
     options = parser.parse_options(argv)
     store = Store(options.store)
-    first, second = find_run(store, options.first), find_run(store, options.second)
+    second = find_run(store, options.second)
+    first = find_run(store, options.first) if options.first else run_before(store, second)
     compared = compare(store, first, second)
     lines = [
         f"{'':<26} {night(first):>20} {night(second):>20}",

@@ -63,6 +63,17 @@ def find_run(store: Store, wanted: str | None) -> RunRecord:
     return _judged(record)
 
 
+def run_before(store: Store, record: RunRecord) -> RunRecord:
+    """The run that began before another; StoreError if there is none, or it cannot be read."""
+    earlier = [name for name in run_ids(store) if name < record.run_id]
+    if not earlier:
+        raise StoreError(
+            f"store {store.uri}: no run before {record.run_id} is on record; compare it once there "
+            "is another"
+        )
+    return find_run(store, earlier[-1])
+
+
 def readable(history: Sequence[tuple[str, RunRecord | StoreError]]) -> list[RunRecord]:
     """Those records that could be read."""
     return [record for _, record in history if isinstance(record, RunRecord)]

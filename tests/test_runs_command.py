@@ -110,6 +110,20 @@ def test_two_runs_are_compared(store):
     assert "rows encoded" in failed
 
 
+def test_the_last_run_is_compared_with_the_one_before(store):
+    found = clipmill_runs(store, "compare", "--json").json
+    ids = [found[which]["run_id"] for which in ("first", "second")]
+    assert ids == [record(3).run_id, record(4).run_id]
+
+
+def test_the_first_run_has_none_before_it(tmp_path: Path):
+    store = Store(str(tmp_path))
+    publish_record(store, record(1))
+    done = clipmill_runs(store, "compare")
+    assert done.code == 1
+    assert "no run before" in done.err
+
+
 def test_a_bad_option_is_a_usage_error(store):
     assert clipmill_runs(store, "list", "--last", 0).code == 2
 
