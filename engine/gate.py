@@ -3,12 +3,10 @@
 Knows nothing of how the engine was built or of what a promotion is.
 """
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
@@ -24,15 +22,14 @@ from engine.accuracy import (
     top1_accuracy,
 )
 from engine.backends.encoder import Encoder
-from engine.plans.plan import QUERY
 from engine.progress import OnProgress
 from engine.sample import Sample
+from engine.speeds import Speed, tower_inputs, tower_speeds
 
 # Of zero-shot classification, as in Radford et al. 2021 (arXiv 2103.00020), section 3.1.4.
 PROMPT = "a photo of a {}."
 RECALL_CUTOFF = 10
 ROWS_PER_STEP = 64
-SPEED_REPEATS = 7
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,20 +52,6 @@ class Top1:
     """Share of images given their own label by the reference."""
     measured: float
     """By the engine."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Speed:
-    """One tower at one batch size, transfers to and from the device included."""
-
-    encoder: str
-    """Which: `fp8 tensorrt`, for example."""
-    modality: str
-    """image or text."""
-    batch_rows: int
-    """Rows of one call."""
-    rows_per_second: float
-    """Median."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +179,7 @@ def run_gate(
         speeds=tuple(
             speed
             for name, timed in named.items()
-            for speed in _speeds(
+            for speed in tower_speeds(
                 name,
                 timed,
                 sample,
@@ -216,16 +199,6 @@ def run_gate(
     )
 
 
-def _inputs(encoder: Encoder, sample: Sample) -> dict[str, tuple[Callable[[Any], Embeddings], Any]]:
-    """Modality -> how it is encoded, and the rows."""
-    inputs: dict[str, tuple[Callable[[Any], Embeddings], Any]] = {}
-    if sample.pixels is not None:
-        inputs["image"] = encoder.encode_images, sample.pixels
-    if sample.texts is not None and "text" in encoder.manifest.modalities:
-        inputs["text"] = encoder.encode_texts, np.array(sample.texts, dtype=object)
-    return inputs
-
-
 def _embeddings(
     encoder: Encoder,
     sample: Sample,
@@ -234,7 +207,7 @@ def _embeddings(
     on_progress: OnProgress,
 ) -> dict[str, Embeddings]:
     embeddings = {}
-    for name, (encode, rows) in _inputs(encoder, sample).items():
+    for name, (encode, rows) in tower_inputs(encoder, sample).items():
         places = np.arange(len(rows))
         if name == "text":
             # Once each: beside others, a text may come out a little otherwise than its copies.
@@ -276,37 +249,6 @@ def _top1(
         reference=top1_accuracy(theirs, classes=reference.encode_texts(prompts), labels=numbers),
         measured=top1_accuracy(ours, classes=encoder.encode_texts(prompts), labels=numbers),
     )
-
-
-def _speeds(
-    name: str,
-    encoder: Encoder,
-    sample: Sample,
-    *,
-    batch_sizes: Sequence[int],
-    query_encoder: Encoder,
-) -> list[Speed]:
-    speeds = []
-    for modality in _inputs(encoder, sample):
-        for batch_rows in batch_sizes:
-            timed = query_encoder if batch_rows <= QUERY.max_rows else encoder
-            encode, rows = _inputs(timed, sample)[modality]
-            batch = rows[np.arange(batch_rows) % len(rows)]
-            encode(batch)  # the first call of a shape prepares what later ones use
-            seconds = []
-            for _ in range(SPEED_REPEATS):
-                started = time.perf_counter()
-                encode(batch)
-                seconds.append(time.perf_counter() - started)
-            speeds.append(
-                Speed(
-                    encoder=name,
-                    modality=modality,
-                    batch_rows=batch_rows,
-                    rows_per_second=batch_rows / float(np.median(seconds)),
-                )
-            )
-    return speeds
 
 
 def _faults(

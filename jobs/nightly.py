@@ -18,7 +18,7 @@ from jobs.logs import event_log
 from jobs.progress import shown_progress
 from jobs.recorded_run import close_run, noted, recorded_run, say_begun, say_ended
 from pipelines.counts import KeyCounts, plan_line
-from pipelines.embedding import Plan
+from pipelines.dry_run import Plan
 from pipelines.guard_limits import GuardLimits
 from pipelines.indexes.manifest import IndexManifest
 from pipelines.lineage import GUARDS, Lineage, measurement_line

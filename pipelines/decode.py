@@ -33,6 +33,11 @@ MIN_SHARED_SHARE = 0.5
 # and 34 kB took an H100 up to 14 ms.
 MAX_GPU_IMAGE_BYTES = 2 * 2**20
 
+# At most, while transparency is composited (`ImageLimits.max_image_pixels`).
+BYTES_PER_PIXEL = 17
+# For what does not grow with an image: pixels of a batch, what a library or a tower works with.
+ROW_BYTES = 2 * 2**30
+
 # (reason, detail), or None for a row that is fine.
 Verdict = tuple[str, str | None] | None
 
@@ -57,6 +62,14 @@ class RowLimits:
             raise ValueError(f"max_text_chars={self.max_text_chars}: expected at least 1")
         if not 0 <= self.max_reject_share <= 1:
             raise ValueError(f"max_reject_share={self.max_reject_share}: expected 0 to 1")
+
+    @property
+    def max_row_bytes(self) -> int:
+        """Of memory that a row may make a process take on, where others died of its batch.
+
+        Twice what an image at the bounds takes, and `ROW_BYTES`.
+        """
+        return ROW_BYTES + 2 * BYTES_PER_PIXEL * self.image.max_image_pixels
 
     def beside(self, catalog_uri: str) -> "RowLimits":
         """The same for the rows of a catalog; see `FetchPolicy.beside`."""

@@ -3,8 +3,7 @@
 Knows nothing of the command line or of how progress and reports are shown.
 """
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -17,39 +16,27 @@ from pipelines.assembly import count_rejects, next_files
 from pipelines.candidate import Candidate
 from pipelines.catalog import Catalog, CatalogConfig, check_has_rows, open_catalog
 from pipelines.cluster_nodes import node_lines
+from pipelines.committing import Approve, commit_candidate
+from pipelines.comparing import compared
 from pipelines.counts import Counts
 from pipelines.decode import RowLimits
 from pipelines.engines import EngineChoice, Execution, chosen_engine
-from pipelines.errors import IncompleteRunError
-from pipelines.ledger import Ledger
 from pipelines.lineage import Lineage, code_version
 from pipelines.metrics import add_built, store_label
-from pipelines.parent import ENGINE_CHANGES, EngineChange, same_state
-from pipelines.placement import WorkerDemand
-from pipelines.planning import catalog_record, fill, modalities_by_content, staged_files
-from pipelines.preparing import Preparation, built_manifest, prepare, ready_manifest
+from pipelines.parent import ENGINE_CHANGES, EngineChange
+from pipelines.planning import catalog_record
+from pipelines.preparing import Preparation, prepare, ready_manifest
 from pipelines.progress import Progress
 from pipelines.resources import Resources, gpus_held, num_workers
 from pipelines.rounds import Written, check_rejects, write_due
 from pipelines.run_ids import new_run_id
 from pipelines.run_metrics import tell_plan, tell_progress, tell_snapshot
 from pipelines.schema import EmbeddingDtype, Modality
-from pipelines.snapshots import (
-    EngineRecord,
-    Snapshot,
-    StoredFile,
-    commit,
-    missing_files,
-    snapshot_numbers,
-)
-from pipelines.stages import Pass, ray_data_settings
+from pipelines.snapshots import EngineRecord, Snapshot, snapshot_numbers
+from pipelines.stages import Pass
 from pipelines.store import Store
-from pipelines.watched_runs import placement_watched
 from pipelines.writing import is_encoded, staging_dir
 
-# Looks at what a run would commit. Gives the snapshot back, with what it has to say in the lineage,
-# or raises: then nothing is committed, and what was embedded stays staged.
-Approve = Callable[[Candidate], Snapshot]
 # Looks at what there is to do, and at the dimension of the embeddings, or raises: then nothing of
 # it is done.
 CheckPlan = Callable[[Counts, int], None]
@@ -129,40 +116,6 @@ class EmbedResult:
     """What executed the engine and decoded images, or would have."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """What a run would do."""
-
-    parent: Snapshot | None
-    """The current snapshot."""
-    engine: EngineRecord
-    """What would encode."""
-    execution: Execution
-    """What would execute it, and decode images."""
-    counts: Counts
-    """Rows due, and rows stored already, by this or an unfinished run."""
-
-
-def plan(config: EmbedConfig) -> Plan:
-    """Find out what `embed` would do; nothing is written to the store, and no engine is built.
-
-    Ray must be initialized. Errors as of `embed`; a catalog without rows is none here.
-    """
-    catalog = open_catalog(config.catalog)
-    registry = Registry(config.engine.engines_uri)
-    engine = chosen_engine(config.engine, registry=registry)
-    setting = _prepared(
-        config,
-        catalog=catalog,
-        engine=engine,
-        manifest=partial(built_manifest, engine, registry=registry),
-    )
-    with _ledger(config, setting) as ledger:
-        _fill(config, setting, ledger=ledger)
-        counts = ledger.counts()
-    return Plan(parent=setting.parent, engine=engine, execution=setting.execution, counts=counts)
-
-
 def embed(
     config: EmbedConfig,
     *,
@@ -209,14 +162,13 @@ def embed(
         catalog=catalog,
         resources=config.resources,
     )
-    setting = _prepared(config, catalog=catalog, engine=engine, manifest=manifest_of)
+    setting = prepared(config, catalog=catalog, engine=engine, manifest=manifest_of)
     parent, base, execution = setting.parent, setting.base, setting.execution
     workers = num_workers(config.resources, execution=execution)
     if parent is not None:
         tell_snapshot(config.store_uri, parent)
     written = Written()
-    with _ledger(config, setting) as ledger:
-        staged = _fill(config, setting, ledger=ledger)
+    with compared(setting, resources=config.resources, retried=config.retry) as (ledger, staged):
         counts = ledger.counts()
         # Who was stopped by them is stopped again, though nothing may be left to do.
         check_rejects(
@@ -258,8 +210,6 @@ def embed(
             store=store,
         )
         num_rejected = ledger.num_rejected()
-    new = set(files).difference(setting.before)
-    _check_there(store, new)
     run_id = run_id or new_run_id()
     created_at = datetime.now(UTC).isoformat(timespec="seconds")
     record = catalog_record(catalog, num_keys=counts.num_keys)
@@ -283,38 +233,25 @@ def embed(
             command=without_secrets(config.command),
         ),
     )
-    committed = parent is None or not same_state(snapshot, parent)
-    if committed:
-        if approve is not None:
-            candidate = Candidate(
-                snapshot=snapshot,
-                parent=parent,
-                encoded=tuple(
-                    file
-                    for file in (*staged, *written.encoded)
-                    if file.kind == "embeddings" and is_encoded(file)
-                ),
-                counts=counts,
-                num_rejected=num_rejected,
-            )
-            snapshot = approve(candidate)
-            _check_there(store, new)  # again: looking at it may have taken long
-        commit(store, snapshot)
-        try:
-            _check_there(store, new)
-        except IncompleteRunError:
-            # A vacuum may have removed them before it could see what was just committed.
-            store.remove(snapshot.path)
-            raise
-    elif parent is not None:
-        snapshot = parent
+    candidate = Candidate(
+        snapshot=snapshot,
+        parent=parent,
+        encoded=tuple(
+            file
+            for file in (*staged, *written.encoded)
+            if file.kind == "embeddings" and is_encoded(file)
+        ),
+        counts=counts,
+        num_rejected=num_rejected,
+    )
+    snapshot = commit_candidate(candidate, before=setting.before, store=store, approve=approve)
     rejects_by_reason = count_rejects(store, snapshot.files_of("rejects"))
     tell_snapshot(config.store_uri, snapshot, rejects_by_reason=rejects_by_reason)
     return EmbedResult(
         run_id=run_id,
         created_at=created_at,
         snapshot=snapshot,
-        committed=committed,
+        committed=parent is None or snapshot.number != parent.number,
         counts=counts,
         num_embedded=written.num_embedded(catalog.modalities),
         num_copied=written.num_copied(catalog.modalities),
@@ -340,13 +277,14 @@ def _told(
         on_progress(counts, progress)
 
 
-def _prepared(
+def prepared(
     config: EmbedConfig,
     *,
     catalog: Catalog,
     engine: EngineRecord,
     manifest: Callable[[], Manifest],
 ) -> Preparation:
+    """As `prepare`, of a run's configuration; `manifest` is its `ready_manifest`."""
     return prepare(
         config.engine,
         catalog=catalog,
@@ -358,50 +296,3 @@ def _prepared(
         placement=config.resources.placement,
         ready_manifest=manifest,
     )
-
-
-@contextmanager
-def _ledger(config: EmbedConfig, setting: Preparation) -> Iterator[Ledger]:
-    """An empty one, and Ray Data set up for reading into it."""
-    catalog = setting.catalog
-    with (
-        ray_data_settings(modalities=catalog.modalities),
-        Ledger(
-            key_type=catalog.key_type,
-            modalities=catalog.modalities,
-            by_content=modalities_by_content(catalog),
-        ) as ledger,
-    ):
-        yield ledger
-
-
-def _fill(config: EmbedConfig, setting: Preparation, *, ledger: Ledger) -> list[StoredFile]:
-    """Read both sides into a ledger; returns the files that an unfinished run left."""
-    staged = staged_files(setting.store, plan_id=setting.plan_id, committed=setting.before)
-    reading = WorkerDemand(
-        what="reading the catalog",
-        resources={"CPU": config.resources.io_cpus},
-        kind="queue",
-        option=None,
-    )
-    with placement_watched([reading], placement=config.resources.placement, progress=lambda: 0):
-        fill(
-            ledger,
-            setting.catalog,
-            parent=setting.base,
-            staged=staged,
-            store=setting.store,
-            num_cpus=config.resources.io_cpus,
-            retried=config.retry,
-        )
-    return staged
-
-
-def _check_there(store: Store, files: Collection[StoredFile]) -> None:
-    missing = missing_files(store, files)
-    if missing:
-        # Those of a run killed long ago look unused until this one writes beside them.
-        raise IncompleteRunError(
-            f"{len(missing)} files of this run or an unfinished one are gone, {missing[0]} is one: "
-            "the store was vacuumed meanwhile. Nothing was committed; run the same command again"
-        )

@@ -7,6 +7,7 @@ for PyTorch's encoder their pixels never leave the card.
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,22 @@ from pipelines.snapshots import EngineRecord
 
 # What is left behind.
 _CONTENTS = [schema.PIXELS, schema.ENCODED, schema.GEOMETRY, schema.TEXT]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Images:
+    """What came encoded of a batch, and was decoded."""
+
+    rows: NDArray[np.int64]
+    """Those that are images now."""
+    pixels: Any
+    """Of them: uint8 [n, H, W, 3], on the GPU if the encoder takes them there."""
+    rejected: Mapping[int, ImageRejected]
+    """Row -> why it is no usable image."""
+    num_rows: int
+    """That came encoded."""
+    card_seconds: float
+    """That the card took to decode them."""
 
 
 class EncodeStage:
@@ -98,7 +115,7 @@ class EncodeStage:
         """
         self.check()
         manifest = self._encoder.manifest
-        decoded_rows, decoded_pixels, rejected = self._decoded(table)
+        decoded = self._decoded(table)
         embeddings = np.zeros((table.num_rows, manifest.embedding_dim), dtype=np.float32)
         has_pixels = table[schema.PIXELS].is_valid().to_numpy()
         has_text = table[schema.TEXT].is_valid().to_numpy()
@@ -107,27 +124,31 @@ class EncodeStage:
                 shape = (manifest.preprocessing.height, manifest.preprocessing.width, 3)
                 pixels = pixel_array(table[schema.PIXELS], shape=shape)
                 embeddings[has_pixels] = self._encoder.encode_images(pixels)
-            if len(decoded_rows):
-                embeddings[decoded_rows] = self._encoder.encode_images(decoded_pixels)
+            if len(decoded.rows):
+                embeddings[decoded.rows] = self._encoder.encode_images(decoded.pixels)
             if has_text.any():
                 texts = table[schema.TEXT].drop_null().to_pylist()
                 embeddings[has_text] = self._encoder.encode_texts(texts)
             size(table.num_rows, 0)
+        if self._decode_meter is not None and decoded.num_rows:
+            # Not before: of a process that dies as it encodes, neither is done.
+            num_bytes = decoded.pixels.nbytes
+            self._decode_meter.count(decoded.num_rows, num_bytes, decoded.card_seconds)
         if self._meter is not None:
-            num_images = int(has_pixels.sum()) + len(decoded_rows)
+            num_images = int(has_pixels.sum()) + len(decoded.rows)
             for modality, num_rows in (("image", num_images), ("text", int(has_text.sum()))):
                 self._meter.add(metrics.ENCODED, num_rows, {"modality": modality})
         is_sound = np.isfinite(embeddings).all(axis=1)
         is_encoded = has_pixels | has_text
-        is_encoded[decoded_rows] = True
+        is_encoded[decoded.rows] = True
         column = pa.FixedSizeListArray.from_arrays(
             pa.array(embeddings.astype(self._dtype).reshape(-1)),
             manifest.embedding_dim,
             mask=pa.array(~(is_encoded & is_sound)),
         )
         table = table.drop_columns(_CONTENTS)
-        if rejected:
-            table = _rejected_images(table, rejected)
+        if decoded.rejected:
+            table = _rejected_images(table, decoded.rejected)
         if not is_sound.all():
             table = _rejected(
                 table,
@@ -138,27 +159,22 @@ class EncodeStage:
             )
         return table.append_column(schema.EMBEDDING, column)
 
-    def _decoded(
-        self, table: pa.Table
-    ) -> tuple[NDArray[np.int64], Any, Mapping[int, ImageRejected]]:
-        """Decode what is still encoded.
-
-        Returns:
-            Rows that were decoded; their pixels uint8 [n, H, W, 3], on the GPU if the encoder takes
-            them there; row -> why it is no usable image.
-        """
+    def _decoded(self, table: pa.Table) -> _Images:
+        """Decode what is still encoded."""
         rows = np.flatnonzero(table[schema.ENCODED].is_valid().to_numpy())
         if len(rows) == 0:
-            return rows, None, {}
+            return _Images(rows=rows, pixels=None, rejected={}, num_rows=0, card_seconds=0.0)
         content, bounds = contents(table[schema.ENCODED])
         geometries = table[schema.GEOMETRY].combine_chunks().flatten().to_numpy().astype(np.int64)
         jpegs = Jpegs(content=content, bounds=bounds, geometries=geometries.reshape(len(rows), -1))
         batch = self._decoder.decode(jpegs)
-        pixels = batch.pixels if self._takes_gpu_pixels else batch.pixels.cpu().numpy()
-        if self._decode_meter is not None:
-            self._decode_meter.count(len(rows), pixels.nbytes, batch.card_seconds)
-        rejected = {int(rows[row]): verdict for row, verdict in batch.rejected.items()}
-        return rows[batch.rows], pixels, rejected
+        return _Images(
+            rows=rows[batch.rows],
+            pixels=batch.pixels if self._takes_gpu_pixels else batch.pixels.cpu().numpy(),
+            rejected={int(rows[row]): verdict for row, verdict in batch.rejected.items()},
+            num_rows=len(rows),
+            card_seconds=batch.card_seconds,
+        )
 
 
 def embedding_type(*, embedding_dim: int, dtype: schema.EmbeddingDtype) -> pa.DataType:

@@ -6,8 +6,9 @@ Knows nothing of how the numbers were measured.
 from collections.abc import Sequence
 
 from engine.accuracy import RECALL_CUTOFFS
-from engine.gate import GateReport, Histogram, Speed
+from engine.gate import GateReport, Histogram
 from engine.manifest import Manifest
+from engine.speeds import Speed
 from pipelines import drawing
 from pipelines.drawing import ACCENT, WARNING, Plot, render, svg_of
 from pipelines.report_page import size_text

@@ -5,7 +5,8 @@ Knows nothing of stages, of Ray, or of why the workers died.
 Not by halves: a process that takes the rows one by one dies once for each guilty row, a search by
 halves as often as there are halvings, and what takes the time is to start it (an engine is loaded
 each time). A row is only blamed if two processes died of it that had no other before: one may have
-been ended from outside.
+been ended from outside. And each process first does control rows, which are harmless: where it dies
+of them too, no row is at fault.
 """
 
 import multiprocessing
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -22,8 +24,6 @@ from typing import Self
 
 import psutil
 import pyarrow as pa
-from ray._common.utils import get_system_memory
-from ray._private.utils import get_used_memory
 
 from pipelines.errors import WorkerDeathError
 from pipelines.isolated_process import DONE, LOST, StageFunction, packed, unpacked
@@ -33,10 +33,13 @@ MAX_STARTS = 3
 FRESH_DEATHS = 2
 # Each by itself, and none between them that it survived.
 MAX_POISON_IN_A_ROW = 8
-# Of the free memory, for one call: with more, Ray or the kernel would end a process, maybe another.
-MEMORY_SHARE = 0.5
-MEMORY_POLL_SECONDS = 0.05
+POLL_SECONDS = 0.05
 END_SECONDS = 10.0
+
+_WAY_OUT = (
+    "What was written is kept; see why in the logs of Ray and the machine's messages (dmesg), then "
+    "run the same command again"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,29 +47,56 @@ class Isolated:
     """What became of a table's rows."""
 
     parts: list[pa.Table]
-    """What the stage made of those that it survived."""
+    """What the stage made of those that it survived, in order: of all at once, or of each."""
     poison: dict[int, str]
-    """Row of the table -> what it did to a process that had no other."""
+    """Row of the table, ascending -> what it did to a process that had no other."""
+
+    def joined(self, rejects: pa.Table | None) -> pa.Table:
+        """All rows in the order of the table.
+
+        Args:
+            rejects: Those in `poison`, in order; None if there are none.
+        """
+        if rejects is None:
+            return pa.concat_tables(self.parts)
+        parts = iter(self.parts)
+        places = {row: place for place, row in enumerate(self.poison)}
+        return pa.concat_tables(
+            rejects.slice(places[row], 1) if row in places else next(parts)
+            for row in range(len(self.parts) + len(places))
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Death:
     cause: str
     was_fresh: bool
-    """Whether it died of the first that it was given."""
+    """Whether it died of the first row or rows that it was given."""
 
 
 class IsolatedStage:
     """A stage in a process of its own, which is started when it is needed. Use as a context."""
 
-    def __init__(self, load: Callable[[], StageFunction], *, called: str) -> None:
+    def __init__(
+        self,
+        load: Callable[[], StageFunction],
+        *,
+        control: Callable[[pa.Schema], pa.Table],
+        max_bytes: int,
+        called: str,
+    ) -> None:
         """Nothing is started yet.
 
         Args:
             load: Called there, gives the stage; pickled.
+            control: Gives harmless rows for the stage, of the schema of those it is to do.
+            max_bytes: Of memory that a call may add to what the process has. The same on every
+                machine at any time: what a row is must not hang on what else is running.
             called: The stage, for messages.
         """
         self._load = load
+        self._control = control
+        self._max_bytes = max_bytes
         self._called = called
         self._process: _Process | None = None
         self._num_in_a_row = 0
@@ -88,7 +118,8 @@ class IsolatedStage:
         """Do a table: as it is, or row by row if that is the end of the process.
 
         Raises:
-            WorkerDeathError: The process cannot be started, or dies of one row after the other.
+            WorkerDeathError: The process cannot be started, or dies of control rows, or of one row
+                after the other.
         """
         whole = self._tried(table)
         if isinstance(whole, pa.Table):
@@ -123,35 +154,34 @@ class IsolatedStage:
                 return done
 
     def _tried(self, table: pa.Table) -> pa.Table | _Death:
-        process = self._process = self._process or self._started()
-        try:
-            answer = process.ask(packed(table))
-        except BaseException:
-            self.close()
-            raise
-        if isinstance(answer, _Death):
-            self.close()
-            return answer
+        process = self._process = self._process or self._started(table.schema)
+        was_fresh, process.is_fresh = process.is_fresh, False
+        with ExitStack() as unless_done:
+            unless_done.callback(self.close)
+            answer = process.ask(packed(table), max_bytes=self._max_bytes)
+            if isinstance(answer, str):
+                return _Death(cause=answer, was_fresh=was_fresh)
+            unless_done.pop_all()
         return unpacked(answer)
 
-    def _started(self) -> "_Process":
-        cause = ""
+    def _started(self, schema: pa.Schema) -> "_Process":
+        """A process that has loaded the stage and survived control rows."""
         for _ in range(MAX_STARTS):
             process = _Process()
-            try:
-                answer = process.ask(pickle.dumps(self._load))
-            except BaseException:
-                process.end()
-                raise
-            if not isinstance(answer, _Death):
-                process.is_fresh = True
-                return process
-            process.end()
-            cause = answer.cause
+            with ExitStack() as unless_done:
+                unless_done.callback(process.end)
+                fault = "cannot be started"
+                answer = process.ask(pickle.dumps(self._load), max_bytes=None)
+                if not isinstance(answer, str):
+                    fault = "does not survive rows that are harmless"
+                    answer = process.ask(packed(self._control(schema)), max_bytes=None)
+                if not isinstance(answer, str):
+                    unless_done.pop_all()
+                    return process
         raise WorkerDeathError(
-            f"{self._called} cannot be started: its process {cause}, and so did {MAX_STARTS - 1} "
-            "before it. What was written is kept; see why in the logs of Ray, then run the same "
-            "command again"
+            f"{self._called} {fault}: its process {answer}, and {MAX_STARTS - 1} before it ended "
+            "too. It is not the rows but this machine, its GPU, a library or the engine. "
+            f"{_WAY_OUT}"
         )
 
     def _count_poison(self, cause: str) -> None:
@@ -159,8 +189,8 @@ class IsolatedStage:
         if self._num_in_a_row >= MAX_POISON_IN_A_ROW:
             raise WorkerDeathError(
                 f"{self._called} died of {self._num_in_a_row} rows one after the other, each by "
-                f"itself (its process {cause}): it is hardly the rows. What was written is kept; "
-                "see why in the logs of Ray, then run the same command again"
+                f"itself (its process {cause}), and survived others that are harmless: a library "
+                f"or the engine is hardly made for rows like these. {_WAY_OUT}"
             )
 
 
@@ -179,25 +209,32 @@ class _Process:
             )
         self._pipe: Connection = here
         self.is_fresh = True
+        """Whether it had no row yet but control rows."""
 
-    def ask(self, content: bytes | memoryview) -> memoryview | _Death:
-        """Its answer, or how it died; raises what it raised."""
-        was_fresh, self.is_fresh = self.is_fresh, False
-        limit = self._memory() + MEMORY_SHARE * (get_system_memory() - get_used_memory())
+    def ask(self, content: bytes | memoryview, *, max_bytes: int | None) -> memoryview | str:
+        """Its answer, or how it died; raises what it raised.
+
+        Args:
+            content: What it gets.
+            max_bytes: Of memory that it may take more than it has; None: all there is.
+        """
+        before = self._memory()
         try:
             self._pipe.send_bytes(content)
-            while not self._pipe.poll(MEMORY_POLL_SECONDS):
-                if (taken := self._memory()) > limit:
+            while not self._pipe.poll(POLL_SECONDS):
+                taken = self._memory() - before
+                if max_bytes is not None and taken > max_bytes:
                     self.end()
-                    cause = f"took {taken / 2**20:,.0f} MiB of memory, with too little left"
-                    return _Death(cause=cause, was_fresh=was_fresh)
+                    return (
+                        f"took {taken / 2**20:,.0f} MiB of memory, above {max_bytes / 2**20:,.0f}"
+                    )
             answer = memoryview(self._pipe.recv_bytes())
         except (EOFError, ConnectionError):
-            return _Death(cause=self._how_it_ended(), was_fresh=was_fresh)
+            return self._how_it_ended()
         if answer[:1] == DONE:
             return answer[1:]
         if answer[:1] == LOST:
-            return _Death(cause=f"lost the GPU: {bytes(answer[1:]).decode()}", was_fresh=was_fresh)
+            return f"lost the GPU: {bytes(answer[1:]).decode()}"
         raise pickle.loads(answer[1:])
 
     def end(self) -> None:
@@ -217,4 +254,7 @@ class _Process:
             code = self._process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
             return "answers no more"
-        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+        if code >= 0:
+            return f"ended with {code}"
+        names = [known.name for known in signal.Signals if known == -code]
+        return f"was killed by {''.join(names) or f'signal {-code}'}"

@@ -23,7 +23,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines import schema
-from pipelines.counts import TRUSTED, Counts, key_counts, num_by_modality, same_content
+from pipelines.counts import TRUSTED, Counts, key_counts, num_by_modality
 from pipelines.database import scratch_database, sql_type
 from pipelines.schema import (
     FINGERPRINT,
@@ -35,6 +35,7 @@ from pipelines.schema import (
     Reason,
     Stage,
 )
+from pipelines.settling import settle
 from pipelines.snapshots import StoredFile
 
 ROWS_PER_BATCH = 1_000_000
@@ -70,7 +71,7 @@ class Ledger:
             by_content: Those of them where equal fingerprints are equal embeddings.
         """
         self._modalities = tuple(modalities)
-        self._by_content = " OR ".join(f"modality = '{name}'" for name in by_content) or "false"
+        self._by_content = tuple(by_content)
         self._scratch = scratch_database()
         self._db = self._scratch.__enter__()
         key = sql_type(key_type)
@@ -145,63 +146,7 @@ class Ledger:
 
     def settle(self) -> None:
         """Join the two sides; the answers below are of the rows added so far."""
-        self._db.execute(
-            f"CREATE TABLE IF NOT EXISTS item AS SELECT *, row_number() OVER "
-            f"(PARTITION BY {KEY} ORDER BY {SOURCE_FILE}, {SOURCE_ROW}) AS copy "
-            f"FROM catalog WHERE {KEY} IS NOT NULL"
-        )
-        wanted = " UNION ALL ".join(
-            f"SELECT {KEY}, {SOURCE_FILE}, {SOURCE_ROW}, {TRUSTED}, '{modality}' AS modality, "
-            f"{modality} AS {FINGERPRINT} FROM item WHERE copy = 1"
-            for modality in self._modalities
-        )
-        self._db.execute(f"CREATE OR REPLACE VIEW wanted AS {wanted}")
-        # Tried again, and rejected for the same reason: then the reject that was there stays.
-        self._db.execute(
-            f"""UPDATE stored SET retried = false WHERE retried AND EXISTS (
-              FROM stored s WHERE s.{KEY} = stored.{KEY} AND s.modality = stored.modality
-                AND s.{REASON} = stored.{REASON} AND s.staged AND NOT s.retried
-            )"""
-        )
-        # Of two stored copies (a task that was run twice) the committed one is kept, but an
-        # embedding rather than a reject: that was tried again, by a run that did not finish.
-        self._db.execute(
-            f"""CREATE OR REPLACE TABLE live AS
-            SELECT path, position, {KEY}, modality, staged, embedded FROM (
-              SELECT s.path, s.position, s.{KEY}, s.modality, s.staged, s.embedded,
-                row_number() OVER (PARTITION BY s.{KEY}, s.modality
-                  ORDER BY NOT s.embedded, s.staged, s.path, s.position) AS copy
-              FROM stored s JOIN wanted w ON s.{KEY} = w.{KEY} AND s.modality = w.modality
-                AND NOT s.retried AND {same_content("w")}
-            ) WHERE copy = 1"""
-        )
-        self._db.execute(
-            f"""CREATE OR REPLACE TABLE due AS
-            SELECT w.* FROM wanted w ANTI JOIN live l
-            ON w.{KEY} = l.{KEY} AND w.modality = l.modality"""
-        )
-        # Without a path: it waits for the first row of its content, of which nothing is stored.
-        self._db.execute(
-            f"""CREATE OR REPLACE TABLE copies AS
-            WITH content AS (
-              SELECT modality, {FINGERPRINT}, arg_min({{'path': path, 'position': position}},
-                (staged, path, position)) FILTER (embedded) AS source
-              FROM stored s SEMI JOIN due d
-                ON s.{FINGERPRINT} = d.{FINGERPRINT} AND s.modality = d.modality
-              WHERE NOT retried AND ({self._by_content}) GROUP BY modality, {FINGERPRINT}
-            )
-            SELECT {KEY}, modality, source.path AS path, source.position AS position FROM (
-              SELECT d.{KEY}, d.modality, c.source, c.modality IS NOT NULL AS is_stored,
-                row_number() OVER (PARTITION BY d.modality, d.{FINGERPRINT}
-                  ORDER BY d.{SOURCE_FILE}, d.{SOURCE_ROW}) AS copy
-              FROM (FROM due WHERE {FINGERPRINT} IS NOT NULL AND ({self._by_content})) d
-              LEFT JOIN content c ON c.{FINGERPRINT} = d.{FINGERPRINT} AND c.modality = d.modality
-            ) WHERE source IS NOT NULL OR (copy > 1 AND NOT is_stored)"""
-        )
-        self._db.execute(
-            f"""CREATE OR REPLACE VIEW encoded AS SELECT d.* FROM due d ANTI JOIN copies c
-            ON d.{KEY} = c.{KEY} AND d.modality = c.modality"""
-        )
+        settle(self._db, modalities=self._modalities, by_content=self._by_content)
 
     def counts(self) -> Counts:
         """The plan in numbers."""

@@ -10,7 +10,8 @@ from functools import partial
 
 from pipelines.candidate import Candidate
 from pipelines.counts import Counts
-from pipelines.embedding import EmbedConfig, EmbedResult, Plan, embed, plan
+from pipelines.dry_run import Plan, plan
+from pipelines.embedding import EmbedConfig, EmbedResult, embed
 from pipelines.guard_limits import GuardLimits
 from pipelines.guards import MIN_ROWS_TO_TRIP, check, measure, measure_index
 from pipelines.indexes.manifest import IndexManifest, missing_indexes

@@ -63,6 +63,7 @@ class ProgressBoard:
         self._stages = {stage: StageCount() for stage in stages}
         self._samples: list[tuple[float, int]] = [(0.0, 0)]
         self._sample_seconds = SAMPLE_SECONDS
+        self._begun: dict[str, list[str]] = {}
 
     def add(
         self,
@@ -91,11 +92,30 @@ class ProgressBoard:
         last = (seconds, self._stages["encode"].num_rows)
         return Progress(seconds=seconds, stages=self._stages, samples=[*self._samples, last])
 
+    def begin(self, task: str, node_id: str) -> list[str]:
+        """Note where work of a task begins; gives the nodes where it began before without an end.
+
+        Only of tasks that were begun again and again (`attempts.attempted`).
+        """
+        begun_on = self._begun.setdefault(task, [])
+        before = list(begun_on)
+        begun_on.append(node_id)
+        return before
+
+    def end(self, task: str, node_id: str) -> None:
+        """Forget one beginning there."""
+        begun_on = self._begun.get(task, [])
+        if node_id in begun_on:  # not if this board was killed meanwhile
+            begun_on.remove(node_id)
+        if not begun_on:
+            self._begun.pop(task, None)
+
 
 class StageMeter:
     """Times one stage in one worker and reports it to the board, without waiting for it.
 
-    The same counts are metrics of the worker.
+    The same counts are metrics of the worker. They are of work done: what is done again, since a
+    worker or a node was lost with what came of it, counts again.
     """
 
     def __init__(self, board: Any, *, stage: str, store: str = "") -> None:
@@ -138,6 +158,15 @@ class StageMeter:
     def add(self, metric: Metric, value: float, labels: Mapping[str, str]) -> None:
         """Count something of the stage in a metric of its own; `store` is one of its labels."""
         metrics.add(metric, value, {"store": self._store, **labels})
+
+    def begin(self, task: str, *, node_id: str) -> list[str]:
+        """As the board's; waits until it knows."""
+        begun_on: list[str] = ray.get(self._board.begin.remote(task, node_id))
+        return begun_on
+
+    def end(self, task: str, *, node_id: str) -> None:
+        """As the board's; waits until it knows."""
+        ray.get(self._board.end.remote(task, node_id))
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from ray.data.block import BlockMetadata
 
 from engine.publishing.file_systems import file_system_errors, open_parts
 from pipelines import schema
-from pipelines.attempts import check_attempts
+from pipelines.attempts import attempted
 from pipelines.catalog import Catalog
 from pipelines.catalog_columns import ImageLayout, text_type
 from pipelines.errors import CatalogError
@@ -130,10 +130,10 @@ class CatalogDatasource(Datasource):
 def _read(
     catalog: Catalog, piece: RowGroupRows, content: Sequence[Modality], meter: StageMeter | None
 ) -> Iterator[pa.Table]:
-    check_attempts(f"reading {piece.path}, row group {piece.row_group}")
+    work = f"reading {piece.path}, row group {piece.row_group}"
     tables = read_rows(catalog, piece, content)
     while True:
-        with metered(meter) as size:
+        with attempted(work, meter=meter), metered(meter) as size:
             table = next(tables, None)
             if table is None:
                 return

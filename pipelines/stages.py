@@ -19,6 +19,7 @@ from engine.registry import Registry
 from pipelines import schema
 from pipelines.catalog import Catalog
 from pipelines.cluster_state import can_grow
+from pipelines.controls import rows_to_encode
 from pipelines.decode import RowLimits, decode_batch
 from pipelines.encode import EncodeStage, embedding_type
 from pipelines.engines import Execution
@@ -126,6 +127,7 @@ def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Generator[
             ),
             modalities=catalog.modalities,
             carry_columns=catalog.config.carry_columns,
+            max_bytes=pass_.limits.max_row_bytes,
             meter=meter(stage="prepare" if on_gpus else "decode"),
         ),
         batch_format="pyarrow",
@@ -145,6 +147,13 @@ def run_stages(pass_: Pass, *, due: Sequence[DueRows], board: Any) -> Generator[
                 num_threads=resources.encoder_threads,
                 dtype=pass_.dtype,
             ),
+            "control": partial(
+                rows_to_encode,
+                modalities=catalog.modalities,
+                preprocessing=pass_.manifest.preprocessing,
+                decoder=execution.decoder,
+            ),
+            "max_bytes": pass_.limits.max_row_bytes,
             "type_": embedding_type(embedding_dim=pass_.manifest.embedding_dim, dtype=pass_.dtype),
             "meter": meter(stage="encode"),
             "decode_meter": meter(stage="decode"),

@@ -4,8 +4,12 @@ Knows nothing of what the stages do.
 
 Ray starts a worker anew that died, maybe on another node, and gives it again what it was at. Where
 that happened twice (`attempts.SUSPECT_ATTEMPTS`), the work is done in a process of its own, which
-finds the rows that it dies of. Batches that merely were with the same worker are done so too, and
-none of their rows is blamed.
+finds the rows that it dies of; the worker does nothing else meanwhile, so that none but that work
+can be what it dies of then. Batches that merely were with the same worker are done so too, and none
+of their rows is blamed.
+
+Rows come out in the order in which they came. One that was encoded alone has the same embedding as
+beside others but for rounding, as wherever the rows beside it are others.
 """
 
 import logging
@@ -20,12 +24,14 @@ import pyarrow.compute as pc
 
 from engine.errors import DeviceLostError
 from pipelines import metrics, schema
-from pipelines.attempts import check_attempts, is_suspect, was_restarted
+from pipelines.attempts import attempted, is_suspect, was_restarted
+from pipelines.controls import rows_to_decode
 from pipelines.decode import undecodable, wanted_rows
 from pipelines.encode import EncodeStage, unencodable
 from pipelines.isolation import IsolatedStage
 from pipelines.progress import StageMeter, metered
 from pipelines.schema import MODALITIES, Modality
+from pipelines.turns import Turns
 
 # Of a worker that lost its GPU; Ray then starts another.
 LOST_GPU_CODE = 3
@@ -39,6 +45,7 @@ def decode_task(
     decode: Callable[..., pa.Table],
     modalities: Sequence[Modality],
     carry_columns: Sequence[str],
+    max_bytes: int,
     meter: StageMeter | None,
 ) -> pa.Table:
     """Decode a batch of canonical rows within a task of Ray.
@@ -48,6 +55,7 @@ def decode_task(
         decode: `decode_batch`, given all but them and a meter.
         modalities: As given to it.
         carry_columns: The same.
+        max_bytes: See `IsolatedStage`.
         meter: For it.
 
     Returns:
@@ -56,23 +64,27 @@ def decode_task(
     Raises:
         WorkerDeathError: Workers die of it again and again, and no row is at fault.
     """
-    check_attempts(f"decoding {table.num_rows} rows")
     if not is_suspect():
         return decode(table, meter=meter)
     parts = []
-    # There it makes what is called: `decode` without a meter.
-    load = partial(partial, decode)
-    with metered(meter) as size, IsolatedStage(load, called="decoding") as stage:
+    isolated_stage = IsolatedStage(
+        # There it makes what is called: `decode` without a meter.
+        partial(partial, decode),
+        control=rows_to_decode,
+        max_bytes=max_bytes,
+        called="decoding",
+    )
+    work = f"decoding {table.num_rows} rows"
+    with attempted(work, meter=meter), metered(meter) as size, isolated_stage as stage:
         for modality in modalities:
             rows = _with_only(table, modality=modality)
             isolated = stage(rows)
-            parts += isolated.parts
+            rejects = None
             if isolated.poison:
-                parts.append(
-                    undecodable(
-                        rows, isolated.poison, modality=modality, carry_columns=carry_columns
-                    )
+                rejects = undecodable(
+                    rows, isolated.poison, modality=modality, carry_columns=carry_columns
                 )
+            parts.append(isolated.joined(rejects))
         decoded = pa.concat_tables(parts)
         size(decoded.num_rows, decoded.nbytes)
     return decoded
@@ -95,6 +107,8 @@ class EncodeActor:
         self,
         *,
         load: Callable[..., EncodeStage],
+        control: Callable[[pa.Schema], pa.Table],
+        max_bytes: int,
         type_: pa.DataType,
         meter: StageMeter,
         decode_meter: StageMeter,
@@ -106,19 +120,26 @@ class EncodeActor:
 
         Args:
             load: `EncodeStage`, given all but meters.
+            control: See `IsolatedStage`.
+            max_bytes: The same.
             type_: See `encode.embedding_type`.
             meter: For it.
             decode_meter: The same.
         """
         self._load = partial(load, meter=meter, decode_meter=decode_meter)
         self._isolated = IsolatedStage(
-            partial(_checked, partial(load, meter=None, decode_meter=None)), called="the encoder"
+            partial(_checked, partial(load, meter=None, decode_meter=None)),
+            control=control,
+            max_bytes=max_bytes,
+            called="the encoder",
         )
         self._type = type_
-        self._meter = meter
+        self._meter, self._decode_meter = meter, decode_meter
         self._stage: EncodeStage | None = None
-        # Held while either is loaded or the process works: both may not fit on one GPU.
         self._loading = threading.Lock()
+        # Alone go batches of which this process may die. Beside them nothing is loaded, which may
+        # not fit on one GPU together.
+        self._turns = Turns()
         if not was_restarted():
             self._stage = self._load()
 
@@ -128,20 +149,20 @@ class EncodeActor:
         Raises:
             WorkerDeathError: Workers die of it again and again, and no row is at fault.
         """
-        check_attempts(f"encoding {table.num_rows} rows")
         if is_suspect():
-            return self._survived(table)
-        stage = self._loaded()
-        try:
-            return stage(table)
-        except DeviceLostError as error:
-            # All that this process still has to do would fail too.
-            _log.error("%s; this worker ends, and what it was at is done again", error)
-            os._exit(LOST_GPU_CODE)
+            work = f"encoding {table.num_rows} rows"
+            with self._turns.alone(), attempted(work, meter=self._meter):
+                return self._survived(table)
+        with self._turns.together():
+            stage = self._loaded()
+            try:
+                return stage(table)
+            except DeviceLostError as error:
+                # All that this process still has to do would fail too.
+                _log.error("%s; this worker ends, and what it was at is done again", error)
+                os._exit(LOST_GPU_CODE)
 
     def _loaded(self) -> EncodeStage:
-        if self._stage is not None:
-            return self._stage
         with self._loading:
             if self._stage is None:
                 self._isolated.close()
@@ -149,7 +170,7 @@ class EncodeActor:
             return self._stage
 
     def _survived(self, table: pa.Table) -> pa.Table:
-        with self._loading, self._meter.batch() as size:
+        with self._meter.batch() as size:
             isolated = self._isolated(table)
             size(table.num_rows, 0)
             if self._stage is not None:  # one engine on a GPU is enough
@@ -166,10 +187,13 @@ class EncodeActor:
                 for part in isolated.parts
             )
             self._meter.add(metrics.ENCODED, num_rows, {"modality": modality})
-        if not isolated.poison:
-            return pa.concat_tables(isolated.parts)
-        rejects = unencodable(table, isolated.poison, type_=self._type)
-        return pa.concat_tables([*isolated.parts, rejects])
+        # As long as it took is among the seconds of encoding.
+        num_encoded_images = table.num_rows - table[schema.ENCODED].null_count
+        self._decode_meter.count(num_encoded_images, 0, 0.0)
+        rejects = None
+        if isolated.poison:
+            rejects = unencodable(table, isolated.poison, type_=self._type)
+        return isolated.joined(rejects)
 
 
 def _checked(load: Callable[[], EncodeStage]) -> EncodeStage:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines import metrics, schema
-from pipelines.attempts import check_attempts
+from pipelines.attempts import attempted
 from pipelines.progress import StageMeter
 from pipelines.schema import MODALITIES, Modality
 from pipelines.snapshots import Kind, StoredFile
@@ -83,11 +83,11 @@ def write_batch(
     meter: StageMeter,
 ) -> pa.Table:
     """Write a batch of encoded rows, and report one row for each file that was written."""
-    check_attempts(f"writing {table.num_rows} rows")
     key_type = embeddings_schema.field(schema.KEY).type
     rejects_schema = schema.rejects_schema(key_type=key_type)
     files = []
-    with meter.batch() as size:
+    work = f"writing {table.num_rows} rows"
+    with attempted(work, meter=meter), meter.batch() as size:
         ids = pa.repeat(engine_id, table.num_rows)
         table = table.append_column(schema.ENGINE_ID, ids)
         for modality in MODALITIES:

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -64,9 +65,14 @@ def _fill_memory() -> None:
         held.append(b"x" * 2**24)
 
 
-def doubled() -> partial:
+def doubled(*, factor: int | None = 2) -> partial:
     """Loads `double`."""
-    return partial(double, factor=2)
+    return partial(double, factor=factor)
+
+
+def control_rows(schema: pa.Schema) -> pa.Table:
+    """Harmless to `double`."""
+    return pa.table({"text": ["control"], "number": [0]}, schema=schema)
 
 
 def double(table: pa.Table, *, factor: int) -> pa.Table:
@@ -79,6 +85,37 @@ def double(table: pa.Table, *, factor: int) -> pa.Table:
 def dies_as_it_loads() -> partial:
     os.kill(os.getpid(), signal.SIGSEGV)
     raise AssertionError
+
+
+def dies_of_all_rows() -> Callable[[pa.Table], pa.Table]:
+    return _die
+
+
+def _die(table: pa.Table) -> pa.Table:
+    os._exit(9)
+
+
+def breaks(path: str) -> partial:
+    """Loads `double` on a machine that breaks at a row that kills, for good."""
+    return partial(_double_or_break, path=path)
+
+
+def _double_or_break(table: pa.Table, *, path: str) -> pa.Table:
+    texts = table["text"].to_pylist()
+    if "die" in texts:
+        Path(path).touch()
+    if Path(path).exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return double(table, factor=2)
+
+
+def loads_much(num_bytes: int) -> partial:
+    """Loads `double`, and takes memory."""
+    _held.append(b"x" * num_bytes)
+    return doubled()
+
+
+_held: list[bytes] = []
 
 
 def dies_at_first(path: str) -> partial:

@@ -2,13 +2,18 @@
 
 import os
 import signal
+import time
 from typing import Any
 
 import pyarrow as pa
 
 from pipelines.decode import decode_batch
 from pipelines.encode import EncodeStage
+from pipelines.survival import EncodeActor
 from tests.deadly import act_on
+
+SLOW_SECONDS = 4.0
+VECTOR_TYPE = pa.list_(pa.float32(), 2)
 
 
 class DeadlyEncodeStage(EncodeStage):
@@ -24,6 +29,47 @@ class DeadEncodeStage(EncodeStage):
 
     def __init__(self, **options: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class BrokenEncodeStage(EncodeStage):
+    """Loads, and dies of whatever it is given."""
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+
+class LightStage:
+    """As `EncodeStage`, with vectors that take no engine.
+
+    Dies of `die PATH`, of which it leaves a note, and takes its time for `slow`.
+    """
+
+    def __init__(self, *, meter: Any, decode_meter: Any) -> None:
+        pass
+
+    def check(self) -> None:
+        pass
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        for text in table["text"].to_pylist():
+            word, _, path = (text or "").partition(" ")
+            if word == "die":
+                with open(path, "a") as deaths:
+                    deaths.write("x")
+                act_on([word])
+            elif word == "slow":
+                time.sleep(SLOW_SECONDS)
+        vectors = pa.array([[1.0, 0.0]] * table.num_rows, VECTOR_TYPE)
+        rest = table.drop_columns(["pixels", "encoded", "geometry", "text"])
+        return rest.append_column("embedding", vectors)
+
+
+class LightActor(EncodeActor):
+    """An actor of such stages, with a method of a name."""
+
+    def encode(self, table: pa.Table) -> pa.Table:
+        return self(table)
 
 
 def deadly_decode_batch(table: pa.Table, **options: Any) -> pa.Table:

@@ -34,6 +34,8 @@ class FakeNvjpeg:
     def __init__(self, *, statuses: dict[str, int] | None = None) -> None:
         self.statuses = statuses or {}
         """Function, or function and backend -> what it returns instead."""
+        self.faults: dict[bytes, int] = {}
+        """Image -> what a batch with it returns."""
         self.created: list[tuple[int, int]] = []
         """Backend and flags."""
         self.live: set[int] = set()
@@ -111,6 +113,7 @@ class FakeNvjpeg:
             for address, length in zip(addresses, lengths, strict=True)
         ]
         status = self.statuses.get("nvjpegDecodeBatched", SUCCESS)
+        status = status or max((self.faults.get(image, SUCCESS) for image in images), default=0)
         status = status or max(map(_status, images), default=SUCCESS)
         if status == SUCCESS:
             for image, target in zip(images, wanted, strict=True):

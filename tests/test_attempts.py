@@ -1,20 +1,41 @@
-"""How often Ray began a task before, by its own count."""
+"""How often Ray began a task before, by its own count, and what its workers died of."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 import ray
 
 from pipelines import attempts
-from pipelines.attempts import check_attempts, is_suspect, num_attempts, was_restarted
+from pipelines.attempts import (
+    MAX_ATTEMPTS,
+    MAX_DEATHS,
+    MAX_LOST_NODES,
+    SUSPECT_ATTEMPTS,
+    attempted,
+    check_deaths,
+    is_suspect,
+    num_attempts,
+    was_restarted,
+)
 from pipelines.errors import WorkerDeathError
+from pipelines.progress import ProgressBoard, StageMeter
+from tests.meters import ListMeter
+
+
+@pytest.fixture
+def meter(local_ray: None):
+    board = ProgressBoard.remote()
+    yield StageMeter(board, stage="encode")
+    ray.kill(board)
 
 
 def test_there_are_none_outside_of_a_task(local_ray: None):
     assert num_attempts() == 0
     assert not is_suspect()
-    check_attempts("work")
+    with attempted("work", meter=None):
+        pass
 
 
 def test_a_task_knows_how_often_it_was_begun(local_ray: None, tmp_path: Path):
@@ -45,9 +66,67 @@ def test_an_actor_knows_that_it_took_the_place_of_another(local_ray: None):
     assert ray.get(Actor.remote().is_second_after_a_death.remote())
 
 
-def test_a_task_of_too_many_deaths_is_an_error(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(attempts, "num_attempts", lambda: attempts.MAX_ATTEMPTS - 1)
-    check_attempts("writing 7 rows")
-    monkeypatch.setattr(attempts, "num_attempts", lambda: attempts.MAX_ATTEMPTS)
-    with pytest.raises(WorkerDeathError, match=r"^writing 7 rows: 6 workers died .* again$"):
-        check_attempts("writing 7 rows")
+def test_work_that_is_the_end_of_each_worker_is_an_error(meter: StageMeter, tmp_path: Path):
+    @ray.remote(max_retries=-1, num_cpus=0.5)
+    def deadly(log: str, meter: StageMeter) -> None:
+        # In pieces, of which the first does no harm: it takes nothing from the count of the second.
+        with attempted("the first piece", meter=meter):
+            pass
+        with attempted("the second piece", meter=meter):
+            with open(log, "a") as file:
+                file.write("x")
+            os._exit(1)
+
+    log = tmp_path / "log"
+    died = f"{MAX_DEATHS} workers died of it that did nothing else meanwhile"
+    with pytest.raises(WorkerDeathError, match=rf"the \w+ piece: {died}"):
+        ray.get(deadly.remote(str(log), meter))
+    assert len(log.read_text()) == SUSPECT_ATTEMPTS + MAX_DEATHS
+
+
+def test_the_board_forgets_what_ended(meter: StageMeter):
+    assert meter.begin("a", node_id="here") == []
+    assert meter.begin("a", node_id="there") == ["here"]
+    assert meter.begin("b", node_id="here") == []
+    meter.end("a", node_id="there")
+    assert meter.begin("a", node_id="here") == ["here"]
+    meter.end("a", node_id="here")
+    meter.end("a", node_id="here")
+    assert meter.begin("a", node_id="here") == []
+    meter.end("c", node_id="here")
+
+
+def test_an_error_within_is_an_end(monkeypatch: pytest.MonkeyPatch, meter: StageMeter):
+    monkeypatch.setattr(attempts, "num_attempts", lambda: SUSPECT_ATTEMPTS)
+    for _ in range(2 * MAX_DEATHS):
+        with pytest.raises(ValueError, match="an ordinary one"), attempted("work", meter=meter):
+            raise ValueError("an ordinary one")
+
+
+def test_deaths_count_and_lost_nodes_do_not_count_as_deaths():
+    here, gone = "here", "gone"
+    check_deaths("work", begun_on=[here] * (MAX_DEATHS - 1), alive={here})
+    check_deaths("work", begun_on=[gone] * (MAX_LOST_NODES - 1), alive={here})
+    # One that was thought to be there when the work was begun again may be known as gone later.
+    both = [here] * (MAX_DEATHS - 1) + [gone] * (MAX_LOST_NODES - 1)
+    check_deaths("work", begun_on=both, alive={here})
+    with pytest.raises(WorkerDeathError, match=rf"^work: {MAX_DEATHS} workers died .* Ray \(out"):
+        check_deaths("work", begun_on=[here, *both], alive={here})
+    with pytest.raises(WorkerDeathError, match=rf"^work: {MAX_LOST_NODES} nodes were lost .* why"):
+        check_deaths("work", begun_on=[gone, *both], alive={here})
+
+
+def test_without_a_board_the_count_of_ray_has_to_do(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(attempts, "num_attempts", lambda: MAX_ATTEMPTS - 1)
+    with attempted("reading", meter=None):
+        pass
+    monkeypatch.setattr(attempts, "num_attempts", lambda: MAX_ATTEMPTS)
+    said = re.escape(f"reading: {MAX_ATTEMPTS} workers died while they were at it, or their nodes")
+    with pytest.raises(WorkerDeathError, match=f"^{said}"), attempted("reading", meter=None):
+        pass
+
+
+def test_work_that_nobody_suspects_is_not_told_to_the_board():
+    # A meter without one.
+    with attempted("work", meter=ListMeter()):  # type: ignore[arg-type]
+        pass

@@ -203,7 +203,7 @@ def test_a_week_and_a_half_of_real_nights_and_a_kill(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.embedding.commit", killed)
+        patch.setattr("pipelines.committing.commit", killed)
         with pytest.raises(KeyboardInterrupt):
             night(FAN_IN)
     assert found() == rows_before

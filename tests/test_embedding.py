@@ -337,7 +337,7 @@ def test_a_snapshot_whose_files_are_vacuumed_at_its_commit_is_taken_back(
         commit(store, snapshot)
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.embedding.commit", vacuumed)
+        patch.setattr("pipelines.committing.commit", vacuumed)
         with pytest.raises(IncompleteRunError, match=r"1 files .* gone, .*Nothing was committed"):
             run(catalog_dir, store_dir)
     assert snapshot_numbers(Store(str(store_dir))) == []

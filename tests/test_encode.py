@@ -15,6 +15,7 @@ import torch
 from engine.backends.encoder import Encoder
 from engine.build import engine_id_of
 from engine.checkpoint import find_checkpoint
+from engine.errors import DeviceLostError
 from engine.images import ImageLimits, ImageRejected
 from engine.preprocess import decode_pixels
 from engine.registry import Registry
@@ -228,6 +229,33 @@ def test_what_comes_encoded_is_decoded_here_and_what_cannot_be_is_a_reject_of_de
     assert np.allclose(found, expected, atol=1e-6)
     assert [rows for rows, _ in decode_meter.batches] == [3]
     assert [rows for rows, _ in meter.batches] == [5, 5]
+
+
+def test_what_is_decoded_and_then_not_encoded_is_not_counted(
+    record: EngineRecord, engines_dir: Path
+):
+    """It comes again, and would count twice."""
+    decode_meter = ListMeter()
+    stage = make_stage(record, engines_dir, decode_meter=decode_meter)
+    stage._decoder = ByPillow(stage._encoder.manifest.preprocessing)
+    encoder, stage._encoder = stage._encoder, Failing(stage._encoder)
+    table = encoded_rows([image_files.jpeg(image_files.photo(70, 60))], keys=[1])
+    with pytest.raises(DeviceLostError):
+        stage(table)
+    assert decode_meter.batches == []
+    stage._encoder = encoder
+    stage(table)
+    assert [rows for rows, _ in decode_meter.batches] == [1]
+
+
+class Failing:
+    """An `Encoder` whose GPU is lost."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.manifest = encoder.manifest
+
+    def encode_images(self, pixels):
+        raise DeviceLostError("no such address on this card")
 
 
 def stage_by_pillow(record: EngineRecord, engines_dir: Path) -> EncodeStage:

@@ -14,10 +14,11 @@ import torch
 from engine.accuracy import HISTOGRAM_BINS, Thresholds, row_cosines
 from engine.backends.encoder import Encoder
 from engine.backends.onnx_cpu import OnnxCpuEncoder
-from engine.gate import PROMPT, SPEED_REPEATS, GateReport, run_gate
+from engine.gate import PROMPT, GateReport, run_gate
 from engine.manifest import Manifest
 from engine.reference import ReferenceEncoder
 from engine.sample import Sample
+from engine.speeds import SPEED_REPEATS
 from engine.towers import Tower
 from tests.quantized import NUM_HELD_OUT, QuantizedDemo, write_demo_engine
 

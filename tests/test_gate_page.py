@@ -7,9 +7,10 @@ from itertools import pairwise
 import pytest
 
 from engine.accuracy import Agreement, Recall, Thresholds
-from engine.gate import GateReport, Histogram, Speed, Top1
+from engine.gate import GateReport, Histogram, Top1
 from engine.manifest import Manifest, Quantization
 from engine.preprocess import Preprocessing
+from engine.speeds import Speed
 from pipelines.gate_page import histogram_plot, render_gate_page
 from tests.pages import HOSTILE, Page
 

@@ -11,9 +11,10 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from engine.decoding import nvjpeg
+from engine.decoding.checked_nvjpeg import CheckedNvJpeg
 from engine.decoding.jpeg_header import Geometry, gpu_geometry
 from engine.decoding.jpegs import Jpegs, jpegs_of
-from engine.errors import DeviceError, DeviceMemoryError
+from engine.errors import DeviceError, DeviceLostError, DeviceMemoryError
 from engine.images import ImageLimits, ImageRejected
 from engine.preprocess import MAX_ORDINARY_ASPECT, Preprocessing, decode_pixels
 from tests import image_files
@@ -245,6 +246,7 @@ def without_card(monkeypatch: pytest.MonkeyPatch):
     library = FakeNvjpeg()
     monkeypatch.setattr(nvjpeg, "load_library", lambda: library)
     monkeypatch.setattr(gpu_decoder, "_CALL_BYTES", 3 * 1000)
+    monkeypatch.setattr(gpu_decoder, "CheckedNvJpeg", lambda _: CheckedNvJpeg(DEVICE))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
@@ -350,17 +352,52 @@ def test_batches_of_several_threads_take_turns(without_card, monkeypatch: pytest
     assert 1 <= len(decoder._idle_streams) <= 3
 
 
-def test_a_failed_call_takes_nothing_from_later_ones(without_card, monkeypatch: pytest.MonkeyPatch):
+def test_images_at_which_calls_fail_are_left_to_pillow_and_the_card_decodes_the_others(
+    without_card, monkeypatch: pytest.MonkeyPatch
+):
     decoder, library = without_card
+    monkeypatch.setattr(gpu_decoder, "find_early_ends", all_whole)
+    photos = [jpeg(image_files.photo(17 + row, 16, seed=row), quality=60) for row in range(3)]
+    library.faults = {photos[0]: 6, photos[2]: 8}
+    decoded = decoder.decode(jpegs(photos))
+    # By halves; and one that is whole, after each failure.
+    assert library.num_rows == [3, 1, 2, 1, 1, 1, 1, 1, 1]
+    assert (decoded.rows.tolist(), decoded.rejected, decoded.num_by_cpu) == ([0, 1, 2], {}, 2)
+    for photo, pixels in zip(photos, decoded.pixels.numpy(), strict=True):
+        assert np.array_equal(pixels, by_pillow(photo))
+    decoder.close()
+    assert library.live == set()
+
+
+def test_a_library_that_fails_whatever_the_image_is_lost(
+    without_card, monkeypatch: pytest.MonkeyPatch
+):
+    decoder, library = without_card
+    monkeypatch.setattr(gpu_decoder, "find_early_ends", all_whole)
     photo = jpeg(image_files.photo(17, 16))
     monkeypatch.setitem(library.statuses, "nvjpegDecodeBatched", 6)
     for _ in range(3):
-        with pytest.raises(DeviceError, match="execution failed"):
+        with pytest.raises(DeviceLostError, match=r"execution failed.* at an image that is whole"):
             decoder.decode(jpegs([photo]))
     monkeypatch.delitem(library.statuses, "nvjpegDecodeBatched")
     assert decoder.decode(jpegs([photo])).rows.tolist() == [0]
     decoder.close()
     assert library.live == set()
+
+
+def test_a_card_that_is_lost_at_an_image_is_lost(without_card, monkeypatch: pytest.MonkeyPatch):
+    decoder, library = without_card
+    monkeypatch.setattr(gpu_decoder, "find_early_ends", all_whole)
+    photos = [jpeg(image_files.photo(17, 16, seed=seed)) for seed in range(2)]
+    library.faults = {photos[1]: 6}
+
+    def fails(*shape: int, **options: object) -> torch.Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
+    monkeypatch.setattr(torch, "ones", fails)
+    with pytest.raises(DeviceLostError, match=r"\(a card\): .*illegal memory access"):
+        decoder.decode(jpegs(photos))
 
 
 def test_a_decoder_that_cannot_be_made_leaves_nothing(

@@ -19,11 +19,16 @@ from pipelines.isolation import Isolated, IsolatedStage
 from tests import deadly
 
 ROOT = Path(__file__).resolve().parent.parent
+MAX_BYTES = 128 * 2**20
+
+
+def isolated_stage(load: Callable[[], Any] = deadly.doubled) -> IsolatedStage:
+    return IsolatedStage(load, control=deadly.control_rows, max_bytes=MAX_BYTES, called="doubling")
 
 
 @pytest.fixture
 def stage() -> Iterator[IsolatedStage]:
-    with IsolatedStage(deadly.doubled, called="doubling") as made:
+    with isolated_stage() as made:
         yield made
 
 
@@ -75,7 +80,8 @@ def test_it_ends_when_the_one_who_asks_is_gone(tmp_path: Path):
     program = (
         "import pyarrow as pa; from pipelines.isolation import IsolatedStage;"
         "from tests import deadly;"
-        "stage = IsolatedStage(deadly.doubled, called='doubling');"
+        "stage = IsolatedStage(deadly.doubled, control=deadly.control_rows, max_bytes=2**30,"
+        " called='doubling');"
         "table = pa.table({'text': ['a'], 'number': [1]});"
         "print(stage(table).parts[0]['pid'][0].as_py(), flush=True);"
         "stage(pa.table({'text': ['sleep'], 'number': [1]}))"
@@ -110,16 +116,18 @@ def test_a_death_that_happens_once_is_no_rows_fault(stage: IsolatedStage, tmp_pa
     assert (numbers(isolated), list(isolated.poison)) == ([0, 4, 6], [1])
 
 
-def test_a_row_that_takes_all_memory_is_stopped_before_it_has_it(
-    stage: IsolatedStage, monkeypatch: pytest.MonkeyPatch
-):
-    # As on a machine with 512 MiB left.
-    monkeypatch.setattr(isolation, "get_system_memory", lambda: 2**30)
-    monkeypatch.setattr(isolation, "get_used_memory", lambda: 2**29)
+def test_a_row_that_takes_more_memory_than_a_row_may_is_stopped(stage: IsolatedStage):
     isolated = stage(table_of(["a", "fill", "b"]))
     assert numbers(isolated) == [0, 4]
     assert list(isolated.poison) == [1]
-    assert "MiB of memory, with too little left" in isolated.poison[1]
+    assert re.fullmatch(r"took [\d,]+ MiB of memory, above 128", isolated.poison[1])
+
+
+def test_what_a_row_may_take_is_beside_what_was_there_before():
+    """An engine may take more than a row, which is no fault of the rows."""
+    with isolated_stage(partial(deadly.loads_much, 2 * MAX_BYTES)) as stage:
+        isolated = stage(table_of(["a", "fill", "b"]))
+    assert (numbers(isolated), list(isolated.poison)) == ([0, 4], [1])
 
 
 def test_an_error_is_raised_here_and_blames_no_row(stage: IsolatedStage):
@@ -128,7 +136,26 @@ def test_an_error_is_raised_here_and_blames_no_row(stage: IsolatedStage):
     assert numbers(stage(table_of(["a"]))) == [0]
 
 
-def test_where_every_row_kills_it_is_not_the_rows(
+def test_a_row_after_which_no_other_is_survived_is_not_blamed(tmp_path: Path):
+    """Nor is one of those after it: a machine that breaks breaks at some row."""
+    load = partial(deadly.breaks, str(tmp_path / "broken"))
+    with (
+        isolated_stage(load) as stage,
+        pytest.raises(WorkerDeathError, match="does not survive rows that are harmless"),
+    ):
+        stage(table_of(["a", "die", "b"]))
+
+
+def test_rows_come_in_order_with_rejects_in_their_places():
+    parts = [pa.table({"number": [number]}) for number in (2, 6)]
+    isolated = Isolated(parts=parts, poison={0: "died", 2: "died", 4: "died"})
+    rejects = pa.table({"number": [-1, -2, -3]})
+    assert isolated.joined(rejects)["number"].to_pylist() == [-1, 2, -2, 6, -3]
+    whole = Isolated(parts=[pa.table({"number": [0, 2]})], poison={})
+    assert whole.joined(None)["number"].to_pylist() == [0, 2]
+
+
+def test_where_row_after_row_kills_it_is_hardly_the_rows(
     stage: IsolatedStage, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(isolation, "MAX_POISON_IN_A_ROW", 3)
@@ -144,7 +171,18 @@ def test_where_every_row_kills_it_is_not_the_rows(
         (
             deadly.dies_as_it_loads,
             WorkerDeathError,
-            "doubling cannot be started: its process was killed by SIGSEGV, and so did 2 before",
+            "doubling cannot be started: its process was killed by SIGSEGV, and 2 before it ended",
+        ),
+        (
+            partial(deadly.doubled, factor=None),
+            TypeError,
+            "unsupported operand",
+        ),
+        (
+            deadly.dies_of_all_rows,
+            WorkerDeathError,
+            "doubling does not survive rows that are harmless: its process ended with 9, and 2 "
+            "before it ended too. It is not the rows",
         ),
         (deadly.fails_as_it_loads, ValueError, "nothing to load"),
     ],
@@ -153,7 +191,7 @@ def test_what_cannot_be_loaded_is_an_error(
     load: Callable[[], Any], error: type[Exception], message: str
 ):
     with (
-        IsolatedStage(load, called="doubling") as stage,
+        isolated_stage(load) as stage,
         pytest.raises(error, match=message),
     ):
         stage(table_of(["a"]))
@@ -161,5 +199,5 @@ def test_what_cannot_be_loaded_is_an_error(
 
 def test_a_start_that_fails_once_is_tried_again(tmp_path: Path):
     load = partial(deadly.dies_at_first, str(tmp_path / "started"))
-    with IsolatedStage(load, called="doubling") as stage:
+    with isolated_stage(load) as stage:
         assert numbers(stage(table_of(["a", "b"]))) == [0, 2]

@@ -511,7 +511,7 @@ def test_the_index_is_there_before_the_commit(night: Night, monkeypatch: pytest.
         raise CommitConflictError("killed here")
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.embedding.commit", noted)
+        patch.setattr("pipelines.committing.commit", noted)
         assert night.run().code == 1
     assert seen[0] is not None
     report = night.done()

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from engine.decoding import nvjpeg
-from engine.decoding.nvjpeg import NvJpeg, load_library
-from engine.errors import DeviceError, DeviceLostError, DeviceMemoryError
+from engine.decoding.nvjpeg import CallFailedError, NvJpeg, load_library
+from engine.errors import DeviceError, DeviceMemoryError
 from tests import image_files
 from tests.fake_nvjpeg import HARDWARE, FakeNvjpeg
 
@@ -115,11 +115,12 @@ def test_a_card_without_engines_for_jpeg_decodes_with_its_cores(library: FakeNvj
     ("status", "error", "said"),
     [
         (5, DeviceMemoryError, "(status 5, out of memory): use smaller batches"),
-        (6, DeviceLostError, "(status 6, execution failed); use --decode cpu"),
-        (99, DeviceError, "(status 99, unknown); use --decode cpu"),
+        (6, CallFailedError, "(status 6, execution failed); use --decode cpu"),
+        (8, CallFailedError, "(status 8, internal error); use --decode cpu"),
+        (99, CallFailedError, "(status 99, unknown); use --decode cpu"),
     ],
 )
-def test_what_is_no_images_fault(
+def test_what_may_be_no_images_fault(
     library: FakeNvjpeg, status: int, error: type[DeviceError], said: str
 ):
     decoder = NvJpeg()

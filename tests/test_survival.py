@@ -1,23 +1,54 @@
 """Runs on a real Ray whose workers die: of rows, of nothing in particular, of their engine."""
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import ray
 
+from engine.preprocess import Preprocessing
+from pipelines import survival
 from pipelines.catalog import CatalogConfig
-from pipelines.decode import RowLimits
+from pipelines.controls import rows_to_encode
+from pipelines.decode import RowLimits, decode_batch
 from pipelines.embedding import EmbedConfig, EmbedResult, embed
 from pipelines.engines import EngineChoice
 from pipelines.errors import WorkerDeathError
+from pipelines.progress import ProgressBoard, StageMeter
+from pipelines.schema import GEOMETRY_TYPE
 from pipelines.stages import Resources
+from tests import image_files
 from tests.catalogs import scene_rows, stored_embeddings, stored_rows, write_rows
-from tests.deadly_stages import DeadEncodeStage, DeadlyEncodeStage, deadly_decode_batch
+from tests.deadly_stages import (
+    VECTOR_TYPE,
+    BrokenEncodeStage,
+    DeadEncodeStage,
+    DeadlyEncodeStage,
+    LightActor,
+    LightStage,
+    deadly_decode_batch,
+)
+from tests.meters import ListMeter
 
 Run = Callable[[], EmbedResult]
 NUM_ROWS = 48
+PREPROCESSING = Preprocessing(
+    height=8, width=8, resize=8, crop=(8, 8), resample=3, mean=(0, 0, 0), std=(1, 1, 1)
+)
+ACTOR_OPTIONS = {
+    "load": LightStage,
+    "control": partial(
+        rows_to_encode, modalities=("text",), preprocessing=PREPROCESSING, decoder="cpu"
+    ),
+    "max_bytes": 2**30,
+    "type_": VECTOR_TYPE,
+}
 
 
 @pytest.fixture
@@ -121,3 +152,122 @@ def test_an_encoder_that_never_starts_ends_the_run(
             run()
     assert not (tmp_path / "store/snapshots").exists()
     assert run().committed
+
+
+def test_an_encoder_that_dies_of_harmless_rows_too_ends_the_run_and_rejects_none(
+    prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = prepared({})
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.stages.EncodeStage", BrokenEncodeStage)
+        with pytest.raises(
+            WorkerDeathError, match="the encoder does not survive rows that are harmless: its proc"
+        ):
+            run()
+    assert not (tmp_path / "store/snapshots").exists()
+    assert run().rejects_by_reason == {}
+
+
+def decoded_texts(texts: Sequence[str], *, encoded: Sequence[bytes | None] | None = None):
+    """Rows as the decode stage passes them on."""
+    num_rows = len(texts)
+    return pa.table(
+        {
+            "key": [f"k{row}" for row in range(num_rows)],
+            "modality": ["text"] * num_rows,
+            "pixels": pa.nulls(num_rows, pa.large_binary()),
+            "encoded": pa.array(encoded or [None] * num_rows, pa.large_binary()),
+            "geometry": pa.nulls(num_rows, GEOMETRY_TYPE),
+            "text": texts,
+            **{name: pa.nulls(num_rows, pa.string()) for name in ("stage", "reason", "detail")},
+        }
+    )
+
+
+def wait_for_deaths(log: Path) -> None:
+    """Until a row was the end of two workers."""
+    last = time.monotonic() + 60
+    while not log.exists() or log.stat().st_size < 2:
+        assert time.monotonic() < last
+        time.sleep(0.05)
+
+
+def test_a_batch_does_not_answer_for_what_others_do_to_its_worker(local_ray: None, tmp_path: Path):
+    """It is done beside three that kill, one after the other: more deaths than one batch may."""
+    board = ProgressBoard.remote()
+    meters = {name: StageMeter(board, stage="encode") for name in ("meter", "decode_meter")}
+    options = {"num_cpus": 0.5, "max_restarts": -1, "max_task_retries": -1, "max_concurrency": 6}
+    actor = ray.remote(**options)(LightActor).remote(**ACTOR_OPTIONS, **meters)
+    slow = actor.encode.remote(decoded_texts(["slow", "a"]))
+    deadly = []
+    for number in range(3):
+        log = tmp_path / f"deaths{number}"
+        deadly.append(actor.encode.remote(decoded_texts([f"die {log}", "b"])))
+        wait_for_deaths(log)
+    assert ray.get(slow)["reason"].to_pylist() == [None, None]
+    for reference in deadly:
+        assert ray.get(reference)["reason"].to_pylist() == ["poison", None]
+    ray.kill(actor)
+    ray.kill(board)
+
+
+@pytest.fixture
+def suspected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a task that was begun again and again, without Ray."""
+    monkeypatch.setattr(survival, "is_suspect", lambda: True)
+    monkeypatch.setattr(survival, "was_restarted", lambda: False)
+    monkeypatch.setattr(survival, "attempted", lambda work, *, meter: nullcontext())
+
+
+def test_encoded_rows_keep_their_order_and_are_counted_once(suspected: None, tmp_path: Path):
+    meter, decode_meter = ListMeter(), ListMeter()
+    actor = LightActor(**ACTOR_OPTIONS, meter=meter, decode_meter=decode_meter)  # type: ignore[arg-type]
+    texts = [f"die {tmp_path / 'log'}", "a", "b", f"die {tmp_path / 'log'}", "c"]
+    table = decoded_texts(texts, encoded=[None, b"x", b"x", None, None])
+    done = actor(table)
+    assert done["key"].to_pylist() == table["key"].to_pylist()
+    assert done["reason"].to_pylist() == ["poison", None, None, "poison", None]
+    assert done["embedding"].is_valid().to_pylist() == [False, True, True, False, True]
+    assert ([rows for rows, _ in meter.batches], decode_meter.batches) == ([5], [(2, 0)])
+    assert meter.added == {("clipmill_encoded_rows_total", "text"): 3}
+
+
+def test_decoded_rows_keep_their_order(suspected: None):
+    photo = image_files.png()
+    images = [b"die", photo, None, b"exit", photo]
+    table = pa.table(
+        {
+            "key": list(range(5)),
+            "image": pa.array(images, pa.large_binary()),
+            "image_uri": pa.nulls(5, pa.binary()),
+            "text": pa.array([b"a", None, b"c", b"d", b"e"], pa.binary()),
+            "source_file": ["a.parquet"] * 5,
+            "source_row": list(range(5)),
+            "image_wanted": [True, True, True, True, False],
+            "text_wanted": [True] * 5,
+        }
+    )
+    options = {
+        "modalities": ("image", "text"),
+        "preprocessing": PREPROCESSING,
+        "limits": RowLimits(),
+        "carry_columns": (),
+    }
+    meter = ListMeter()
+    done = survival.decode_task(
+        table,
+        decode=partial(deadly_decode_batch, **options),
+        modalities=("image", "text"),
+        carry_columns=(),
+        max_bytes=2**30,
+        meter=meter,  # type: ignore[arg-type]
+    )
+    # As of images that are none, but for the reason.
+    undisturbed = decode_batch(table, **options)
+    same = ["key", "modality", "pixels", "text", "fingerprint", "source_row"]
+    assert done.select(same).equals(undisturbed.select(same))
+    assert done["reason"].to_pylist() == [
+        *("poison", None, "null_image", "poison"),
+        *(None, "null_text", None, None, None),
+    ]
+    assert [rows for rows, _ in meter.batches] == [9]

@@ -6,7 +6,6 @@ What the card cannot decode, and what ends early, Pillow gets, which is also wha
 """
 
 import ctypes
-import io
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -19,14 +18,13 @@ from queue import SimpleQueue
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from engine.backends.torch_device import typed_errors
+from engine.decoding.checked_nvjpeg import WHOLE_SIDE, CheckedNvJpeg, whole_jpeg
 from engine.decoding.early_ends import find_early_ends
 from engine.decoding.jpeg_header import Geometry
 from engine.decoding.jpegs import Jpegs, jpegs_of
-from engine.decoding.nvjpeg import NvJpeg
 from engine.decoding.resample import FILTERS, resample, upright
 from engine.errors import DeviceError, DeviceMemoryError
 from engine.images import ImageLimits, ImageRejected
@@ -95,11 +93,11 @@ class GpuDecoder:
         self._device = torch.device("cuda", device_index)
         self._by_cpu = partial(decode_pixels, preprocessing=preprocessing, limits=limits)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
-        self._idle_nvjpegs: SimpleQueue[tuple[NvJpeg, torch.cuda.Stream]] = SimpleQueue()
+        self._idle_nvjpegs: SimpleQueue[CheckedNvJpeg] = SimpleQueue()
         with typed_errors(self._device), torch.cuda.device(self._device):
             try:
                 for _ in range(_NUM_NVJPEGS):
-                    self._idle_nvjpegs.put((NvJpeg(), torch.cuda.Stream(self._device)))
+                    self._idle_nvjpegs.put(CheckedNvJpeg(self._device))
             except DeviceError:
                 self.close()
                 raise
@@ -145,8 +143,7 @@ class GpuDecoder:
         """End the threads, and free nvJPEG's memory. No call may be under way, or follow."""
         self._threads.shutdown()
         while not self._idle_nvjpegs.empty():
-            nvjpeg, _ = self._idle_nvjpegs.get()
-            nvjpeg.close()
+            self._idle_nvjpegs.get().close()
 
     def _whole(self, jpegs: Jpegs) -> NDArray[np.int64]:
         """Rows that `find_early_ends` has nothing against, ascending."""
@@ -177,21 +174,16 @@ class GpuDecoder:
         """Decode and resize all rows; none, if nvJPEG does not take them all."""
         bounds, geometries, ends = jpegs.bounds[rows], jpegs.geometries[rows], num_bytes[rows]
         ends = ends.cumsum()
-        with self._turn() as (nvjpeg, stream), torch.cuda.stream(stream):
+        with self._turn() as nvjpeg, torch.cuda.stream(nvjpeg.stream):
             started = time.perf_counter()
             decoded = torch.empty(int(ends[-1]), dtype=torch.uint8, device=self._device)
             targets = decoded.data_ptr() + ends - num_bytes[rows]
-            try:
-                is_done = nvjpeg.decode(
-                    jpegs.content.ctypes.data + bounds[:, 0],
-                    num_bytes=bounds[:, 1] - bounds[:, 0],
-                    targets=targets,
-                    row_bytes=3 * geometries[:, 0],
-                    stream=stream.cuda_stream,
-                )
-            finally:
-                # Also of a call that failed, what had begun still reads and writes.
-                stream.synchronize()
+            is_done = nvjpeg.decode(
+                jpegs.content.ctypes.data + bounds[:, 0],
+                num_bytes=bounds[:, 1] - bounds[:, 0],
+                targets=targets,
+                row_bytes=3 * geometries[:, 0],
+            )
             card_seconds = (time.perf_counter() - started) / _NUM_NVJPEGS
         if not is_done:
             return self._nothing(card_seconds=card_seconds)
@@ -202,7 +194,7 @@ class GpuDecoder:
         return _Part(rows=rows, pixels=pixels, card_seconds=card_seconds)
 
     @contextmanager
-    def _turn(self) -> Iterator[tuple[NvJpeg, torch.cuda.Stream]]:
+    def _turn(self) -> Iterator[CheckedNvJpeg]:
         """Wait for an nvJPEG, and have it within the block."""
         turn = self._idle_nvjpegs.get()
         try:
@@ -248,15 +240,13 @@ def decoding_fault(preprocessing: Preprocessing) -> str | None:
     fault = _missing(preprocessing)
     if fault is not None:
         return fault
-    encoded = io.BytesIO()
-    Image.new("RGB", (16, 16)).save(encoded, "JPEG")
     try:
         decoder = GpuDecoder(preprocessing, limits=ImageLimits(), num_threads=1)
     except DeviceMemoryError:
         raise
     except DeviceError as error:
         return str(error)
-    jpegs = jpegs_of([encoded.getvalue()], geometries=[Geometry(16, 16, 1)])
+    jpegs = jpegs_of([whole_jpeg()], geometries=[Geometry(WHOLE_SIDE, WHOLE_SIDE, 1)])
     try:
         by_cpu = decoder.decode(jpegs).num_by_cpu
     finally:

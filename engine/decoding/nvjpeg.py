@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import DeviceError, DeviceLostError, DeviceMemoryError
+from engine.errors import DeviceError, DeviceMemoryError
 
 # nvjpeg.h: nvjpegBackend_t, best first: the card's JPEG engines, then its other cores.
 _HARDWARE, _GPU_HYBRID = 3, 2
@@ -22,7 +22,6 @@ _OUTPUT_RGBI = 5
 # nvjpeg.h: nvjpegStatus_t. With those of an image nothing of its batch was decoded.
 _ALLOCATOR_FAILURE, _ARCH_MISMATCH = 5, 7
 _OF_AN_IMAGE = frozenset({3, 4, 10})  # bad, not supported, incomplete
-_OF_A_FAULT = frozenset({6, 8})  # a kernel failed, maybe one before it
 _STATUS_NAMES = {1: "not initialized", 2: "invalid parameter", 6: "execution failed"} | {
     _ALLOCATOR_FAILURE: "out of memory",
     _ARCH_MISMATCH: "not for this card",
@@ -32,6 +31,10 @@ _STATUS_NAMES = {1: "not initialized", 2: "invalid parameter", 6: "execution fai
 _MAX_COMPONENTS = 4
 # nvjpegImage_t: where the channels are, and bytes from one row of each to the next.
 _TARGET = np.dtype([("channel", np.uint64, _MAX_COMPONENTS), ("pitch", np.uint64, _MAX_COMPONENTS)])
+
+
+class CallFailedError(DeviceError):
+    """A call failed: an image may be at fault, the library, or the card (`CheckedNvJpeg`)."""
 
 
 class NvJpeg:
@@ -80,14 +83,15 @@ class NvJpeg:
             stream: Handle of the CUDA stream.
 
         Raises:
-            DeviceError: A call to the card failed.
+            CallFailedError: A call failed, maybe by an image. What began may still be under way on
+                the stream, and this decoder is not to be used again.
             DeviceMemoryError: The card has too little free memory.
         """
         library, count = self._library, len(sources)
         # One thread of this machine: the card reads the bits, but of few images on cards without
         # engines for JPEGs.
         initialize = library.nvjpegDecodeBatchedInitialize
-        _check(initialize(self._handle, self._state, count, 1, _OUTPUT_RGBI))
+        _check(initialize(self._handle, self._state, count, 1, _OUTPUT_RGBI), kind=CallFailedError)
         target = np.zeros(count, dtype=_TARGET)
         target["channel"][:, 0], target["pitch"][:, 0] = targets, row_bytes
         status = library.nvjpegDecodeBatched(
@@ -98,7 +102,8 @@ class NvJpeg:
         )
         if status in _OF_AN_IMAGE:
             return False
-        _check(status)
+        # Some of an image, too: users of DALI met 2, 6 and 8 (NVIDIA/DALI#2019, #3159, #3160).
+        _check(status, kind=CallFailedError)
         return True
 
     def close(self) -> None:
@@ -129,12 +134,11 @@ def _pointer(array: NDArray[Any]) -> ctypes.c_void_p:
     return array.ctypes.data_as(ctypes.c_void_p)
 
 
-def _check(status: int) -> None:
+def _check(status: int, *, kind: type[DeviceError] = DeviceError) -> None:
     if status == 0:
         return
     name = _STATUS_NAMES.get(status, "unknown")
     message = f"nvJPEG failed on this GPU (status {status}, {name})"
     if status == _ALLOCATOR_FAILURE:
         raise DeviceMemoryError(f"{message}: use smaller batches, or stop what else runs on it")
-    kind = DeviceLostError if status in _OF_A_FAULT else DeviceError
     raise kind(f"{message}; use --decode cpu")
