@@ -12,6 +12,7 @@ from engine.device import Device
 from engine.errors import ClipmillError, DeviceError
 from engine.plans.runtimes import Library, MessageLog
 from jobs.checks import gpu
+from jobs.checks.asking import NodeAnswer
 from jobs.checks.check import Check
 from jobs.checks.cluster import ray_checks
 from jobs.checks.machine import (
@@ -89,10 +90,14 @@ def test_memory_disk_and_files():
     assert (full.verdict, full.stops, "95% full" in full.found) == ("wrong", False, True)
     short = disk_check("/x", free_bytes=GIB // 2, total_bytes=1 * GIB)
     assert (short.verdict, short.stops) == ("wrong", True)
-    assert shm_check(4, free_bytes=2 * GIB).verdict == "ok"
-    shm = shm_check(16, free_bytes=64 * 2**20)
+    assert shm_check(4, free_bytes=2 * GIB, memory_bytes=4 * GIB).verdict == "ok"
+    shm = shm_check(16, free_bytes=64 * 2**20, memory_bytes=64 * GIB)
     assert (shm.verdict, shm.stops) == ("wrong", False)
     assert "--shm-size=8g" in shm.mend
+    # A pod's is as large as its node's memory, of which it may take less.
+    shm = shm_check(16, free_bytes=64 * GIB, memory_bytes=GIB // 2)
+    assert (shm.verdict, shm.mend) == ("wrong", "see memory")
+    assert "but 0.5 GiB of memory" in shm.found
     assert open_files_check(1024).verdict == "wrong"
     assert open_files_check(65_536).verdict == "ok"
     assert open_files_check(resource.RLIM_INFINITY).found == "no limit"
@@ -122,6 +127,12 @@ def machine(architecture: str = "sm_90", **changes: Any) -> Machine:
             machine("sm_80"),
             *("wrong", "fp32 by onnxruntime, fp16 by tensorrt; but this GPU (sm_80) has", False),
         ),
+        (
+            machine("sm_86", tensorrt_fault="no TensorRT here"),
+            *("wrong", "fp32 by onnxruntime, fp16 by torch; but this GPU (sm_86) has no FP8", False),
+        ),
+        (machine("sm_89"), "ok", "fp32 by onnxruntime, fp16 by tensorrt, fp8 by tensorrt", False),
+        (machine("sm_120"), "ok", "fp32 by onnxruntime, fp16 by tensorrt, fp8 by tensorrt", False),
         (
             machine(tensorrt_fault="no TensorRT here", has_torch=False),
             *("wrong", "fp32 by onnxruntime; but there is a GPU (sm_90), but nothing", True),
@@ -273,7 +284,10 @@ BAD = Check(name="packages", verdict="wrong", found="ray 2.5", mend="pip ...", i
 
 
 def test_each_node_of_a_cluster_is_told():
-    nodes = {"head: 2 CPUs": [*GOOD, BAD], "gpu-1: 16 CPUs, 1 GPUs": GOOD}
+    nodes = [
+        ("head: 2 CPUs", NodeAnswer(found=(*GOOD, BAD))),
+        ("gpu-1: 16 CPUs, 1 GPUs", NodeAnswer(found=tuple(GOOD))),
+    ]
     checks = ray_checks("head:6379", nodes=lambda address: nodes)
     assert [check.name for check in checks] == [
         *("ray", "packages of head", "node head", "node gpu-1"),
@@ -284,10 +298,21 @@ def test_each_node_of_a_cluster_is_told():
 
 
 def test_a_node_that_cannot_look_stops():
-    checks = ray_checks("a", nodes=lambda _: {"head: 2 CPUs": "ModuleNotFoundError: jobs"})
+    nodes = [("head: 2 CPUs", NodeAnswer(fault="ModuleNotFoundError: jobs"))]
+    checks = ray_checks("a", nodes=lambda _: nodes)
     assert checks[1].stops
     assert "ModuleNotFoundError: jobs" in checks[1].found
     assert "--working-dir" in checks[1].mend
+
+
+def test_a_busy_node_is_not_called_wrong():
+    busy = NodeAnswer(found=(BAD,), unseen="its GPUs are in use, and were not looked at")
+    nodes = [("gpu-1: 16 CPUs, 1 GPUs", busy), ("gpu-1: 16 CPUs, 1 GPUs", NodeAnswer())]
+    checks = ray_checks("a", nodes=lambda _: nodes)
+    assert [check.verdict for check in checks] == ["ok", "wrong", "unseen", "ok"]
+    assert checks[1].name == "packages of gpu-1"
+    assert not checks[2].stops
+    assert checks[2].found == "gpu-1: 16 CPUs, 1 GPUs; its GPUs are in use, and were not looked at"
 
 
 @pytest.mark.parametrize(
