@@ -3,6 +3,7 @@
 import os
 import resource
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from engine.backends.choice import NO_GPU, Machine
 from engine.device import Device
 from engine.errors import ClipmillError, DeviceError
 from engine.plans.runtimes import Library, MessageLog
-from jobs.checks import gpu
+from jobs.checks import gpu, places
 from jobs.checks.asking import NodeAnswer
 from jobs.checks.check import Check
 from jobs.checks.cluster import ray_checks
@@ -129,7 +130,7 @@ def machine(architecture: str = "sm_90", **changes: Any) -> Machine:
         ),
         (
             machine("sm_86", tensorrt_fault="no TensorRT here"),
-            *("wrong", "fp32 by onnxruntime, fp16 by torch; but this GPU (sm_86) has no FP8", False),
+            *("wrong", "fp32 by onnxruntime, fp16 by torch; but this GPU (sm_86)", False),
         ),
         (machine("sm_89"), "ok", "fp32 by onnxruntime, fp16 by tensorrt, fp8 by tensorrt", False),
         (machine("sm_120"), "ok", "fp32 by onnxruntime, fp16 by tensorrt, fp8 by tensorrt", False),
@@ -148,6 +149,14 @@ def test_which_backends_run(here, verdict, found, stops):
     if "; but" in found:
         assert found.split("; but")[1] in check.found
         assert check.mend
+
+
+def test_what_fp8_takes_is_said():
+    found = gpu.backends_check(machine("sm_86")).found
+    assert "this GPU (sm_86) has no FP8" in found
+    assert found.endswith("(FP8 begins with sm_89)")
+    nothing = machine("sm_86", tensorrt_fault="no TensorRT here", has_torch=False)
+    assert "begins with" not in gpu.backends_check(nothing).found
 
 
 def library(flavour: str) -> Library:
@@ -274,6 +283,27 @@ def test_engines_are_listed(tmp_path: Path):
     damaged.mkdir(parents=True)
     (damaged / "manifest.json").write_text("{")
     assert engines_check(str(tmp_path / "engines")).verdict in ("ok", "wrong")
+
+
+@pytest.mark.parametrize(
+    ("here", "verdict"),
+    [(machine("sm_80"), "wrong"), (machine("sm_89"), "ok"), (NO_GPU, "ok"), (None, "ok")],
+)
+def test_promoted_engines_that_do_not_run_here_are_named(
+    monkeypatch: pytest.MonkeyPatch, here, verdict
+):
+    engines = [
+        SimpleNamespace(engine_id="fp8-00", is_promoted=True),
+        SimpleNamespace(engine_id="fp16-00", is_promoted=True),
+        SimpleNamespace(engine_id="fp8-11", is_promoted=False),
+    ]
+    monkeypatch.setattr(places, "list_engines", lambda registry: engines)
+    check = engines_check("engines", machine=here)
+    assert (check.verdict, check.stops) == (verdict, False)
+    assert check.found.startswith("3 at engines; promoted: fp8-00, fp16-00")
+    if verdict == "wrong":
+        assert check.found.endswith("; of these fp8-00 do not run here")
+        assert "--precision fp16" in check.mend
 
 
 GOOD = [
