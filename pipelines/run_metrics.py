@@ -16,7 +16,8 @@ from pipelines.metrics import put, store_label
 from pipelines.progress import Progress
 from pipelines.snapshots import Snapshot
 
-Outcome = Literal["committed", "unchanged", "failed"]
+# Stopped: by hand, or by whoever told its process to end; that is nobody's fault.
+Outcome = Literal["committed", "unchanged", "failed", "stopped"]
 RECALL_AT = 10
 
 
@@ -38,6 +39,9 @@ def told_run(store_uri: str) -> Iterator[ToldRun]:
         put(metrics.RUN_START, time.time(), store)
         try:
             yield run
+        except KeyboardInterrupt:
+            run.outcome = "stopped"
+            raise
         finally:
             for metric in (metrics.RUN_START, metrics.PLANNED, metrics.QUEUE, metrics.WORKERS):
                 metrics.drop(metric)

@@ -81,6 +81,10 @@ def test_a_run_tells_its_outcome_and_is_failed_until_then(told: list):
         raise RuntimeError
     assert set(ends(told)) == {"failed"}
     assert PLANNED.name not in {name for name, _, _ in told}
+    told.clear()
+    with pytest.raises(KeyboardInterrupt), told_run("s3://bucket/a/vectors"):
+        raise KeyboardInterrupt
+    assert set(ends(told)) == {"stopped"}
 
 
 def test_gauges_are_told_again_while_a_run_goes_on(told: list, monkeypatch: pytest.MonkeyPatch):

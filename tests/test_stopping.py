@@ -1,0 +1,82 @@
+"""Tests of jobs/stopping.py: SIGTERM in this process, as a scheduler would send it."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from jobs.stopping import Terminated, ended_by_sigterm, sigterm_kept
+from tests.commands import command
+
+
+def told_to_end() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture(autouse=True)
+def noticed() -> list[int]:
+    """Signals that came to what was there before."""
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+    yield seen
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_block_ends_as_by_ctrl_c_and_all_is_as_before(noticed: list[int]):
+    def run() -> None:
+        with ended_by_sigterm():
+            try:
+                told_to_end()
+            finally:
+                told_to_end()  # what ends a run is not ended itself
+
+    with pytest.raises(Terminated):
+        run()
+    assert noticed == []
+    told_to_end()
+    assert noticed == [signal.SIGTERM]
+
+
+def test_what_takes_the_signal_meanwhile_gives_it_back(noticed: list[int]):
+    def ray_init() -> None:
+        with sigterm_kept():
+            signal.signal(signal.SIGTERM, lambda *_: pytest.fail("another has it"))
+
+    def run() -> None:
+        with ended_by_sigterm():
+            ray_init()
+            told_to_end()
+
+    with pytest.raises(Terminated):
+        run()
+
+
+def test_who_does_not_ask_for_it_has_what_ray_does(noticed: list[int]):
+    taken: list[int] = []
+    with sigterm_kept():
+        signal.signal(signal.SIGTERM, lambda number, _: taken.append(number))
+    told_to_end()
+    assert (taken, noticed) == ([signal.SIGTERM], [])
+
+
+def test_in_another_thread_nothing_is_changed(noticed: list[int]):
+    ended: list[bool] = []
+
+    def run() -> None:
+        with ended_by_sigterm(), sigterm_kept():
+            ended.append(True)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert ended == [True]
+
+
+@pytest.mark.parametrize(("error", "code"), [(Terminated, 143), (KeyboardInterrupt, 130)])
+def test_the_exit_code_is_a_shells(error: type[BaseException], code: int):
+    def main(argv: object) -> int:
+        raise error
+
+    done = command(main, [])
+    assert (done.code, done.err) == (code, "clipmill: stopped; run the same command again to go on\n")
