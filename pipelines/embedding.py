@@ -23,7 +23,7 @@ from pipelines.engines import EngineChoice, Execution, chosen_engine
 from pipelines.errors import IncompleteRunError
 from pipelines.ledger import Ledger
 from pipelines.lineage import Lineage, code_version
-from pipelines.metrics import add_built, store_label
+from pipelines.metrics import add_built
 from pipelines.parent import ENGINE_CHANGES, EngineChange, same_state
 from pipelines.placement import WorkerDemand
 from pipelines.planning import catalog_record, fill, modalities_by_content, staged_files
@@ -44,6 +44,7 @@ from pipelines.snapshots import (
 )
 from pipelines.stages import Pass, ray_data_settings
 from pipelines.store import Store
+from pipelines.store_places import store_label
 from pipelines.watched_runs import placement_watched
 from pipelines.writing import is_encoded, staging_dir
 

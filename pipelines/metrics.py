@@ -12,11 +12,8 @@ from typing import Literal
 
 from ray.util import metrics as ray_metrics
 
-from engine.redaction import public_uri
-
 # Ray forgets a gauge twice the time after it was told last; an export is every ten seconds.
 REFRESH_SECONDS = 5.0
-_MAX_LABEL_CHARS = 80
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,13 +147,6 @@ def add_built(what: str, seconds: float, *, store: str) -> None:
     labels = {"store": store, "what": what}
     add(ENGINE_BUILDS, 1, labels)
     add(ENGINE_BUILD_SECONDS, seconds, labels)
-
-
-def store_label(uri: str) -> str:
-    """A store's short name: the last two parts of its URI, without secrets."""
-    path = public_uri(uri).rpartition("://")[2].partition("?")[0].rpartition("@")[2]
-    parts = [part for part in path.replace("\\", "/").split("/") if part]
-    return "/".join(parts[-2:])[-_MAX_LABEL_CHARS:] or "root"
 
 
 _lock = threading.Lock()

@@ -12,9 +12,10 @@ from typing import Literal
 from pipelines import metrics
 from pipelines.counts import Counts
 from pipelines.indexes.manifest import IndexManifest
-from pipelines.metrics import put, store_label
+from pipelines.metrics import put
 from pipelines.progress import Progress
 from pipelines.snapshots import Snapshot
+from pipelines.store_places import store_label
 
 # Stopped: by hand, or by whoever told its process to end; that is nobody's fault.
 Outcome = Literal["committed", "unchanged", "failed", "stopped"]

@@ -7,6 +7,7 @@ from pipelines.counts import Counts, KeyCounts
 from pipelines.metrics import PLANNED, RUN_END, RUN_START, SNAPSHOT, SNAPSHOT_REJECTS
 from pipelines.progress import GPU_STAGES, STAGES, Progress, StageCount
 from pipelines.run_metrics import queues, tell_plan, tell_snapshot, told_run
+from pipelines.store_places import store_label
 from tests.stored import make_snapshot
 
 
@@ -72,7 +73,7 @@ def ends(told: list) -> list[str]:
 
 def test_a_run_tells_its_outcome_and_is_failed_until_then(told: list):
     with told_run("s3://bucket/a/vectors") as run:
-        assert told[0][:2] == (RUN_START.name, {"store": "a/vectors"})
+        assert told[0][:2] == (RUN_START.name, {"store": store_label("s3://bucket/a/vectors")})
         tell_plan("s3://bucket/a/vectors", counts(), workers={"read": 8})
         run.outcome = "unchanged"
     assert ends(told) == ["unchanged", "unchanged"]  # at the end, and kept
