@@ -32,7 +32,7 @@ from pipelines.progress import Progress
 from pipelines.resources import Resources, gpus_held, num_workers
 from pipelines.rounds import Written, check_rejects, write_due
 from pipelines.run_ids import new_run_id
-from pipelines.run_metrics import tell_plan, tell_progress, tell_snapshot
+from pipelines.run_metrics import tell_phase, tell_plan, tell_progress, tell_snapshot
 from pipelines.schema import EmbeddingDtype, Modality
 from pipelines.snapshots import (
     EngineRecord,
@@ -246,9 +246,11 @@ def embed(
                 limits=config.limits.beside(catalog.config.uri),
                 resources=config.resources,
             )
+            tell_phase(config.store_uri, "embed")
             tell_plan(config.store_uri, counts, workers=workers)
             told = partial(_told, config.store_uri, on_progress=on_progress)
             written = write_due(pass_, ledger=ledger, counts=counts, on_progress=told)
+        tell_phase(config.store_uri, "assemble")
         files = next_files(
             [*setting.before, *staged, *written.files],
             committed=setting.before,

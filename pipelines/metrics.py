@@ -67,6 +67,11 @@ ENGINE_LOAD_SECONDS = _counter(
 RUN_START = _gauge(
     "clipmill_run_start_timestamp_seconds", (), "When the run began that is under way."
 )
+PHASE = _gauge(
+    "clipmill_run_phase_timestamp_seconds",
+    ("phase",),
+    "When the phase of the run began that is under way.",
+)
 RUN_END = _gauge("clipmill_run_end_timestamp_seconds", ("outcome",), "When a run ended, and how.")
 PLANNED = _gauge("clipmill_planned_rows", ("modality",), "Rows that the run is to encode.")
 QUEUE = _gauge(
@@ -90,8 +95,8 @@ TARGET_RECALL = _gauge(
 
 METRICS = (
     STAGE_ROWS, STAGE_BYTES, STAGE_BUSY, STAGE_CORES, ENCODED, REJECTS, ENGINE_BUILDS,
-    ENGINE_BUILD_SECONDS, ENGINE_LOADS, ENGINE_LOAD_SECONDS, RUN_START, RUN_END, PLANNED, QUEUE,
-    WORKERS, SNAPSHOT, SNAPSHOT_TIME, SNAPSHOT_ROWS, SNAPSHOT_REJECTS, RECALL, TARGET_RECALL,
+    ENGINE_BUILD_SECONDS, ENGINE_LOADS, ENGINE_LOAD_SECONDS, RUN_START, PHASE, RUN_END, PLANNED,
+    QUEUE, WORKERS, SNAPSHOT, SNAPSHOT_TIME, SNAPSHOT_ROWS, SNAPSHOT_REJECTS, RECALL, TARGET_RECALL,
 )  # fmt: skip
 
 
@@ -107,6 +112,14 @@ def put(metric: Metric, value: float, labels: Mapping[str, str]) -> None:
     with _lock:
         if _num_keepers:
             _kept[metric, tuple(labels.items())] = value
+
+
+def reset(metric: Metric) -> None:
+    """Set a gauge to zero that is kept, whatever its labels."""
+    with _lock:
+        found = [labels for kept_metric, labels in _kept if kept_metric == metric]
+    for labels in found:
+        put(metric, 0, dict(labels))
 
 
 def drop(metric: Metric) -> None:
