@@ -7,15 +7,22 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from jobs import cluster
+from jobs.checks.asking import NODE_SECONDS
+from pipelines.metrics import RUN_END
+from pipelines.run_history import find_run
 from pipelines.stages import IN_FLIGHT_BYTES_PER_CPU
+from pipelines.store import Store
+from pipelines.store_places import store_label
 from tests import encoded_rows
 from tests.catalogs import scene_rows, stored_embeddings, write_rows
 from tests.ray_nodes import RayNodes, ray_nodes
@@ -48,7 +55,12 @@ class Cluster:
 
     def num_encoded(self) -> int:
         """Rows that workers of the cluster have begun to encode."""
-        return sum(map(int, self._log.read_text().split())) if self._log.exists() else 0
+        return encoded_rows.rows_by_raylet(self._log).total()
+
+    def encoding_pids(self) -> list[int]:
+        """Of the raylets of nodes but the head whose workers have begun to encode rows."""
+        rows = encoded_rows.rows_by_raylet(self._log)
+        return [pid for pid in self.nodes.worker_pids if rows[pid]]
 
     def clipmill(self, *words: str) -> subprocess.CompletedProcess[str]:
         """A command that asks the job server, from its beginning to its end."""
@@ -80,6 +92,8 @@ def cluster_of_three(
         *("--catalog", str(catalog_dir), "--checkpoint", str(checkpoint_dir)),
         *("--engines", str(engines_dir), "--backend", "onnxruntime"),
         *("--batch-rows", "8", "--rows-per-file", "32", "--num-encoders", "2"),
+        # One on a node: two are on two of the three, so that one is not on the head.
+        *("--encoder-cpus", "0.6", "--decode-cpus", "0.4"),
     ]
     log = folder / "encoded-rows"
     environment = {**QUICK, **encoded_rows.environment(log)}
@@ -92,14 +106,14 @@ def test_a_night_is_submitted_left_and_found_again_and_a_lost_node_costs_no_key(
 ):
     cluster, words = cluster_of_three, cluster_of_three.options("far")
     left = cluster.watched("submit", "nightly", *words, "--json")
-    wait_until(lambda: cluster.num_encoded() >= 16, watched=left)
+    wait_until(lambda: cluster.num_encoded() >= 16 and cluster.encoding_pids(), watched=left)
     left.send_signal(signal.SIGINT)
     out, err = left.communicate(timeout=60)
     assert (left.returncode, out) == (130, ""), err
     (job_id,) = re.findall(r"clipmill jobs attach (\S+)", err)
 
-    os.kill(cluster.nodes.worker_pids[0], signal.SIGKILL)
-    assert cluster.num_encoded() < 2 * NUM_ROWS
+    os.kill(cluster.encoding_pids()[0], signal.SIGKILL)
+    assert cluster.num_encoded() < 2 * NUM_ROWS, "nothing was left to be lost"
     refused = cluster.clipmill("submit", "nightly", *words)
     assert refused.returncode == 1
     assert f"{job_id} works on it already" in refused.stderr
@@ -156,6 +170,29 @@ def test_a_job_that_is_stopped_ends_with_1_for_who_watches_it(cluster_of_three: 
     assert watched.returncode == 1
     assert f"{job_id} was stopped" in err
 
+    store = str(cluster.folder / "stopped")
+    stopped_run = find_run(Store(store), None)
+    assert (stopped_run.status, stopped_run.error) == ("stopped", "Terminated")
+    # What a driver tells last is scraped after it has ended.
+    told = {"store": store_label(store), "outcome": "stopped"}
+    deadline = time.monotonic() + 30
+    while not any(told.items() <= labels.items() for labels in ends_told(cluster.nodes)):
+        assert time.monotonic() < deadline, "nobody was told"
+        time.sleep(0.5)
+
+
+def ends_told(nodes: RayNodes) -> Iterator[dict[str, str]]:
+    """Labels of the ends of runs, as Prometheus would scrape them now."""
+    for target in nodes.metrics:
+        try:
+            with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+                text = answer.read().decode()
+        except OSError:  # of the node that was lost
+            continue
+        for family in text_string_to_metric_families(text):
+            if family.name == f"ray_{RUN_END.name}":
+                yield from (sample.labels for sample in family.samples)
+
 
 def wait_until(condition: Callable[[], bool], *, watched: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 180
@@ -200,6 +237,42 @@ def test_an_address_is_joined_and_left_running():
         )
     assert joined.returncode == 0, joined.stderr
     assert joined.stdout.split() == ["1", "1"]
+
+
+HOLD_ALL_GPUS = """
+import sys
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+ray.init(sys.argv[1], namespace="held", log_to_driver=False)
+
+@ray.remote(num_gpus=1, num_cpus=1, lifetime="detached")
+class Busy:
+    def ready(self):
+        return True
+
+for node in ray.nodes():
+    if node["Resources"].get("GPU"):
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        name = node["NodeID"]
+        ray.get(Busy.options(scheduling_strategy=there, name=name).remote().ready.remote())
+"""
+
+
+def test_nodes_whose_gpus_are_in_use_are_not_called_wrong_and_not_waited_for():
+    with ray_nodes(3, num_gpus=1, takes_jobs=False) as nodes:
+        subprocess.run([sys.executable, "-c", HOLD_ALL_GPUS, nodes.gcs], cwd=ROOT, check=True)
+        started = time.monotonic()
+        words = [sys.executable, "-m", "jobs.doctor", "--address", nodes.gcs, "--json"]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+        seconds = time.monotonic() - started
+    assert done.returncode == 0, done.stdout + done.stderr
+    checks = json.loads(done.stdout)["checks"]
+    of_nodes = [check for check in checks if check["name"].startswith("node ")]
+    assert sorted(check["verdict"] for check in of_nodes) == ["ok", "unseen", "unseen"]
+    for check in of_nodes:
+        assert ("its GPUs are in use" in check["found"]) == (check["verdict"] == "unseen")
+    assert seconds < NODE_SECONDS
 
 
 ON_ONE_CPU = """

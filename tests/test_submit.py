@@ -162,7 +162,8 @@ def test_secrets_are_in_no_record_of_the_job_and_in_no_message(
     assert done.code == 0
     request = dict(server.jobs[done.out.strip()].request)
     runtime_env = request.pop("runtime_env")
-    assert runtime_env["env_vars"] == {"BUCKET_KEY": "hush-value"}
+    stop_seconds = {"RAY_JOB_STOP_WAIT_TIME_S": "30"}
+    assert runtime_env["env_vars"] == {**stop_seconds, "BUCKET_KEY": "hush-value"}
     assert request["metadata"]["clipmill_store"] == "s3://***@x/s?***"
     assert request["metadata"]["clipmill_catalog"] == "s3://b/c"
     assert "hush" not in json.dumps(request) + done.out + done.err
