@@ -17,8 +17,8 @@ from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 from engine.manifest import Manifest
 from engine.registry import Registry
 from pipelines import schema
+from pipelines.autoscaler import can_grow
 from pipelines.catalog import Catalog
-from pipelines.cluster_state import can_grow
 from pipelines.decode import RowLimits, decode_batch
 from pipelines.encode import EncodeStage, embedding_type
 from pipelines.engines import Execution
