@@ -43,11 +43,8 @@ def can_grow() -> bool:
     Raises:
         RpcError: The head does not answer.
     """
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if client.is_connected():
-        return have_types(nodes)
-    context = ray.get_runtime_context()
-    return _can_grow(context.gcs_address, context.get_job_id(), have_types(nodes))
+    has_types = have_types([node for node in ray.nodes() if node["Alive"]])
+    return has_types if client.is_connected() else _is_scaled(has_types=has_types)
 
 
 def have_types(nodes: Sequence[Mapping[str, Any]]) -> bool:
@@ -69,15 +66,20 @@ def has_reported(status: ClusterStatus | None, *, v1_status: bytes | None) -> bo
     return any(not _TYPE_OF_ONE_NODE.fullmatch(name) for name in types)
 
 
+def _is_scaled(*, has_types: bool) -> bool:
+    context = ray.get_runtime_context()
+    return _found(context.gcs_address, context.get_job_id(), has_types)
+
+
 # It is asked for all the time that a job waits; autoscalers neither come nor go meanwhile.
 @functools.lru_cache(maxsize=8)
-def _can_grow(gcs_address: str, job_id: str, have_types: bool) -> bool:
+def _found(gcs_address: str, job_id: str, has_types: bool) -> bool:
     while True:
         # Without types there is none of version 2.
-        status = get_cluster_status(gcs_address, _ANSWER_SECONDS) if have_types else None
+        status = get_cluster_status(gcs_address, _ANSWER_SECONDS) if has_types else None
         if has_reported(status, v1_status=_internal_kv_get(DEBUG_AUTOSCALING_STATUS)):
             return True
-        if not have_types or _head_seconds(gcs_address) > FIRST_REPORT_SECONDS:
+        if not has_types or _head_seconds(gcs_address) > FIRST_REPORT_SECONDS:
             return False
         time.sleep(_PAUSE_SECONDS)
 

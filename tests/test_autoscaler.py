@@ -88,9 +88,9 @@ def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     monkeypatch.setattr(autoscaler, "_internal_kv_get", lambda key: None)
     monkeypatch.setattr(autoscaler, "_head_seconds", lambda address: told["seconds"])
     monkeypatch.setattr(autoscaler.time, "sleep", wait)
-    autoscaler._can_grow.cache_clear()
+    autoscaler._found.cache_clear()
     yield told
-    autoscaler._can_grow.cache_clear()
+    autoscaler._found.cache_clear()
 
 
 def test_the_first_report_is_waited_for_while_the_head_is_new(head: dict[str, Any]):
