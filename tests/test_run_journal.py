@@ -77,10 +77,15 @@ def test_what_a_run_committed_before_it_failed_is_on_record(store):
     other = dataclasses.replace(make_snapshot([]), run_id="another")
     commit(store, other)
     journal = RunJournal(store, command="nightly")
-    with pytest.raises(CatalogError), journal:
-        mine = dataclasses.replace(make_snapshot([], number=2), run_id=journal.run_id)
-        commit(store, mine)
-        raise CatalogError("after the commit")
+    mine = dataclasses.replace(make_snapshot([], number=2), run_id=journal.run_id)
+
+    def commit_and_fail() -> None:
+        with journal:
+            commit(store, mine)
+            raise CatalogError("after the commit")
+
+    with pytest.raises(CatalogError):
+        commit_and_fail()
     failed = on_record(store, journal)
     assert (failed.status, failed.snapshot, failed.numbers) == ("failed", 2, None)
     later = RunJournal(store, command="nightly")
