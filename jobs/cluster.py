@@ -17,7 +17,6 @@ from ray._common.utils import get_system_memory
 from ray._private.utils import get_num_cpus
 
 from engine.errors import ClipmillError
-from jobs.stopping import sigterm_kept
 
 # Of the object store of a Ray that a command starts for itself, for each CPU: twice what blocks
 # between the stages may take (`IN_FLIGHT_BYTES_PER_CPU`), since those being written come on top.
@@ -41,8 +40,7 @@ def ray_cluster(address: str | None, *, metrics_port: int | None = None) -> Iter
     Args:
         address: Of a cluster (`auto`, `host:6379`, `ray://host:10001`). None: the one that
             $RAY_ADDRESS names (Ray sets it within a submitted job), or a new one on this machine.
-        metrics_port: Where a new one serves its metrics; None: any free port. See
-            `check_metrics_port`.
+        metrics_port: Where a new one serves its metrics; None: any free port.
     """
     named = address or os.environ.get("RAY_ADDRESS", "")
     if named.startswith(("http://", "https://")):
@@ -51,8 +49,30 @@ def ray_cluster(address: str | None, *, metrics_port: int | None = None) -> Iter
             "without `submit` leave it out (unset RAY_ADDRESS) to start Ray on this machine"
         )
     _quiet_console()
-    with sigterm_kept():  # Ray would end the process by it as if it had failed
-        _start(address, metrics_port=metrics_port)
+    if metrics_port is not None:
+        _check_metrics_port(metrics_port, joins=address or os.environ.get("RAY_ADDRESS"))
+    if address or os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(address or "auto", log_to_driver=False, logging_level=logging.ERROR)
+        except ConnectionError as error:
+            raise ClipmillError(
+                f"no Ray cluster answers at {address or os.environ['RAY_ADDRESS']} ({error}); "
+                "check the address, or leave it out to start Ray on this machine"
+            ) from error
+    else:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(
+            "local",
+            include_dashboard=False,
+            _metrics_export_port=metrics_port,
+            num_cpus=_num_cpus(),
+            object_store_memory=_object_store_bytes(),
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _system_config={"num_workers_soft_limit": IDLE_WORKERS_PER_CPU * _num_cpus()},
+            # Workers import the packages from where this process did.
+            runtime_env={"env_vars": {"PYTHONPATH": _python_path()}},
+        )
     try:
         yield
     finally:
@@ -62,19 +82,17 @@ def ray_cluster(address: str | None, *, metrics_port: int | None = None) -> Iter
 
 
 def check_metrics_port(port: int | None, *, address: str | None) -> None:
-    """See that a new Ray could serve its metrics there, before anything is begun.
-
-    Args:
-        port: Of the option; None: any.
-        address: As for `ray_cluster`.
+    """See that `ray_cluster` could serve metrics there, before anything is begun.
 
     Raises:
         ValueError: It is no such port, or no Ray would be started.
         ClipmillError: It is taken.
     """
-    joins = address or os.environ.get("RAY_ADDRESS")
-    if port is None:
-        return
+    if port is not None:
+        _check_metrics_port(port, joins=address or os.environ.get("RAY_ADDRESS"))
+
+
+def _check_metrics_port(port: int, *, joins: str | None) -> None:
     if joins:
         raise ValueError(
             f"--metrics-port {port}: the cluster at {joins} has ports of its own, which its head "
@@ -90,33 +108,6 @@ def check_metrics_port(port: int | None, *, address: str | None) -> None:
             raise ClipmillError(
                 f"--metrics-port {port}: {error.strerror}; name one that is free"
             ) from error
-
-
-def _start(address: str | None, *, metrics_port: int | None) -> None:
-    """Join Ray, or start it."""
-    joins = address or os.environ.get("RAY_ADDRESS")
-    if joins:
-        try:
-            ray.init(address or "auto", log_to_driver=False, logging_level=logging.ERROR)
-        except ConnectionError as error:
-            raise ClipmillError(
-                f"no Ray cluster answers at {joins} ({error}); check the address, or leave it out "
-                "to start Ray on this machine"
-            ) from error
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        "local",
-        include_dashboard=False,
-        _metrics_export_port=metrics_port,
-        num_cpus=_num_cpus(),
-        object_store_memory=_object_store_bytes(),
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _system_config={"num_workers_soft_limit": IDLE_WORKERS_PER_CPU * _num_cpus()},
-        # Workers import the packages from where this process did.
-        runtime_env={"env_vars": {"PYTHONPATH": _python_path()}},
-    )
 
 
 def _num_cpus() -> int:

@@ -197,6 +197,7 @@ def _run(config: NightlyConfig, *, address: str | None, metrics_port: int | None
         with (
             redirect_stdout(sys.stderr),
             ray_cluster(address, metrics_port=metrics_port),
+            ended_by_sigterm(),  # again: Ray has taken the signal
             told_run(config.embed.store_uri) as told,
             shown_progress() as show,
         ):

@@ -17,7 +17,10 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """Raise Terminated in a block of the main thread when SIGTERM comes, once."""
+    """Raise Terminated in a block of the main thread when SIGTERM comes, once.
+
+    Ray takes the signal as it starts: then it ends the process by SystemExit.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -26,18 +29,6 @@ def ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def sigterm_kept() -> Iterator[None]:
-    """Leave to SIGTERM what it does before a block that would have it do something else."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        is_main = threading.current_thread() is threading.main_thread()
-        if is_main and before in (_end, signal.SIG_IGN):
-            signal.signal(signal.SIGTERM, before)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

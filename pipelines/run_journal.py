@@ -22,15 +22,17 @@ from pipelines.snapshots import current_snapshot
 from pipelines.store import Store
 
 BEAT_SECONDS = 60.0
+# By which a process ends that was told to end: by Ctrl-C, or by SIGTERM.
+STOPS = (KeyboardInterrupt, SystemExit)
 
 
 class RunJournal:
     """The record of one run, for the length of a `with` block.
 
-    A block that raises has failed, or was stopped if it raises KeyboardInterrupt; what it committed
-    before is on record. One that neither raises nor calls `finish` leaves no record: it had nothing
-    to do. That a record cannot be written stops no run, which would stop for the same
-    reason by itself; only `finish` says so.
+    A block that raises has failed, or was stopped if it raises KeyboardInterrupt or SystemExit;
+    what it committed before is on record. One that neither raises nor calls `finish` leaves no
+    record: it had nothing to do. That a record cannot be written stops no run, which would stop for
+    the same reason by itself; only `finish` says so.
     """
 
     def __init__(self, store: Store, *, command: str, beat_seconds: float = BEAT_SECONDS) -> None:
@@ -91,7 +93,7 @@ class RunJournal:
             if error is not None and self._record.numbers is None:
                 self._record = replace(
                     self._as_of_now(),
-                    status="stopped" if isinstance(error, KeyboardInterrupt) else "failed",
+                    status="stopped" if isinstance(error, STOPS) else "failed",
                     error=error_line(error),
                     snapshot=self._committed(),
                 )

@@ -14,6 +14,7 @@ from pipelines.counts import Counts
 from pipelines.indexes.manifest import IndexManifest
 from pipelines.metrics import put
 from pipelines.progress import Progress
+from pipelines.run_journal import STOPS
 from pipelines.snapshots import Snapshot
 from pipelines.store_places import store_label
 
@@ -53,7 +54,7 @@ def told_run(store_uri: str) -> Iterator[ToldRun]:
         tell_phase(store_uri, "plan")
         try:
             yield run
-        except KeyboardInterrupt:
+        except STOPS:
             run.outcome = "stopped"
             raise
         finally:

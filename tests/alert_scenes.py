@@ -8,7 +8,7 @@ BUILDS = "ray_clipmill_engine_builds_total"
 # Those that take hours go by half hours: Prometheus works through every step.
 LONG = ("ClipmillRunSlow", "ClipmillSnapshotOld", "ClipmillEngineBuiltAgain")
 PHASE = "ray_clipmill_run_phase_timestamp_seconds"
-# Of two runs, the first of which was yesterday's: a driver has a name of its own, and Ray's session.
+# Of two runs, one after the other: a driver has a name of its own, and Ray's session.
 FIRST, SECOND = 'SessionName="1",WorkerId="01"', 'SessionName="2",WorkerId="01"'
 TWO_RUNS = {
     RUN.format("start") + f'{{store="a",{FIRST}}}': "60x2",
@@ -39,8 +39,8 @@ def recalls(first: float, second: float) -> dict[str, str]:
     }
 
 
-# Alert, and what is particular -> minutes or half hours after which it is looked at, series (a sample
-# for each) that fire it, and series that do not.
+# Alert, and what is particular -> minutes or half hours after which it is looked at, series (a
+# sample for each) that fire it, and series that do not.
 SCENES: Mapping[str, tuple[int, Mapping[str, str], Mapping[str, str]]] = {
     "ClipmillRunFailed": (
         20,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ray._raylet import GcsClient
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
+from ray.exceptions import RpcError
 
 from tests.prometheus import free_port
 
@@ -83,7 +84,7 @@ def _wait_until_there(address: str, process: subprocess.Popen[bytes]) -> None:
         try:
             if GcsClient(address).get_all_node_info(timeout=5):
                 return
-        except Exception:
+        except (RpcError, RuntimeError):
             assert process.poll() is None, "ray start ended"
             assert time.monotonic() < deadline, "no head came"
         time.sleep(0.5)

@@ -50,9 +50,7 @@ def test_a_port_that_another_has_is_named_and_nothing_is_put_on_record(
         (("--metrics-port", 8080, "--address", "head:6379"), "the cluster at head:6379 has ports"),
     ],
 )
-def test_a_port_that_cannot_be_meant_is_a_usage_error(
-    tmp_path: Path, options: tuple, message: str
-):
+def test_a_port_that_cannot_be_meant_is_a_usage_error(tmp_path: Path, options: tuple, message: str):
     done = run(nightly, tmp_path, *options)
     assert done.code == 2
     assert message in done.err

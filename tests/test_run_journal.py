@@ -63,10 +63,10 @@ def test_a_run_that_raises_has_failed(store):
     assert "and more" not in failed.error
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, Terminated])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, Terminated, SystemExit])
 def test_a_run_stopped_by_hand_has_not_failed(store, stop):
     journal = RunJournal(store, command="embed")
-    with pytest.raises(KeyboardInterrupt), journal:
+    with pytest.raises(stop), journal:
         raise stop
     stopped = on_record(store, journal)
     assert (stopped.status, stopped.error) == ("stopped", stop.__name__)

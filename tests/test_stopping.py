@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from jobs.stopping import Terminated, ended_by_sigterm, sigterm_kept
+from jobs.stopping import Terminated, ended_by_sigterm
 from tests.commands import command
 
 
@@ -38,25 +38,20 @@ def test_a_block_ends_as_by_ctrl_c_and_all_is_as_before(noticed: list[int]):
     assert noticed == [signal.SIGTERM]
 
 
-def test_what_takes_the_signal_meanwhile_gives_it_back(noticed: list[int]):
-    def ray_init() -> None:
-        with sigterm_kept():
-            signal.signal(signal.SIGTERM, lambda *_: pytest.fail("another has it"))
+def test_who_took_the_signal_meanwhile_has_it_again_after_an_inner_block(noticed: list[int]):
+    taken: list[int] = []
 
     def run() -> None:
         with ended_by_sigterm():
-            ray_init()
-            told_to_end()
+            signal.signal(signal.SIGTERM, lambda number, _: taken.append(number))  # as ray.init
+            try:
+                with ended_by_sigterm():
+                    told_to_end()
+            finally:
+                told_to_end()
 
     with pytest.raises(Terminated):
         run()
-
-
-def test_who_does_not_ask_for_it_has_what_ray_does(noticed: list[int]):
-    taken: list[int] = []
-    with sigterm_kept():
-        signal.signal(signal.SIGTERM, lambda number, _: taken.append(number))
-    told_to_end()
     assert (taken, noticed) == ([signal.SIGTERM], [])
 
 
@@ -64,7 +59,7 @@ def test_in_another_thread_nothing_is_changed(noticed: list[int]):
     ended: list[bool] = []
 
     def run() -> None:
-        with ended_by_sigterm(), sigterm_kept():
+        with ended_by_sigterm():
             ended.append(True)
 
     thread = threading.Thread(target=run)
@@ -79,4 +74,7 @@ def test_the_exit_code_is_a_shells(error: type[BaseException], code: int):
         raise error
 
     done = command(main, [])
-    assert (done.code, done.err) == (code, "clipmill: stopped; run the same command again to go on\n")
+    assert (done.code, done.err) == (
+        code,
+        "clipmill: stopped; run the same command again to go on\n",
+    )

@@ -90,9 +90,7 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
         yield from _folders(root, path, mounts=mounts, controller=controller if of_v1 else None)
 
 
-def _folders(
-    root: Path, path: str, *, mounts: list[str], controller: str | None
-) -> Iterator[Path]:
+def _folders(root: Path, path: str, *, mounts: list[str], controller: str | None) -> Iterator[Path]:
     """Those of a group's path; `controller` is that of a hierarchy of version 1."""
     for line in mounts:
         fields, _, kind = line.partition(" - ")
