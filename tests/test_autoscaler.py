@@ -130,15 +130,20 @@ print(can_grow())
 
 def asked(address: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", ASK, address], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", ASK, address],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()[-1]
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_real_autoscaler_is_found(tmp_path: Path, version: int):
-    with scaled_cluster(tmp_path, version=version) as address:
+def test_a_real_autoscaler_is_found(version: int):
+    with scaled_cluster(version=version) as address:
         assert asked(address) == "True"
 
 
