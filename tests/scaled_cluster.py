@@ -24,7 +24,10 @@ CONFIG = {
     "max_workers": 1,
     "idle_timeout_minutes": 1,
     "provider": {
-        "type": "fake_multinode",
+        # By its module: for `fake_multinode` Ray's wheel lacks a file of defaults.
+        "type": "external",
+        "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+        "disable_node_updaters": True,
         "launch_multiple": True,
         "head_node_id": FAKE_HEAD_NODE_ID,
     },
@@ -54,6 +57,7 @@ def scaled_cluster(*, version: int) -> Iterator[str]:
             env={
                 **os.environ,
                 "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+                "AUTOSCALER_METRIC_PORT": str(free_port()),
                 "RAY_AUTH_MODE": "disabled",
                 "RAY_FAKE_CLUSTER": "1",
                 "RAY_USAGE_STATS_ENABLED": "0",

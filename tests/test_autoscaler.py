@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from ray.autoscaler.v2.utils import ClusterStatusParser
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
 from pipelines import autoscaler
-from pipelines.autoscaler import can_grow, has_reported, have_types
+from pipelines.autoscaler import can_grow, have_types, only_looks, reports, starts_nodes
+from tests.prometheus import free_port
 from tests.ray_nodes import ray_nodes
 from tests.scaled_cluster import scaled_cluster
 
@@ -31,28 +33,49 @@ def written_down(**report: Any) -> bytes:
     return json.dumps({"time": 1.0, "autoscaler_report": report}).encode()
 
 
-OF_A_LOOKER = {"active_nodes": {f"node_{'0a' * 28}": 1}, "pending_launches": {}}
+@pytest.mark.parametrize(
+    ("v1_status", "is_one"),
+    [
+        (written_down(active_nodes={"headgroup": 1}, pending_launches={}), True),
+        (written_down(active_nodes={}, pending_launches={"l4_worker": 2}), True),
+        (written_down(active_nodes={f"node_{'0a' * 28}": 1}, pending_launches={}), False),
+        (b'{"time": 1.0}', False),
+        (b'{"autoscaler_report": null}', False),
+        (None, False),
+    ],
+)
+def test_by_what_version_1_writes_down(v1_status: bytes | None, is_one: bool):
+    assert starts_nodes(v1_status) is is_one
+
+
+def test_version_2_has_reported_or_not():
+    assert reports(status_of(3))
+    assert not reports(status_of(0))
+
+
+def metrics(**nodes: int) -> str:
+    """Nodes by type, as an autoscaler of session `mine` counts them."""
+    head = "# HELP autoscaler_active_nodes Number of nodes in the cluster.\n"
+    counts = [
+        f'autoscaler_active_nodes{{NodeType="{name.replace("_", ".")}",SessionName="mine"}} {num}.0'
+        for name, num in nodes.items()
+    ]
+    return head + "\n".join(counts) + '\nautoscaler_failed_nodes{SessionName="mine"} 0.0\n'
 
 
 @pytest.mark.parametrize(
-    ("status", "v1_status", "is_there"),
+    ("text", "types", "looks"),
     [
-        (status_of(3), None, True),
-        (status_of(0), None, False),
-        (ClusterStatusParser.from_get_cluster_status_reply(GetClusterStatusReply(), Stats()), None,
-         False),
-        (None, None, False),
-        (status_of(0), written_down(active_nodes={"headgroup": 1}, pending_launches={}), True),
-        (None, written_down(active_nodes={}, pending_launches={"l4_worker": 2}), True),
-        (None, written_down(**OF_A_LOOKER), False),
-        (None, b'{"time": 1.0}', False),
-        (None, b'{"autoscaler_report": null}', False),
+        (metrics(ray_head_default=0, headgroup=1), {"headgroup"}, True),
+        (metrics(headgroup=1, gpu=0), {"headgroup"}, False),
+        (metrics(ray_head_default=1, worker=2), {"ray.head.default", "worker"}, False),
+        (metrics(headgroup=1).replace("mine", "others"), {"headgroup"}, None),
+        (metrics(), {"headgroup"}, None),
+        ("", {"headgroup"}, None),
     ],
-)  # fmt: skip
-def test_who_starts_nodes_is_told_from_who_only_looks(
-    status: ClusterStatus | None, v1_status: bytes | None, is_there: bool
-):
-    assert has_reported(status, v1_status=v1_status) is is_there
+)
+def test_by_the_metrics_of_version_2(text: str, types: set[str], looks: bool | None):
+    assert only_looks(text, session_name="mine", types=types) is looks
 
 
 def ray_node(**labels: str) -> dict[str, Any]:
@@ -81,11 +104,13 @@ def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     def wait(seconds: float) -> None:
         told["seconds"] += seconds
 
-    context = type("Context", (), {"gcs_address": "head:6379", "get_job_id": lambda _: "01"})()
+    told["metrics"] = metrics(headgroup=1)
+    context = SimpleNamespace(gcs_address="head:6379", get_session_name=lambda: "mine")
     monkeypatch.setattr(ray, "nodes", lambda: [TYPED])
     monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
     monkeypatch.setattr(autoscaler, "get_cluster_status", look)
     monkeypatch.setattr(autoscaler, "_internal_kv_get", lambda key: None)
+    monkeypatch.setattr(autoscaler, "_metrics", lambda: told["metrics"])
     monkeypatch.setattr(autoscaler, "_head_seconds", lambda address: told["seconds"])
     monkeypatch.setattr(autoscaler.time, "sleep", wait)
     autoscaler._found.cache_clear()
@@ -104,6 +129,20 @@ def test_the_first_report_is_waited_for_while_the_head_is_new(head: dict[str, An
 def test_a_head_that_is_told_nothing_has_no_autoscaler(head: dict[str, Any]):
     assert not can_grow()
     assert autoscaler.FIRST_REPORT_SECONDS < head["seconds"] < autoscaler.FIRST_REPORT_SECONDS + 2
+
+
+def test_one_that_only_looks_starts_no_nodes(head: dict[str, Any]):
+    head.update(versions=[1], metrics=metrics(ray_head_default=0, head=1))
+    assert not can_grow()
+    assert head["looks"] == 1
+
+
+def test_without_its_metrics_one_that_reports_is_taken_for_one_that_starts_nodes(
+    head: dict[str, Any],
+):
+    head.update(versions=[1], metrics="")
+    assert can_grow()
+    assert head["seconds"] > autoscaler.FIRST_REPORT_SECONDS
 
 
 def test_an_old_head_is_not_waited_for(head: dict[str, Any]):
@@ -154,6 +193,7 @@ def test_a_ray_cluster_of_kuberay_without_one_does_not_grow():
         "RAY_CLOUD_INSTANCE_ID": "pod-1",
         "RAY_USAGE_STATS_KUBERAY_IN_USE": "1",
         "RAY_enable_autoscaler_v2": "1",  # `ray start` sets it where it finds the three
+        "AUTOSCALER_METRIC_PORT": str(free_port()),  # another Ray of this machine may have it
     }
     with ray_nodes(1, environment=of_a_pod) as nodes:
         assert asked(nodes.gcs) == "False"
