@@ -81,6 +81,17 @@ def ray_cluster(address: str | None, *, metrics_port: int | None = None) -> Iter
         ray.shutdown()
 
 
+def check_metrics_port(port: int | None, *, address: str | None) -> None:
+    """See that `ray_cluster` could serve metrics there, before anything is begun.
+
+    Raises:
+        ValueError: It is no such port, or no Ray would be started.
+        ClipmillError: It is taken.
+    """
+    if port is not None:
+        _check_metrics_port(port, joins=address or os.environ.get("RAY_ADDRESS"))
+
+
 def _check_metrics_port(port: int, *, joins: str | None) -> None:
     if joins:
         raise ValueError(

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 environment or data (with the way out), 2 usage.
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from ray.exceptions import (
 
 from engine.errors import ClipmillError
 from engine.redaction import redact_process, redacted
+from jobs.stopping import Terminated
 from pipelines.errors import QueryError
 from pipelines.json_text import json_text
 
@@ -161,8 +163,10 @@ def run(main: Main, argv: Sequence[str] | None = None) -> NoReturn:
     redact_process()
     try:
         code = main(argv)
-    except KeyboardInterrupt:
-        code = _fail("stopped; run the same command again to go on", code=130)
+    except KeyboardInterrupt as error:
+        # As a shell counts: 128 and the number of the signal.
+        code = 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
+        _fail("stopped; run the same command again to go on", code=code)
     except RayTaskError as error:
         if isinstance(error.cause, _LOSSES):
             code = _fail(_lost(error.cause), code=1)

@@ -7,12 +7,13 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 
-from jobs.cluster import ray_cluster
+from jobs.cluster import check_metrics_port, ray_cluster
 from jobs.command import CommandParser, print_result, run
 from jobs.embed_options import add_embed_options, embed_config_from
 from jobs.logs import event_log
 from jobs.progress import shown_progress
 from jobs.recorded_run import close_run, noted, recorded_run, say_begun
+from jobs.stopping import ended_by_sigterm
 from pipelines.embedding import EmbedConfig, embed
 from pipelines.report import RunReport, make_report, summary
 from pipelines.run_metrics import told_run
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_embed_options(parser)
     options = parser.parse_options(words)
     config = embed_config_from(options, command=("clipmill", "embed", *words))
+    check_metrics_port(options.metrics_port, address=options.address)
     report, report_path = run_embed(
         config, address=options.address, metrics_port=options.metrics_port
     )
@@ -38,6 +40,7 @@ def run_embed(
 ) -> tuple[RunReport, str | None]:
     """Embed with progress on stderr; returns the report and where its page was saved, if it was."""
     with (
+        ended_by_sigterm(),
         recorded_run(config.store_uri, command="embed") as journal,
         event_log("embed", run_id=journal.run_id) as context,
     ):
@@ -46,6 +49,7 @@ def run_embed(
         with (
             redirect_stdout(sys.stderr),
             ray_cluster(address, metrics_port=metrics_port),
+            ended_by_sigterm(),  # again: Ray has taken the signal
             told_run(config.store_uri) as told,
             shown_progress() as show,
         ):

@@ -10,13 +10,14 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from jobs.cluster import ray_cluster
+from jobs.cluster import check_metrics_port, ray_cluster
 from jobs.command import CommandParser, print_result, run
 from jobs.embed_options import add_embed_options, embed_config_from
 from jobs.index_options import add_index_options, index_options_from
 from jobs.logs import event_log
 from jobs.progress import shown_progress
 from jobs.recorded_run import close_run, noted, recorded_run, say_begun, say_ended
+from jobs.stopping import ended_by_sigterm
 from pipelines.counts import KeyCounts, plan_line
 from pipelines.dry_run import Plan
 from pipelines.guard_limits import GuardLimits
@@ -72,7 +73,7 @@ class NightReport:
     run: RunReport
     """The run in numbers."""
     report_path: str | None
-    """Its page; None if nothing was committed, or if it could not be saved."""
+    """Its page; None if there was nothing to do, or if it could not be saved."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     options = _parser().parse_options(words)
     config = _config_from(options, command=("clipmill", "nightly", *words))
+    check_metrics_port(options.metrics_port, address=options.address)
     if options.dry_run:
         with (
             redirect_stdout(sys.stderr),
@@ -186,6 +188,7 @@ def _plan_text(report: PlanReport) -> str:
 
 def _run(config: NightlyConfig, *, address: str | None, metrics_port: int | None) -> NightReport:
     with (
+        ended_by_sigterm(),
         recorded_run(config.embed.store_uri, command="nightly") as journal,
         event_log("nightly", run_id=journal.run_id) as context,
     ):
@@ -194,6 +197,7 @@ def _run(config: NightlyConfig, *, address: str | None, metrics_port: int | None
         with (
             redirect_stdout(sys.stderr),
             ray_cluster(address, metrics_port=metrics_port),
+            ended_by_sigterm(),  # again: Ray has taken the signal
             told_run(config.embed.store_uri) as told,
             shown_progress() as show,
         ):
@@ -206,7 +210,8 @@ def _run(config: NightlyConfig, *, address: str | None, metrics_port: int | None
             store_uri=config.embed.store_uri,
         )
         report_path = None
-        if committed:  # else nothing is written
+        # A night with nothing to do writes nothing.
+        if committed or result.embedded.progress is not None or result.num_indexes_built:
             run_report, report_path = close_run(run_report, journal, context)
         else:
             say_ended(run_report, context)
@@ -224,18 +229,19 @@ def _run(config: NightlyConfig, *, address: str | None, metrics_port: int | None
 
 def _night_text(report: NightReport) -> str:
     indexes = f"indexes: {report.num_indexes_built} built, {len(report.indexes)} there"
+    page = f"report: {report.report_path or 'could not be saved'}"
     if report.lineage is None:
         num_retried = sum(keys.num_retried for keys in report.run.plan.values())
         if num_retried:
             return (
                 f"nothing changed: {num_retried:,} rejects were tried again, all in vain; snapshot "
-                f"{report.snapshot} stays; {indexes}"
+                f"{report.snapshot} stays; {indexes}\n{page}"
             )
         return f"nothing to do: snapshot {report.snapshot} is that of the catalog; {indexes}"
     accepted = report.lineage.accepted
     lines = [summary(report.run), *map(measurement_line, report.lineage.measurements)]
     lines += [f"accepted: {', '.join(accepted)}"] if accepted else []
-    return "\n".join([*lines, indexes, f"report: {report.report_path or 'could not be saved'}"])
+    return "\n".join([*lines, indexes, page])
 
 
 if __name__ == "__main__":

@@ -67,9 +67,9 @@ def close_run(
         journal.finish(report)
         path = save_report(report, store_uri=journal.store.uri)
     except StoreError as error:
+        is_so = "is committed; only its" if report.committed else "stays; only this run's"
         print(
-            f"clipmill: snapshot {report.snapshot} is committed; only its report is missing: "
-            f"{error}",
+            f"clipmill: snapshot {report.snapshot} {is_so} report is missing: {error}",
             file=sys.stderr,
         )
         path = None

@@ -203,6 +203,7 @@ def _record(record: RunRecord) -> dict[str, object]:
         "code_version": record.code_version,
         "num_encoded": record.num_encoded,
         "error": record.error,
+        "snapshot": numbers.snapshot if numbers else record.snapshot,
         "numbers": numbers,
         "rows_per_second": numbers and numbers.rows_per_second,
         "steady_rows_per_second": numbers and numbers.steady_rows_per_second,
@@ -222,7 +223,8 @@ def _line(record: RunRecord) -> str:
     head = f"{record.run_id:<22} {night(record):<16} {record.status:<9} "
     if numbers is None:
         return (
-            f"{head}{'-':>8} {record.num_encoded:>12,} {'-':>8} {'-':>8} {'-':>8}  "
+            f"{head}{_number(record.snapshot):>8} {record.num_encoded:>12,} {'-':>8} {'-':>8} "
+            f"{'-':>8}  "
             f"{record.error or '-'}"
         )
     return (

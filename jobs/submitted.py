@@ -15,7 +15,7 @@ from jobs.submission.server import JobServer, SubmittedJob
 from jobs.submit import add_address, attach, job_server_address
 
 STOP_SECONDS = 60.0
-"""Ray kills a driver that does not end by itself within seconds."""
+"""Ray kills a driver that does not end by itself within half of it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

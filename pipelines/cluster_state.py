@@ -16,6 +16,7 @@ from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.exceptions import GetTimeoutError, RpcError
 from ray.util.client import ray as client
 
+from pipelines.autoscaler import GROUP_LABEL, can_grow, have_types
 from pipelines.placement import ClusterState, Node, Placement, PlacementWatch, WorkerDemand
 
 _log = logging.getLogger(__name__)
@@ -23,19 +24,7 @@ _log = logging.getLogger(__name__)
 LOOK_SECONDS = 10.0
 # For the head's answer, a whole number for Ray; Ray Data schedules nothing meanwhile.
 _ANSWER_SECONDS = 2
-# Ray gives it to nodes that `ray up` or KubeRay started as one of their types.
-GROUP_LABEL = "ray.io/node-group"
 _MAX_FAILURES = 2
-
-
-def can_grow() -> bool:
-    """Whether the cluster's nodes have types, as those of an autoscaler do.
-
-    Such a cluster may get what it lacks now, GPUs as well as CPUs. KubeRay's nodes have types with
-    autoscaling off, too, and Ray's head tells nothing by which those differ: its cluster config,
-    which Ray Data asks for, is one that no autoscaler of Ray 2.60 reports.
-    """
-    return any(GROUP_LABEL in node["Labels"] for node in ray.nodes() if node["Alive"])
 
 
 def cluster_state() -> ClusterState:
@@ -181,5 +170,5 @@ def _state_of_nodes(nodes: Sequence[dict[str, Any]]) -> ClusterState:
             for node in alive
         ),
         pending=None,
-        can_grow=any(GROUP_LABEL in node["Labels"] for node in alive),
+        can_grow=have_types(alive),
     )

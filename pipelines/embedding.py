@@ -22,7 +22,7 @@ from pipelines.counts import Counts
 from pipelines.decode import RowLimits
 from pipelines.engines import EngineChoice, Execution, chosen_engine
 from pipelines.lineage import Lineage, code_version
-from pipelines.metrics import add_built, store_label
+from pipelines.metrics import add_built
 from pipelines.parent import ENGINE_CHANGES, EngineChange
 from pipelines.planning import catalog_record
 from pipelines.preparing import Preparation, prepare, ready_manifest
@@ -30,11 +30,12 @@ from pipelines.progress import Progress
 from pipelines.resources import Resources, gpus_held, num_workers
 from pipelines.rounds import Written, check_rejects, write_due
 from pipelines.run_ids import new_run_id
-from pipelines.run_metrics import tell_plan, tell_progress, tell_snapshot
+from pipelines.run_metrics import tell_phase, tell_plan, tell_progress, tell_snapshot
 from pipelines.schema import EmbeddingDtype, Modality
 from pipelines.snapshots import EngineRecord, Snapshot, snapshot_numbers
 from pipelines.stages import Pass
 from pipelines.store import Store
+from pipelines.store_places import store_label
 from pipelines.writing import is_encoded, staging_dir
 
 # Looks at what there is to do, and at the dimension of the embeddings, or raises: then nothing of
@@ -197,9 +198,11 @@ def embed(
                 limits=config.limits.beside(catalog.config.uri),
                 resources=config.resources,
             )
+            tell_phase(config.store_uri, "embed")
             tell_plan(config.store_uri, counts, workers=workers)
             told = partial(_told, config.store_uri, on_progress=on_progress)
             written = write_due(pass_, ledger=ledger, counts=counts, on_progress=told)
+        tell_phase(config.store_uri, "assemble")
         files = next_files(
             [*setting.before, *staged, *written.files],
             committed=setting.before,

@@ -28,7 +28,7 @@ from engine.manifest import Manifest, Precision
 from engine.preprocess import Preprocessing
 from engine.promotion import promoted
 from engine.registry import Engine, Registry, default_engines_uri
-from pipelines.cluster_state import can_grow
+from pipelines.autoscaler import can_grow
 from pipelines.gpu_probe import Look, num_gpus
 from pipelines.schema import WANTED_DECODERS, Decoder, WantedDecoder
 from pipelines.snapshots import EngineRecord

@@ -12,11 +12,8 @@ from typing import Literal
 
 from ray.util import metrics as ray_metrics
 
-from engine.redaction import public_uri
-
 # Ray forgets a gauge twice the time after it was told last; an export is every ten seconds.
 REFRESH_SECONDS = 5.0
-_MAX_LABEL_CHARS = 80
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +67,11 @@ ENGINE_LOAD_SECONDS = _counter(
 RUN_START = _gauge(
     "clipmill_run_start_timestamp_seconds", (), "When the run began that is under way."
 )
+PHASE = _gauge(
+    "clipmill_run_phase_timestamp_seconds",
+    ("phase",),
+    "When the phase of the run began that is under way.",
+)
 RUN_END = _gauge("clipmill_run_end_timestamp_seconds", ("outcome",), "When a run ended, and how.")
 PLANNED = _gauge("clipmill_planned_rows", ("modality",), "Rows that the run is to encode.")
 QUEUE = _gauge(
@@ -93,8 +95,8 @@ TARGET_RECALL = _gauge(
 
 METRICS = (
     STAGE_ROWS, STAGE_BYTES, STAGE_BUSY, STAGE_CORES, ENCODED, REJECTS, ENGINE_BUILDS,
-    ENGINE_BUILD_SECONDS, ENGINE_LOADS, ENGINE_LOAD_SECONDS, RUN_START, RUN_END, PLANNED, QUEUE,
-    WORKERS, SNAPSHOT, SNAPSHOT_TIME, SNAPSHOT_ROWS, SNAPSHOT_REJECTS, RECALL, TARGET_RECALL,
+    ENGINE_BUILD_SECONDS, ENGINE_LOADS, ENGINE_LOAD_SECONDS, RUN_START, PHASE, RUN_END, PLANNED,
+    QUEUE, WORKERS, SNAPSHOT, SNAPSHOT_TIME, SNAPSHOT_ROWS, SNAPSHOT_REJECTS, RECALL, TARGET_RECALL,
 )  # fmt: skip
 
 
@@ -110,6 +112,14 @@ def put(metric: Metric, value: float, labels: Mapping[str, str]) -> None:
     with _lock:
         if _num_keepers:
             _kept[metric, tuple(labels.items())] = value
+
+
+def reset(metric: Metric) -> None:
+    """Set a gauge to zero that is kept, whatever its labels."""
+    with _lock:
+        found = [labels for kept_metric, labels in _kept if kept_metric == metric]
+    for labels in found:
+        put(metric, 0, dict(labels))
 
 
 def drop(metric: Metric) -> None:
@@ -150,13 +160,6 @@ def add_built(what: str, seconds: float, *, store: str) -> None:
     labels = {"store": store, "what": what}
     add(ENGINE_BUILDS, 1, labels)
     add(ENGINE_BUILD_SECONDS, seconds, labels)
-
-
-def store_label(uri: str) -> str:
-    """A store's short name: the last two parts of its URI, without secrets."""
-    path = public_uri(uri).rpartition("://")[2].partition("?")[0].rpartition("@")[2]
-    parts = [part for part in path.replace("\\", "/").split("/") if part]
-    return "/".join(parts[-2:])[-_MAX_LABEL_CHARS:] or "root"
 
 
 _lock = threading.Lock()

@@ -20,7 +20,7 @@ from pipelines.indexing import index_snapshot
 from pipelines.lineage import GUARDS, GuardName, Measurement
 from pipelines.progress import Progress
 from pipelines.rounds import has_too_many_rejects
-from pipelines.run_metrics import tell_indexes
+from pipelines.run_metrics import tell_indexes, tell_phase
 from pipelines.schema import Modality
 from pipelines.snapshots import Snapshot
 from pipelines.store import Store
@@ -127,6 +127,7 @@ def _indexed(
         check(found, accepted=config.accepted, outcome=outcome)
 
     options = replace(config.index, min_recall=config.limits.min_recall)
+    tell_phase(config.embed.store_uri, "index")
     return index_snapshot(store, snapshot, options=options, promote=promote)
 
 

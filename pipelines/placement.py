@@ -88,7 +88,7 @@ class ClusterState:
     failures: tuple[str, ...] = ()
     """Why it could not start others."""
     can_grow: bool
-    """Whether its nodes have types, as those of an autoscaler do."""
+    """Whether an autoscaler gives it nodes."""
 
 
 def accelerator(placement: Placement) -> dict[str, float]:
@@ -216,10 +216,9 @@ def _autoscaler_text(state: ClusterState) -> str:
     if state.starting:
         return f"the autoscaler is starting {', '.join(state.starting)}{failed}"
     if state.can_grow:
-        return (
-            "its nodes have types, as an autoscaler's do, but none is being started"
-            f"{failed} (`ray status` on the head says more)"
-        )
+        return f"the autoscaler is starting none{failed} (`ray status` on the head says more)"
+    if any(node.group for node in state.nodes):
+        return "no autoscaler reports to the head (a RayCluster's has enableInTreeAutoscaling)"
     return "there is no autoscaler"
 
 

@@ -12,8 +12,9 @@ import ray
 from engine.errors import EngineError
 from engine.manifest import Manifest
 from engine.registry import Engine, Registry
+from pipelines.autoscaler import can_grow
 from pipelines.catalog import Catalog
-from pipelines.cluster_state import can_grow, wait_for_place
+from pipelines.cluster_state import wait_for_place
 from pipelines.decode import RowLimits
 from pipelines.engines import (
     EngineChoice,

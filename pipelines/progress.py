@@ -124,7 +124,7 @@ class StageMeter:
         Args:
             board: Handle of a ProgressBoard.
             stage: Name of the stage.
-            store: As metrics name it (`metrics.store_label`).
+            store: As metrics name it (`store_places.store_label`).
         """
         self._board = board
         self._stage = stage

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import ray
 
-from pipelines.cluster_state import can_grow
+from pipelines.autoscaler import can_grow
 from pipelines.engines import Execution
 from pipelines.placement import Placement, WorkerDemand, accelerator
 

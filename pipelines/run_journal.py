@@ -18,17 +18,21 @@ from pipelines.progress import Progress
 from pipelines.report import RunReport
 from pipelines.run_ids import RUNS_DIR, new_run_id
 from pipelines.run_records import RunRecord, ended_status, publish_record, run_numbers
+from pipelines.snapshots import current_snapshot
 from pipelines.store import Store
 
 BEAT_SECONDS = 60.0
+# By which a process ends that was told to end: by Ctrl-C, or by SIGTERM.
+STOPS = (KeyboardInterrupt, SystemExit)
 
 
 class RunJournal:
     """The record of one run, for the length of a `with` block.
 
-    A block that raises has failed. One that neither raises nor calls `finish` leaves no record: it
-    had nothing to do. That a record cannot be written stops no run, which would stop for the same
-    reason by itself; only `finish` says so.
+    A block that raises has failed, or was stopped if it raises KeyboardInterrupt or SystemExit;
+    what it committed before is on record. One that neither raises nor calls `finish` leaves no
+    record: it had nothing to do. That a record cannot be written stops no run, which would stop for
+    the same reason by itself; only `finish` says so.
     """
 
     def __init__(self, store: Store, *, command: str, beat_seconds: float = BEAT_SECONDS) -> None:
@@ -87,10 +91,23 @@ class RunJournal:
         self._stop()
         with suppress(StoreError):
             if error is not None and self._record.numbers is None:
-                self._record = replace(self._as_of_now(), status="failed", error=error_line(error))
+                self._record = replace(
+                    self._as_of_now(),
+                    status="stopped" if isinstance(error, STOPS) else "failed",
+                    error=error_line(error),
+                    snapshot=self._committed(),
+                )
                 publish_record(self.store, self._record)
             elif self._record.numbers is None:
                 self.store.remove(f"{RUNS_DIR}/{self.run_id}")
+
+    def _committed(self) -> int | None:
+        """The snapshot that the run made, though it did not come to its end."""
+        with suppress(StoreError):
+            current = current_snapshot(self.store)
+            if current is not None and current.run_id == self.run_id:
+                return current.number
+        return None
 
     def _as_of_now(self) -> RunRecord:
         return replace(self._record, seen_at=_now(), num_encoded=self._num_encoded)

@@ -12,12 +12,27 @@ from typing import Literal
 from pipelines import metrics
 from pipelines.counts import Counts
 from pipelines.indexes.manifest import IndexManifest
-from pipelines.metrics import put, store_label
+from pipelines.metrics import put
 from pipelines.progress import Progress
+from pipelines.run_journal import STOPS
 from pipelines.snapshots import Snapshot
+from pipelines.store_places import store_label
 
-Outcome = Literal["committed", "unchanged", "failed"]
+# Stopped: by hand, or by whoever told its process to end; that is nobody's fault.
+Outcome = Literal["committed", "unchanged", "failed", "stopped"]
+# Of a run: before rows are embedded, while they are, and what is done with them then.
+Phase = Literal["plan", "embed", "assemble", "index"]
 RECALL_AT = 10
+
+
+# What there is of a run under way alone.
+OF_RUN = (
+    metrics.RUN_START,
+    metrics.PHASE,
+    metrics.PLANNED,
+    metrics.QUEUE,
+    metrics.WORKERS,
+)
 
 
 class ToldRun:
@@ -36,12 +51,24 @@ def told_run(store_uri: str) -> Iterator[ToldRun]:
     run, store = ToldRun(), {"store": store_label(store_uri)}
     with metrics.kept():
         put(metrics.RUN_START, time.time(), store)
+        tell_phase(store_uri, "plan")
         try:
             yield run
+        except STOPS:
+            run.outcome = "stopped"
+            raise
         finally:
-            for metric in (metrics.RUN_START, metrics.PLANNED, metrics.QUEUE, metrics.WORKERS):
+            for metric in OF_RUN:
                 metrics.drop(metric)
             put(metrics.RUN_END, time.time(), {**store, "outcome": run.outcome})
+
+
+def tell_phase(store_uri: str, phase: Phase) -> None:
+    """Tell what a run does from now on; outside of `embed` no rows wait for a stage."""
+    metrics.drop(metrics.PHASE)
+    put(metrics.PHASE, time.time(), {"store": store_label(store_uri), "phase": phase})
+    if phase != "embed":
+        metrics.reset(metrics.QUEUE)
 
 
 def tell_plan(store_uri: str, counts: Counts, *, workers: Mapping[str, int]) -> None:

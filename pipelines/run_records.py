@@ -19,8 +19,9 @@ from pipelines.store import Store
 
 _WAY_OUT = "remove its folder, or leave it: no run needs another's record"
 
-# `running` is what a killed run says too; `killed` is what readers make of it.
-Status = Literal["running", "committed", "unchanged", "failed", "killed"]
+# `running` is what a killed run says too; `killed` is what readers make of it. `stopped`: by hand,
+# or by whoever told its process to end.
+Status = Literal["running", "committed", "unchanged", "failed", "stopped", "killed"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,6 +104,8 @@ class RunRecord:
     """Why it failed, in one line without secrets."""
     numbers: RunNumbers | None = None
     """Of a run that ended well."""
+    snapshot: int | None = None
+    """That a run committed before it failed or was stopped; None: none."""
 
 
 def run_numbers(report: RunReport) -> RunNumbers:

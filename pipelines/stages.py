@@ -17,14 +17,13 @@ from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 from engine.manifest import Manifest
 from engine.registry import Registry
 from pipelines import schema
+from pipelines.autoscaler import can_grow
 from pipelines.catalog import Catalog
-from pipelines.cluster_state import can_grow
 from pipelines.controls import rows_to_encode
 from pipelines.decode import RowLimits, decode_batch
 from pipelines.encode import EncodeStage, embedding_type
 from pipelines.engines import Execution
 from pipelines.ledger import DueRows
-from pipelines.metrics import store_label
 from pipelines.progress import StageMeter
 from pipelines.reading import CatalogDatasource, RowGroupRows, num_blocks
 from pipelines.resources import (
@@ -36,6 +35,7 @@ from pipelines.resources import (
 )
 from pipelines.snapshots import EngineRecord, StoredFile
 from pipelines.store import Store
+from pipelines.store_places import store_label
 from pipelines.survival import EncodeActor, decode_task
 from pipelines.watched_runs import PlacementCallback, placement_watched
 from pipelines.writing import stored_files, write_batch

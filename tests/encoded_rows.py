@@ -1,10 +1,11 @@
-"""Counts the rows that workers of a cluster begin to encode, whatever becomes of them."""
+"""Counts the rows that workers of a cluster begin to encode, and on which nodes."""
 
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,7 +55,7 @@ def _note(stage: Any) -> None:
 
     def noted(self: Any, table: Any) -> Any:
         with open(os.environ[LOG], "a") as log:
-            log.write(f"{table.num_rows}\n")
+            log.write(f"{table.num_rows} {os.getppid()}\n")  # that started this worker: its raylet
         return encode(self, table)
 
     stage.__call__ = noted
@@ -67,4 +68,18 @@ def counted(log: Path) -> Iterator[list[int]]:
     batches: list[int] = []
     yield batches
     if log.exists():
-        batches += [int(line) for line in log.read_text()[before:].split()]
+        batches += [num_rows for num_rows, _ in _batches(log.read_text()[before:])]
+
+
+def rows_by_raylet(log: Path) -> Counter[int]:
+    """Process id of a node's raylet -> rows that its workers began."""
+    found: Counter[int] = Counter()
+    for num_rows, raylet_pid in _batches(log.read_text() if log.exists() else ""):
+        found[raylet_pid] += num_rows
+    return found
+
+
+def _batches(text: str) -> Iterator[tuple[int, int]]:
+    for line in text.splitlines():
+        num_rows, raylet_pid = map(int, line.split())
+        yield num_rows, raylet_pid

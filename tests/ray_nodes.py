@@ -52,6 +52,11 @@ class RayNodes:
         """Of the raylets of the other nodes."""
         return [int(pid) for pid in self._said["worker_pids"]]
 
+    @property
+    def metrics(self) -> list[str]:
+        """host:port of each node that is alive, where its metrics are scraped."""
+        return [str(target) for target in self._said["metrics"]]
+
     def replace(self, pid: int) -> None:
         """Start a node in the place of one whose raylet was killed."""
         assert self._process.stdin is not None
@@ -149,6 +154,11 @@ def _serve(num_nodes: int, *, takes_jobs: bool, num_gpus: int) -> None:
             "jobs": f"http://127.0.0.1:{port}",
             "head_pid": _raylet_pid(cluster.head_node),
             "worker_pids": sorted(map(_raylet_pid, cluster.worker_nodes)),
+            "metrics": [
+                f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
+                for node in cluster.global_state.node_table()
+                if node["Alive"]
+            ],
         }
         os.write(printed, (json.dumps(said) + "\n").encode())
 

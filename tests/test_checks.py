@@ -3,17 +3,16 @@
 import os
 import resource
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from engine.backends.choice import NO_GPU, Machine
 from engine.device import Device
-from engine.errors import ClipmillError, DeviceError
+from engine.errors import DeviceError
 from engine.plans.runtimes import Library, MessageLog
-from jobs.checks import gpu
-from jobs.checks.check import Check
-from jobs.checks.cluster import ray_checks
+from jobs.checks import gpu, places
 from jobs.checks.machine import (
     GIB,
     disk_check,
@@ -89,10 +88,14 @@ def test_memory_disk_and_files():
     assert (full.verdict, full.stops, "95% full" in full.found) == ("wrong", False, True)
     short = disk_check("/x", free_bytes=GIB // 2, total_bytes=1 * GIB)
     assert (short.verdict, short.stops) == ("wrong", True)
-    assert shm_check(4, free_bytes=2 * GIB).verdict == "ok"
-    shm = shm_check(16, free_bytes=64 * 2**20)
+    assert shm_check(4, free_bytes=2 * GIB, memory_bytes=4 * GIB).verdict == "ok"
+    shm = shm_check(16, free_bytes=64 * 2**20, memory_bytes=64 * GIB)
     assert (shm.verdict, shm.stops) == ("wrong", False)
     assert "--shm-size=8g" in shm.mend
+    # A pod's is as large as its node's memory, of which it may take less.
+    shm = shm_check(16, free_bytes=64 * GIB, memory_bytes=GIB // 2)
+    assert (shm.verdict, shm.mend) == ("wrong", "see memory")
+    assert "but 0.5 GiB of memory" in shm.found
     assert open_files_check(1024).verdict == "wrong"
     assert open_files_check(65_536).verdict == "ok"
     assert open_files_check(resource.RLIM_INFINITY).found == "no limit"
@@ -123,6 +126,12 @@ def machine(architecture: str = "sm_90", **changes: Any) -> Machine:
             *("wrong", "fp32 by onnxruntime, fp16 by tensorrt; but this GPU (sm_80) has", False),
         ),
         (
+            machine("sm_86", tensorrt_fault="no TensorRT here"),
+            *("wrong", "fp32 by onnxruntime, fp16 by torch; but this GPU (sm_86)", False),
+        ),
+        (machine("sm_89"), "ok", "fp32 by onnxruntime, fp16 by tensorrt, fp8 by tensorrt", False),
+        (machine("sm_120"), "ok", "fp32 by onnxruntime, fp16 by tensorrt, fp8 by tensorrt", False),
+        (
             machine(tensorrt_fault="no TensorRT here", has_torch=False),
             *("wrong", "fp32 by onnxruntime; but there is a GPU (sm_90), but nothing", True),
         ),
@@ -137,6 +146,14 @@ def test_which_backends_run(here, verdict, found, stops):
     if "; but" in found:
         assert found.split("; but")[1] in check.found
         assert check.mend
+
+
+def test_what_fp8_takes_is_said():
+    found = gpu.backends_check(machine("sm_86")).found
+    assert "this GPU (sm_86) has no FP8" in found
+    assert found.endswith("(FP8 begins with sm_89)")
+    nothing = machine("sm_86", tensorrt_fault="no TensorRT here", has_torch=False)
+    assert "begins with" not in gpu.backends_check(nothing).found
 
 
 def library(flavour: str) -> Library:
@@ -265,46 +282,22 @@ def test_engines_are_listed(tmp_path: Path):
     assert engines_check(str(tmp_path / "engines")).verdict in ("ok", "wrong")
 
 
-GOOD = [
-    Check(name="gpu", verdict="ok", found="one H200"),
-    Check(name="backends", verdict="ok", found="fp8 by tensorrt", is_needed=True),
-]
-BAD = Check(name="packages", verdict="wrong", found="ray 2.5", mend="pip ...", is_needed=True)
-
-
-def test_each_node_of_a_cluster_is_told():
-    nodes = {"head: 2 CPUs": [*GOOD, BAD], "gpu-1: 16 CPUs, 1 GPUs": GOOD}
-    checks = ray_checks("head:6379", nodes=lambda address: nodes)
-    assert [check.name for check in checks] == [
-        *("ray", "packages of head", "node head", "node gpu-1"),
-    ]
-    assert "a cluster of 2 nodes answers at head:6379" in checks[0].found
-    assert checks[1].stops
-    assert checks[3].found == "gpu-1: 16 CPUs, 1 GPUs; one H200; fp8 by tensorrt"
-
-
-def test_a_node_that_cannot_look_stops():
-    checks = ray_checks("a", nodes=lambda _: {"head: 2 CPUs": "ModuleNotFoundError: jobs"})
-    assert checks[1].stops
-    assert "ModuleNotFoundError: jobs" in checks[1].found
-    assert "--working-dir" in checks[1].mend
-
-
 @pytest.mark.parametrize(
-    ("error", "verdict"),
-    [
-        (ClipmillError("no Ray cluster answers at a"), "missing"),
-        (RuntimeError("Version mismatch"), "wrong"),
-    ],
+    ("here", "verdict"),
+    [(machine("sm_80"), "wrong"), (machine("sm_89"), "ok"), (NO_GPU, "ok"), (None, "ok")],
 )
-def test_a_cluster_that_does_not_answer_stops(error, verdict):
-    def fail(address: str) -> Any:
-        raise error
-
-    (check,) = ray_checks("a", nodes=fail)
-    assert (check.verdict, check.found, check.stops) == (verdict, str(error), True)
-
-
-def test_without_an_address_commands_start_ray_here():
-    (check,) = ray_checks(None, nodes=lambda _: pytest.fail("nobody is asked"))
-    assert check.verdict == "ok"
+def test_promoted_engines_that_do_not_run_here_are_named(
+    monkeypatch: pytest.MonkeyPatch, here, verdict
+):
+    engines = [
+        SimpleNamespace(engine_id="fp8-00", is_promoted=True),
+        SimpleNamespace(engine_id="fp16-00", is_promoted=True),
+        SimpleNamespace(engine_id="fp8-11", is_promoted=False),
+    ]
+    monkeypatch.setattr(places, "list_engines", lambda registry: engines)
+    check = engines_check("engines", machine=here)
+    assert (check.verdict, check.stops) == (verdict, False)
+    assert check.found.startswith("3 at engines; promoted: fp8-00, fp16-00")
+    if verdict == "wrong":
+        assert check.found.endswith("; of these fp8-00 do not run here")
+        assert "--precision fp16" in check.mend

@@ -7,15 +7,19 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
-from jobs import cluster
-from pipelines.stages import IN_FLIGHT_BYTES_PER_CPU
+from jobs.checks.asking import NODE_SECONDS
+from pipelines.metrics import RUN_END
+from pipelines.run_history import find_run
+from pipelines.store import Store
+from pipelines.store_places import store_label
 from tests import encoded_rows
 from tests.catalogs import scene_rows, stored_embeddings, write_rows
 from tests.ray_nodes import RayNodes, ray_nodes
@@ -48,7 +52,12 @@ class Cluster:
 
     def num_encoded(self) -> int:
         """Rows that workers of the cluster have begun to encode."""
-        return sum(map(int, self._log.read_text().split())) if self._log.exists() else 0
+        return encoded_rows.rows_by_raylet(self._log).total()
+
+    def encoding_pids(self) -> list[int]:
+        """Of the raylets of nodes but the head whose workers have begun to encode rows."""
+        rows = encoded_rows.rows_by_raylet(self._log)
+        return [pid for pid in self.nodes.worker_pids if rows[pid]]
 
     def clipmill(self, *words: str) -> subprocess.CompletedProcess[str]:
         """A command that asks the job server, from its beginning to its end."""
@@ -80,6 +89,8 @@ def cluster_of_three(
         *("--catalog", str(catalog_dir), "--checkpoint", str(checkpoint_dir)),
         *("--engines", str(engines_dir), "--backend", "onnxruntime"),
         *("--batch-rows", "8", "--rows-per-file", "32", "--num-encoders", "2"),
+        # One on a node: two are on two of the three, so that one is not on the head.
+        *("--encoder-cpus", "0.6", "--decode-cpus", "0.4"),
     ]
     log = folder / "encoded-rows"
     environment = {**QUICK, **encoded_rows.environment(log)}
@@ -92,14 +103,14 @@ def test_a_night_is_submitted_left_and_found_again_and_a_lost_node_costs_no_key(
 ):
     cluster, words = cluster_of_three, cluster_of_three.options("far")
     left = cluster.watched("submit", "nightly", *words, "--json")
-    wait_until(lambda: cluster.num_encoded() >= 16, watched=left)
+    wait_until(lambda: cluster.num_encoded() >= 16 and cluster.encoding_pids(), watched=left)
     left.send_signal(signal.SIGINT)
     out, err = left.communicate(timeout=60)
     assert (left.returncode, out) == (130, ""), err
     (job_id,) = re.findall(r"clipmill jobs attach (\S+)", err)
 
-    os.kill(cluster.nodes.worker_pids[0], signal.SIGKILL)
-    assert cluster.num_encoded() < 2 * NUM_ROWS
+    os.kill(cluster.encoding_pids()[0], signal.SIGKILL)
+    assert cluster.num_encoded() < 2 * NUM_ROWS, "nothing was left to be lost"
     refused = cluster.clipmill("submit", "nightly", *words)
     assert refused.returncode == 1
     assert f"{job_id} works on it already" in refused.stderr
@@ -156,6 +167,29 @@ def test_a_job_that_is_stopped_ends_with_1_for_who_watches_it(cluster_of_three: 
     assert watched.returncode == 1
     assert f"{job_id} was stopped" in err
 
+    store = str(cluster.folder / "stopped")
+    stopped_run = find_run(Store(store), None)
+    assert (stopped_run.status, stopped_run.error) == ("stopped", "Terminated")
+    # What a driver tells last is scraped after it has ended.
+    told = {"store": store_label(store), "outcome": "stopped"}
+    deadline = time.monotonic() + 30
+    while not any(told.items() <= labels.items() for labels in ends_told(cluster.nodes)):
+        assert time.monotonic() < deadline, "nobody was told"
+        time.sleep(0.5)
+
+
+def ends_told(nodes: RayNodes) -> Iterator[dict[str, str]]:
+    """Labels of the ends of runs, as Prometheus would scrape them now."""
+    for target in nodes.metrics:
+        try:
+            with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+                text = answer.read().decode()
+        except OSError:  # of the node that was lost
+            continue
+        for family in text_string_to_metric_families(text):
+            if family.name == f"ray_{RUN_END.name}":
+                yield from (sample.labels for sample in family.samples)
+
 
 def wait_until(condition: Callable[[], bool], *, watched: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 180
@@ -167,105 +201,37 @@ def wait_until(condition: Callable[[], bool], *, watched: subprocess.Popen[str])
         time.sleep(0.05)
 
 
-def test_the_address_of_a_job_server_is_not_joined(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
-    for address in ("https://head", None):
-        with (
-            pytest.raises(ValueError, match="clipmill submit COMMAND"),
-            cluster.ray_cluster(address),
-        ):
-            raise AssertionError("joined")
-
-
-JOIN_AND_LEAVE = """
+HOLD_ALL_GPUS = """
 import sys
 import ray
-from jobs.cluster import ray_cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-for _ in range(2):
-    with ray_cluster(sys.argv[1]):
-        print(int(ray.cluster_resources()["CPU"]))
-    assert not ray.is_initialized()
+ray.init(sys.argv[1], namespace="held", log_to_driver=False)
+
+@ray.remote(num_gpus=1, num_cpus=1, lifetime="detached")
+class Busy:
+    def ready(self):
+        return True
+
+for node in ray.nodes():
+    if node["Resources"].get("GPU"):
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        name = node["NodeID"]
+        ray.get(Busy.options(scheduling_strategy=there, name=name).remote().ready.remote())
 """
 
 
-def test_an_address_is_joined_and_left_running():
-    with ray_nodes(1, takes_jobs=False) as nodes:
-        joined = subprocess.run(
-            [sys.executable, "-c", JOIN_AND_LEAVE, nodes.gcs],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    assert joined.returncode == 0, joined.stderr
-    assert joined.stdout.split() == ["1", "1"]
-
-
-ON_ONE_CPU = """
-import os
-import tempfile
-import time
-import ray
-from jobs.cluster import ray_cluster
-
-@ray.remote(num_cpus=0.25)
-def worker(folder):
-    open(os.path.join(folder, str(os.getpid())), "w").close()
-    while len(os.listdir(folder)) < 4:
-        time.sleep(0.1)
-    return os.getpid()
-
-def four_at_once():
-    with tempfile.TemporaryDirectory() as folder:
-        return set(ray.get([worker.remote(folder) for _ in range(4)]))
-
-os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
-with ray_cluster(None):
-    print(int(ray.cluster_resources()["CPU"]))
-    before = four_at_once()
-    time.sleep(3)  # Ray ends what it has too many of after 1 s
-    print(len(four_at_once() - before))
-"""
-
-
-def test_a_ray_of_its_own_has_the_cpus_that_the_process_may_use_and_keeps_idle_workers():
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    started = subprocess.run(
-        [sys.executable, "-c", ON_ONE_CPU],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-    )
-    assert started.returncode == 0, started.stderr
-    cpus, num_new_workers = map(int, started.stdout.split())
-    assert cpus == 1
-    assert num_new_workers == 0
-
-
-@pytest.mark.parametrize(
-    ("num_cores", "total_gib", "shm_gib", "expected_gib"),
-    [
-        (2, 24, 12, 1),
-        (16, 128, 64, 8),
-        (64, 32, 30, 0.3 * 32),
-        (16, 128, 3, 0.9 * 3),
-        (64, 256, 0.0625, 1),
-        (2, 2, 1, 0.3 * 2),
-    ],
-)
-def test_the_object_store_holds_more_than_what_is_in_flight(
-    monkeypatch: pytest.MonkeyPatch,
-    num_cores: int,
-    total_gib: int,
-    shm_gib: float,
-    expected_gib: float,
-):
-    usage = SimpleNamespace(free=shm_gib * 2**30)
-    monkeypatch.setattr(cluster, "_num_cpus", lambda: num_cores)
-    monkeypatch.setattr(cluster, "get_system_memory", lambda: total_gib * 2**30)
-    monkeypatch.setattr(cluster.shutil, "disk_usage", lambda folder: usage)
-    assert cluster._object_store_bytes() == int(expected_gib * 2**30)
-    assert 2 * IN_FLIGHT_BYTES_PER_CPU <= cluster.OBJECT_STORE_BYTES_PER_CPU
+def test_nodes_whose_gpus_are_in_use_are_not_called_wrong_and_not_waited_for():
+    with ray_nodes(3, num_gpus=1, takes_jobs=False) as nodes:
+        subprocess.run([sys.executable, "-c", HOLD_ALL_GPUS, nodes.gcs], cwd=ROOT, check=True)
+        started = time.monotonic()
+        words = [sys.executable, "-m", "jobs.doctor", "--address", nodes.gcs, "--json"]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+        seconds = time.monotonic() - started
+    assert done.returncode == 0, done.stdout + done.stderr
+    checks = json.loads(done.stdout)["checks"]
+    of_nodes = [check for check in checks if check["name"].startswith("node ")]
+    assert sorted(check["verdict"] for check in of_nodes) == ["ok", "unseen", "unseen"]
+    for check in of_nodes:
+        assert ("its GPUs are in use" in check["found"]) == (check["verdict"] == "unseen")
+    assert seconds < NODE_SECONDS

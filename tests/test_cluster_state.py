@@ -12,7 +12,7 @@ from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply, NodeStatus
 from ray.exceptions import GetTimeoutError, RpcError
 
 from pipelines import cluster_state
-from pipelines.cluster_state import Looks, can_grow, state_of
+from pipelines.cluster_state import Looks, state_of
 from pipelines.errors import PlacementError
 from pipelines.placement import ClusterState, Node, Placement, WorkerDemand
 from pipelines.watched_runs import PlacementCallback, placement_watched
@@ -72,21 +72,6 @@ def ray_node(*, is_alive: bool = True, **labels: str) -> dict[str, Any]:
         "Resources": {"CPU": 2.0},
         "Labels": {"ray.io/node-id": "ab", **{f"ray.io/{k}": v for k, v in labels.items()}},
     }
-
-
-@pytest.mark.parametrize(
-    ("nodes", "grows"),
-    [
-        ([ray_node()], False),
-        ([ray_node(), ray_node(**{"node-group": "head"})], True),
-        ([ray_node(), ray_node(is_alive=False, **{"node-group": "head"})], False),
-    ],
-)
-def test_a_cluster_whose_nodes_have_types_can_grow(
-    monkeypatch: pytest.MonkeyPatch, nodes: list, grows: bool
-):
-    monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    assert can_grow() is grows
 
 
 def test_from_afar_only_the_nodes_are_seen(monkeypatch: pytest.MonkeyPatch):

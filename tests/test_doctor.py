@@ -13,6 +13,7 @@ from tests.commands import Done, command
 
 OK = Check(name="python", verdict="ok", found="3.12.1", is_needed=True)
 SLOW = Check(name="shared memory", verdict="wrong", found="0.1 GiB free", mend="docker run ...")
+BUSY = Check(name="node gpu-1", verdict="unseen", found="in use", mend="look again")
 STOPS = Check(name="store", verdict="wrong", found="closed", mend="open it", is_needed=True)
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,6 +39,17 @@ def test_the_report_for_a_terminal(capsys):
     ]
     assert report.show([OK, SLOW], as_json=False) == 0
     assert capsys.readouterr().out.endswith("`clipmill embed` would run here\n")
+    assert report.show([STOPS, BUSY], as_json=False) == 1
+    out = capsys.readouterr().out
+    assert "unseen   node gpu-1       in use\n" in out
+    assert out.endswith("would not run here: store\n")
+
+
+def test_what_was_not_looked_at_is_said_beside_the_verdict(capsys):
+    assert report.show([OK, BUSY], as_json=False) == 0
+    assert capsys.readouterr().out.endswith(
+        "`clipmill embed` would run here, as far as could be seen; not looked at: node gpu-1\n"
+    )
 
 
 def test_missing_packages_are_found_without_them(monkeypatch: pytest.MonkeyPatch):

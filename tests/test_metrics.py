@@ -16,11 +16,12 @@ from jobs.serving.metrics import Metrics
 from pipelines.catalog import CatalogConfig
 from pipelines.embedding import EmbedConfig
 from pipelines.engines import EngineChoice
-from pipelines.metrics import METRICS, RUN_END, put, store_label
+from pipelines.metrics import METRICS, RUN_END, put
 from pipelines.nightly import NightlyConfig, run_night
 from pipelines.progress import STAGES
 from pipelines.report import RunReport, make_report
 from pipelines.run_metrics import told_run
+from pipelines.store_places import store_label
 from tests.catalogs import scene_rows, write_rows
 from tests.prometheus import alert_rules, panel_queries, prometheus, selectors
 from tests.stored import index_manifest
@@ -37,16 +38,21 @@ ON_GPUS = ("ray_node_gpus_utilization", "ray_node_gram_used")
 
 @dataclass
 class ToldNight:
+    store_uri: str
     report: RunReport
     recall: dict[tuple[str, str], float]
     during: dict[str, dict[frozenset, float]]
     after: dict[str, dict[frozenset, float]]
 
+    @property
+    def store(self) -> str:
+        return store_label(self.store_uri)
+
     def of(self, name: str, *labels: str) -> dict:
         """Values of labels -> sum over all processes."""
         found: Counter = Counter()
         for pairs, value in self.after[f"ray_{name}"].items():
-            assert dict(pairs)["store"] == "night/store"
+            assert dict(pairs)["store"] == self.store
             found[tuple(dict(pairs)[label] for label in labels)] += value
         return dict(found)
 
@@ -102,13 +108,15 @@ def night(tmp_path_factory: pytest.TempPathFactory, checkpoint_dir: Path, target
             ),
         )
     )
+    store = store_label(config.embed.store_uri)
     with told_run(config.embed.store_uri) as told:
         result = run_night(config)
         names = [f"ray_{metric.name}" for metric in METRICS if metric != RUN_END]
-        during = scraped_with(target, *names, store="night/store")
+        during = scraped_with(target, *names, store=store)
         told.outcome = "committed"
-    after = scraped_with(target, f"ray_{RUN_END.name}", store="night/store")
+    after = scraped_with(target, f"ray_{RUN_END.name}", store=store)
     return ToldNight(
+        store_uri=config.embed.store_uri,
         report=make_report(
             result.embedded, catalog_uri="catalog", store_uri=config.embed.store_uri
         ),
@@ -213,8 +221,8 @@ def test_a_real_prometheus_answers_dashboard_and_alerts(
     for rule in alert_rules():
         for selector in selectors(rule["expr"]):
             queries[f"{rule['alert']} {selector.name}"] = f"last_over_time({selector.name}[5m])"
-    store = "night/store"
-    with prometheus(tmp_path, targets=[target, service]) as server, told_run(f"/{store}"):
+    store = night.store
+    with prometheus(tmp_path, targets=[target, service]) as server, told_run(night.store_uri):
         tell_again(night)
         deadline = time.monotonic() + 2 * TOLD_SECONDS
         empty = list(queries)
@@ -244,19 +252,3 @@ def tell_again(night: ToldNight) -> None:
                 for pairs, value in samples.get(f"ray_{metric.name}", {}).items():
                     labels = dict(pairs)
                     put(metric, value, {name: labels[name] for name in metric.labels})
-
-
-@pytest.mark.parametrize(
-    ("uri", "label"),
-    [
-        ("s3://key:secret@bucket/products/vectors/", "products/vectors"),
-        ("s3://bucket", "bucket"),
-        ("abfs://bucket/a/vectors?sas=secret", "a/vectors"),
-        ("/data/stores/vectors", "stores/vectors"),
-        ("vectors", "vectors"),
-        ("memory://", "root"),
-        ("/" + "x" * 200, "x" * 80),
-    ],
-)
-def test_a_store_has_a_short_name_without_secrets(uri: str, label: str):
-    assert store_label(uri) == label

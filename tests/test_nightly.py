@@ -17,6 +17,7 @@ from pipelines.indexes.opening import OpenIndex
 from pipelines.indexes.queries import Part, Query
 from pipelines.lineage import code_version
 from pipelines.nightly import NightlyConfig, run_night
+from pipelines.run_history import find_run
 from pipelines.search import Searcher
 from pipelines.snapshots import snapshot_numbers
 from pipelines.store import Store
@@ -348,6 +349,9 @@ def test_rejects_are_tried_again_when_asked_for(night: Night, tmp_path: Path):
     said = night.run("--retry-rejects", *allow).out
     assert "nothing changed: 1 rejects were tried again, all in vain; snapshot 2 stays" in said
     assert current(night) == before
+    tried = find_run(Store(str(night.store_dir)), None)
+    assert (tried.status, tried.numbers.num_rejected, tried.snapshot) == ("unchanged", 1, None)
+    assert f"report: {night.store_dir}/runs/{tried.run_id}/report.html" in said
 
 
 def test_rejects_that_stop_a_night_are_let_pass_by_the_name_of_the_guard(night: Night):

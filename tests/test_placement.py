@@ -27,6 +27,7 @@ DECODING = WorkerDemand(
     what="decoding", resources={"CPU": 0.5}, kind="task", option="--decode-cpus"
 )
 HEAD = Node(address="10.0.0.1", group="head", total={"CPU": 0.0}, free={"CPU": 0.0})
+UNTYPED = dataclasses.replace(HEAD, group=None)
 H100 = Node(
     address="10.0.0.9",
     group="h100_worker",
@@ -59,8 +60,8 @@ def test_it_says_which_nodes_would_do_and_are_in_use():
     assert waiting_text(ENCODER, seconds=7, state=state(HEAD, l4(1), H100)).startswith(
         "an encoder has waited 7 s for 0.5 CPU, 1 GPU and accelerator type H100; the nodes that "
         "have as much are in use: 10.0.0.9 h100_worker: 16 CPU, 1 GPU (H100), free 3 CPU, 0 GPU; "
-        "its nodes have types, as an autoscaler's do, but none is being started (`ray status` on "
-        "the head says more); wait for the jobs that use them, or "
+        "the autoscaler is starting none (`ray status` on the head says more); wait for the jobs "
+        "that use them, or "
     )
 
 
@@ -68,10 +69,11 @@ def test_it_says_which_nodes_would_do_and_are_in_use():
     ("changes", "said"),
     [
         ({"nodes": ()}, "; the cluster has no node; "),
-        ({"can_grow": False}, "; there is no autoscaler; "),
+        ({"can_grow": False}, "; no autoscaler reports to the head (a RayCluster's has "),
+        ({"can_grow": False, "nodes": (UNTYPED,)}, "; there is no autoscaler; "),
         (
             {"failures": ("h100_worker: InsufficientInstanceCapacity",)},
-            "none is being started; it failed to start others: h100_worker: "
+            "the autoscaler is starting none; it failed to start others: h100_worker: "
             "InsufficientInstanceCapacity (",
         ),
     ],
@@ -81,9 +83,9 @@ def test_it_says_why_none_comes(changes: dict, said: str):
 
 
 def test_a_task_on_cpus_is_told_nothing_of_gpus():
-    text = waiting_text(DECODING, seconds=1, state=state(HEAD, can_grow=False))
+    text = waiting_text(DECODING, seconds=1, state=state(UNTYPED, can_grow=False))
     assert text.endswith(
-        "0.5 CPU; no node has as much: 10.0.0.1 head: 0 CPU, 0 GPU; there is no autoscaler; add a "
+        "0.5 CPU; no node has as much: 10.0.0.1: 0 CPU, 0 GPU; there is no autoscaler; add a "
         "node that has as much, or ask for less with --decode-cpus"
     )
 

@@ -34,6 +34,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch):
         total = {"CPU": sum(node.get("CPU", 0) for node in nodes)}
         monkeypatch.setattr(ray, "nodes", lambda: found)
         monkeypatch.setattr(ray, "cluster_resources", lambda: total)
+        monkeypatch.setattr("pipelines.autoscaler._is_scaled", lambda *, types: bool(types))
 
     return has
 

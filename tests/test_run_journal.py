@@ -5,13 +5,16 @@ import time
 
 import pytest
 
+from jobs.stopping import Terminated
 from pipelines.errors import CatalogError, StoreError
 from pipelines.progress import STAGES, Progress, StageCount
 from pipelines.run_history import run_ids
 from pipelines.run_journal import RunJournal
 from pipelines.run_records import RunRecord, read_record
+from pipelines.snapshots import commit
 from pipelines.store import Store
 from tests.recorded_runs import REPORT
+from tests.stored import make_snapshot
 
 
 @pytest.fixture
@@ -60,11 +63,35 @@ def test_a_run_that_raises_has_failed(store):
     assert "and more" not in failed.error
 
 
-def test_a_run_stopped_by_hand_has_failed(store):
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, Terminated, SystemExit])
+def test_a_run_stopped_by_hand_has_not_failed(store, stop):
     journal = RunJournal(store, command="embed")
-    with pytest.raises(KeyboardInterrupt), journal:
-        raise KeyboardInterrupt
-    assert on_record(store, journal).error == "KeyboardInterrupt"
+    with pytest.raises(stop), journal:
+        raise stop
+    stopped = on_record(store, journal)
+    assert (stopped.status, stopped.error) == ("stopped", stop.__name__)
+    assert stopped.snapshot is None
+
+
+def test_what_a_run_committed_before_it_failed_is_on_record(store):
+    other = dataclasses.replace(make_snapshot([]), run_id="another")
+    commit(store, other)
+    journal = RunJournal(store, command="nightly")
+    mine = dataclasses.replace(make_snapshot([], number=2), run_id=journal.run_id)
+
+    def commit_and_fail() -> None:
+        with journal:
+            commit(store, mine)
+            raise CatalogError("after the commit")
+
+    with pytest.raises(CatalogError):
+        commit_and_fail()
+    failed = on_record(store, journal)
+    assert (failed.status, failed.snapshot, failed.numbers) == ("failed", 2, None)
+    later = RunJournal(store, command="nightly")
+    with pytest.raises(CatalogError), later:
+        raise CatalogError("before its own")
+    assert on_record(store, later).snapshot is None
 
 
 def test_what_raises_after_the_end_leaves_the_end_on_record(store):

@@ -4,9 +4,25 @@ import pytest
 
 from pipelines import metrics
 from pipelines.counts import Counts, KeyCounts
-from pipelines.metrics import PLANNED, RUN_END, RUN_START, SNAPSHOT, SNAPSHOT_REJECTS
+from pipelines.metrics import (
+    PHASE,
+    PLANNED,
+    QUEUE,
+    RUN_END,
+    RUN_START,
+    SNAPSHOT,
+    SNAPSHOT_REJECTS,
+)
 from pipelines.progress import GPU_STAGES, STAGES, Progress, StageCount
-from pipelines.run_metrics import queues, tell_plan, tell_snapshot, told_run
+from pipelines.run_metrics import (
+    queues,
+    tell_phase,
+    tell_plan,
+    tell_progress,
+    tell_snapshot,
+    told_run,
+)
+from pipelines.store_places import store_label
 from tests.stored import make_snapshot
 
 
@@ -72,7 +88,7 @@ def ends(told: list) -> list[str]:
 
 def test_a_run_tells_its_outcome_and_is_failed_until_then(told: list):
     with told_run("s3://bucket/a/vectors") as run:
-        assert told[0][:2] == (RUN_START.name, {"store": "a/vectors"})
+        assert told[0][:2] == (RUN_START.name, {"store": store_label("s3://bucket/a/vectors")})
         tell_plan("s3://bucket/a/vectors", counts(), workers={"read": 8})
         run.outcome = "unchanged"
     assert ends(told) == ["unchanged", "unchanged"]  # at the end, and kept
@@ -81,6 +97,35 @@ def test_a_run_tells_its_outcome_and_is_failed_until_then(told: list):
         raise RuntimeError
     assert set(ends(told)) == {"failed"}
     assert PLANNED.name not in {name for name, _, _ in told}
+    told.clear()
+    with pytest.raises(KeyboardInterrupt), told_run("s3://bucket/a/vectors"):
+        raise KeyboardInterrupt
+    assert set(ends(told)) == {"stopped"}
+
+
+def test_of_phases_the_last_is_kept_and_rows_wait_only_while_they_are_embedded(told: list):
+    def kept() -> dict[str, dict[str, float]]:
+        told.clear()
+        metrics._tell_kept()
+        found: dict[str, dict[str, float]] = {PHASE.name: {}, QUEUE.name: {}}
+        for name, labels, value in told:
+            if name in found:
+                found[name][labels.get("phase") or labels["stage"]] = value
+        return found
+
+    uri = "s3://bucket/a/vectors"
+    with told_run(uri):
+        assert kept()[PHASE.name].keys() == {"plan"}
+        tell_phase(uri, "embed")
+        tell_progress(uri, counts(), progress(STAGES, 30, 32, 20, 16))
+        assert kept()[QUEUE.name] == {"read": 10, "decode": 13, "encode": 12, "write": 4}
+        tell_phase(uri, "index")
+        found = kept()
+        assert found[PHASE.name].keys() == {"index"}
+        assert found[QUEUE.name] == dict.fromkeys(STAGES, 0)
+    told.clear()
+    metrics._tell_kept()
+    assert told == []
 
 
 def test_gauges_are_told_again_while_a_run_goes_on(told: list, monkeypatch: pytest.MonkeyPatch):

@@ -58,10 +58,17 @@ def test_what_was_written_is_read(tmp_path, scheme):
     written = record()
     publish_record(store, written)
     assert read_record(store, written.run_id) == written
-    failed = dataclasses.replace(written, status="failed", numbers=None, error="StoreError: full")
+    failed = dataclasses.replace(
+        written, status="failed", numbers=None, error="StoreError: full", snapshot=8
+    )
     publish_record(store, failed)
     assert read_record(store, written.run_id) == failed
     assert read_record(store, "another") is None
+    # As it was written before what failed could have a snapshot.
+    content = json.loads(store.read(record_path(written.run_id)))
+    del content["snapshot"]
+    store.publish(record_path(written.run_id), json.dumps(content).encode())
+    assert read_record(store, written.run_id) == dataclasses.replace(failed, snapshot=None)
 
 
 def test_of_runs_of_before_there_is_the_report(tmp_path):

@@ -54,11 +54,19 @@ def test_a_list_has_a_line_for_each_run(store):
     assert len(clipmill_runs(store, "list", "--last", 2).out.splitlines()) == 3
 
 
+def test_what_failed_after_its_commit_shows_its_snapshot(store):
+    after = dataclasses.replace(FAILED, run_id=record(5).run_id, snapshot=8)
+    publish_record(store, after)
+    assert clipmill_runs(store, "list").out.splitlines()[-1].split()[3:5] == ["failed", "8"]
+    assert clipmill_runs(store, "show", after.run_id, "--json").json["record"]["snapshot"] == 8
+
+
 def test_a_list_in_json_has_the_measures(store):
     found = clipmill_runs(store, "list", "--json").json
     assert [entry["status"] for entry in found] == ["committed"] * 3 + ["failed"]
     assert (found[0]["rows_per_second"], found[0]["gpu_seconds"]) == (4_800, 200)
     assert (found[3]["numbers"], found[3]["rows_per_second"]) == (None, None)
+    assert [entry["snapshot"] for entry in found] == [7, 7, 7, None]
 
 
 def test_a_damaged_record_is_a_line(store):

@@ -80,11 +80,13 @@ def test_a_second_one_on_the_same_store_is_refused_until_the_first_has_ended(
     first = submitted(server, *NIGHTLY, "--detach")
     job_id = first.out.strip()
     assert first.code == 0
-    assert job_id.startswith("clipmill-nightly-vectors-")
+    assert job_id.startswith("clipmill-vectors-")
     assert job_id.endswith("-1")
     assert f"clipmill jobs attach {job_id}" in first.err
 
-    for words in (NIGHTLY, ("embed", "--store", "s3://bucket/vectors/", "--catalog", "s3://b/c")):
+    others = ("s3://bucket/vectors/", "s3a://key:hush@bucket/vectors?sig=hush")
+    embeds = (("embed", "--store", store, "--catalog", "s3://b/c") for store in others)
+    for words in (NIGHTLY, *embeds):
         refused = submitted(server, *words)
         assert refused.code == 1
         assert f"{job_id} works on it already since 2025-06-15T15:06:40+00:00" in refused.err
@@ -104,8 +106,10 @@ def test_a_second_one_on_the_same_store_is_refused_until_the_first_has_ended(
     assert again.out.strip() == job_id.removesuffix("1") + "2"
 
 
-def test_of_two_at_the_same_moment_one_is_refused(server: FakeJobServer):
-    job_id = submitted(server, *NIGHTLY, "--detach").out.strip()
+@pytest.mark.parametrize("rivals_command", ["nightly", "embed"])
+def test_of_two_at_the_same_moment_one_is_refused(server: FakeJobServer, rivals_command: str):
+    words = (rivals_command, *NIGHTLY[1:])
+    job_id = submitted(server, *words, "--detach").out.strip()
     rival = ScriptedJob(request=server.jobs[job_id].request)
     server.jobs[job_id].status = "SUCCEEDED"
     rival_id = job_id.removesuffix("1") + "2"
@@ -131,7 +135,7 @@ def test_the_config_and_the_queries_travel(server: FakeJobServer, tmp_path: Path
     )
     assert done.code == 0, done.err
     job_id = done.out.strip()
-    assert "-nightly-vectors-" in job_id
+    assert job_id.startswith("clipmill-vectors-")
     files = server.files(job_id)
     assert words_of(files) == [
         *("nightly", "--catalog", "s3://b/c", "--config", "submitted/products.yaml"),
@@ -158,7 +162,8 @@ def test_secrets_are_in_no_record_of_the_job_and_in_no_message(
     assert done.code == 0
     request = dict(server.jobs[done.out.strip()].request)
     runtime_env = request.pop("runtime_env")
-    assert runtime_env["env_vars"] == {"BUCKET_KEY": "hush-value"}
+    stop_seconds = {"RAY_JOB_STOP_WAIT_TIME_S": "30"}
+    assert runtime_env["env_vars"] == {**stop_seconds, "BUCKET_KEY": "hush-value"}
     assert request["metadata"]["clipmill_store"] == "s3://***@x/s?***"
     assert request["metadata"]["clipmill_catalog"] == "s3://b/c"
     assert "hush" not in json.dumps(request) + done.out + done.err

@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 
 from jobs.serving.metrics import Metrics
 from pipelines.metrics import METRICS
+from tests.alert_scenes import LONG, RUN, SCENES, recalls, scene, told_twice
 from tests.prometheus import (
     ALERTS,
     DASHBOARD,
@@ -23,7 +23,7 @@ from tests.prometheus import (
 )
 
 # Ray's labels, and Prometheus's own.
-RAYS_LABELS = {"NodeAddress", "GpuIndex", "GpuDeviceName", "instance"}
+RAYS_LABELS = {"NodeAddress", "GpuIndex", "GpuDeviceName", "SessionName", "WorkerId", "instance"}
 # Ray's core measures it, not its reporter.
 OF_RAYS_CORE = {"ray_object_store_used_memory"}
 
@@ -126,6 +126,15 @@ def promtool(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([installed("promtool"), *words], capture_output=True, text=True)
 
 
+def promtool_on(
+    folder: Path, content: Any, *words: str, name: str = "file.yaml"
+) -> subprocess.CompletedProcess[str]:
+    """What it says of a file with this content, text or what YAML is made of."""
+    text = content if isinstance(content, str) else yaml.safe_dump(content)
+    (folder / name).write_text(text)
+    return promtool(*words, str(folder / name))
+
+
 def test_promtool_takes_the_configuration_and_the_rules():
     done = promtool("check", "config", str(DEPLOY / "prometheus.yaml"))
     assert done.returncode == 0, done.stderr
@@ -134,169 +143,66 @@ def test_promtool_takes_the_configuration_and_the_rules():
 
 def test_promtool_finds_faults(tmp_path: Path):
     rules = ALERTS.read_text().replace("[3d]))", "[3d)", 1)
-    (tmp_path / "alerts.yaml").write_text(rules)
-    assert promtool("check", "rules", str(tmp_path / "alerts.yaml")).returncode != 0
+    assert promtool_on(tmp_path, rules, "check", "rules").returncode != 0
 
 
 def test_prometheus_reads_the_dashboards_queries(tmp_path: Path):
     rules = [{"record": "r", "expr": query} for query in panel_queries().values()]
-    (tmp_path / "rules.yaml").write_text(
-        yaml.safe_dump({"groups": [{"name": "g", "rules": rules}]})
-    )
-    done = promtool("check", "rules", "--lint=none", str(tmp_path / "rules.yaml"))
+    groups = {"groups": [{"name": "g", "rules": rules}]}
+    done = promtool_on(tmp_path, groups, "check", "rules", "--lint=none")
     assert done.returncode == 0, done.stderr
 
 
-RUN = "ray_clipmill_run_{}_timestamp_seconds"
-BUILDS = "ray_clipmill_engine_builds_total"
-# Those that take hours go by half hours: Prometheus works through every step.
-LONG = ("ClipmillRunSlow", "ClipmillSnapshotOld", "ClipmillEngineBuiltAgain")
-# Alert -> minutes or half hours after which it is looked at, series (a sample for each) that fire
-# it, and series that do not.
-SCENES: Mapping[str, tuple[int, Mapping[str, str], Mapping[str, str]]] = {
-    "ClipmillRunFailed": (
-        20,
-        {
-            RUN.format("end") + '{store="a",outcome="committed"}': "100x3",
-            RUN.format("end") + '{store="a",outcome="failed"}': "_x8 600x2",
-        },
-        {
-            RUN.format("end") + '{store="a",outcome="failed"}': "100x3",
-            RUN.format("end") + '{store="a",outcome="unchanged"}': "_x8 600x2",
-        },
-    ),
-    "ClipmillRunDied": (
-        20,
-        {
-            RUN.format("end") + '{store="a",outcome="committed"}': "30 stale",
-            RUN.format("start") + '{store="a"}': "60x2 stale",
-        },
-        {
-            RUN.format("end") + '{store="a",outcome="unchanged"}': "_x3 200 stale",
-            RUN.format("start") + '{store="a"}': "60x2 stale",
-        },
-    ),
-    "ClipmillRunStuck": (
-        60,
-        {
-            'ray_clipmill_stage_rows_total{store="a",stage="encode"}': "100x120",
-            'ray_clipmill_stage_queue_rows{store="a",stage="encode"}': "5x120",
-        },
-        {
-            'ray_clipmill_stage_rows_total{store="a",stage="encode"}': "0+10x120",
-            'ray_clipmill_stage_queue_rows{store="a",stage="encode"}': "5x120",
-        },
-    ),
-    "ClipmillRunSlow": (
-        18,
-        {RUN.format("start") + '{store="a"}': "60x30"},
-        {RUN.format("start") + '{store="a"}': "18000x30"},
-    ),
-    "ClipmillManyRejects": (
-        40,
-        {
-            'ray_clipmill_rejects_total{store="a",reason="fetch_failed"}': "0+6x60",
-            'ray_clipmill_stage_rows_total{store="a",stage="write"}': "0+100x60",
-        },
-        {
-            'ray_clipmill_rejects_total{store="a",reason="fetch_failed"}': "0+4x60",
-            'ray_clipmill_stage_rows_total{store="a",stage="write"}': "0+100x60",
-        },
-    ),
-    "ClipmillSnapshotOld": (
-        54,
-        {'ray_clipmill_snapshot_timestamp_seconds{store="a"}': "60x10"},
-        {
-            'ray_clipmill_snapshot_timestamp_seconds{store="a"}': "60x10",
-            RUN.format("end") + '{store="a",outcome="unchanged"}': "_x46 84000x2",
-        },
-    ),
-    "ClipmillServedSnapshotOld": (
-        20,
-        {'clipmill_snapshot_age_seconds{instance="a"}': "200000+60x30"},
-        {'clipmill_snapshot_age_seconds{instance="a"}': "60+60x30"},
-    ),
-    "ClipmillServiceBehind": (
-        30,
-        {'clipmill_snapshot_behind{instance="a"}': "1x60"},
-        {'clipmill_snapshot_behind{instance="a"}': "0x60"},
-    ),
-    "ClipmillRecallLow": (
-        30,
-        {
-            'ray_clipmill_index_recall_ratio{store="a",modality="image",queries="image"}': "0.97x2",
-            'ray_clipmill_index_recall_ratio{store="a",modality="image",queries="text"}': "0.93x2",
-            'ray_clipmill_index_target_recall_ratio{store="a",modality="image"}': "0.95x2",
-        },
-        {
-            'ray_clipmill_index_recall_ratio{store="a",modality="image",queries="text"}': "0.96x2",
-            'ray_clipmill_index_target_recall_ratio{store="a",modality="image"}': "0.95x2",
-        },
-    ),
-    "ClipmillGpuIdle": (
-        40,
-        {
-            'ray_clipmill_stage_busy_seconds_total{store="a",stage="decode"}': "0+114x60",
-            'ray_clipmill_stage_workers{store="a",stage="decode"}': "2x60",
-            'ray_node_gpus_utilization{GpuIndex="0"}': "30x60",
-        },
-        {
-            'ray_clipmill_stage_busy_seconds_total{store="a",stage="decode"}': "0+114x60",
-            'ray_clipmill_stage_workers{store="a",stage="decode"}': "2x60",
-            'ray_node_gpus_utilization{GpuIndex="0"}': "80x60",
-        },
-    ),
-    "ClipmillEngineBuiltAgain": (
-        146,
-        {
-            f'{BUILDS}{{store="a",what="engine",WorkerId="{night}"}}': f"_x{steps} 1x2"
-            for night, steps in enumerate((45, 93, 141))
-        },
-        {
-            # One that was built before, on a node that is still there, and two of the last days.
-            f'{BUILDS}{{store="a",what="engine",WorkerId="0"}}': "1x200",
-            f'{BUILDS}{{store="a",what="engine",WorkerId="1"}}': "_x93 1x80",
-            f'{BUILDS}{{store="a",what="engine",WorkerId="2"}}': "_x141 1x2",
-        },
-    ),
-    "ClipmillDiskFull": (
-        20,
-        {'ray_node_disk_utilization_percentage{NodeAddress="a"}': "95x30"},
-        {'ray_node_disk_utilization_percentage{NodeAddress="a"}': "60x30"},
-    ),
-}
-
-
 def test_every_alert_has_a_scene():
-    assert SCENES.keys() == {rule["alert"] for rule in alert_rules()}
+    assert {name.split(",")[0] for name in SCENES} == {rule["alert"] for rule in alert_rules()}
 
 
 @pytest.mark.parametrize("minutes", [1, 30])
 @pytest.mark.parametrize("fires", [True, False])
 def test_alerts_fire_when_they_should(tmp_path: Path, fires: bool, minutes: int):
     tests = []
-    for alert, (steps, firing, quiet) in SCENES.items():
+    for name, (steps, firing, quiet) in SCENES.items():
+        alert = name.split(",")[0]
         if (alert in LONG) != (minutes > 1):
             continue
+        expected = [{"labels": f'{{alertname="{alert}"}}', "value": 1}] if fires else []
+        fired = 'count by (alertname) (ALERTS{alertstate="firing"})'
         series = firing if fires else quiet
-        tests.append(
-            {
-                "interval": f"{minutes}m",
-                "input_series": [
-                    {"series": name, "values": values} for name, values in series.items()
-                ],
-                "promql_expr_test": [
-                    {
-                        "expr": 'count by (alertname) (ALERTS{alertstate="firing"})',
-                        "eval_time": f"{steps * minutes}m",
-                        "exp_samples": (
-                            [{"labels": f'{{alertname="{alert}"}}', "value": 1}] if fires else []
-                        ),
-                    }
-                ],
-            }
-        )
+        tests.append(scene(series, {fired: expected}, steps=steps, minutes=minutes, name=name))
     scenes = {"rule_files": [str(ALERTS)], "evaluation_interval": f"{minutes}m", "tests": tests}
-    (tmp_path / "scenes.yaml").write_text(yaml.safe_dump(scenes))
-    done = promtool("test", "rules", str(tmp_path / "scenes.yaml"))
+    done = promtool_on(tmp_path, scenes, "test", "rules")
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}"
+
+
+def test_panels_show_what_the_latest_run_told(tmp_path: Path):
+    panels = panel_queries()
+    series = {
+        **recalls(0.97, 0.93),
+        **told_twice("ray_clipmill_snapshot_rows", 'modality="image",', 900, 800),
+        **told_twice("ray_clipmill_snapshot_rejects", 'reason="null_image",', 3, 1),
+        **told_twice("ray_clipmill_snapshot_rejects", 'reason="fetch_failed",', 7, None),
+    }
+    image = 'store="a",modality="image"'
+    expected = {
+        "Index recall A": {f'{image},queries="image"': 0.93, f'{image},queries="text"': 0.99},
+        "Index recall B": {image: 0.95},
+        "Embeddings A": {image: 800},
+        "Rejects in the snapshot A": {'store="a",reason="null_image"': 1},
+    }
+    # A run that has told nothing yet, or that does not index, leaves what was told before.
+    begun = {RUN.format("start") + '{store="a",SessionName="3",WorkerId="01"}': "_x20 1200x20"}
+    scenes = [
+        scene(
+            {**series, **more},
+            {
+                panels[title]: [
+                    {"labels": f"{{{labels}}}", "value": value} for labels, value in found.items()
+                ]
+                for title, found in expected.items()
+            },
+            steps=30,
+        )
+        for more in ({}, begun)
+    ]
+    done = promtool_on(tmp_path, {"evaluation_interval": "1m", "tests": scenes}, "test", "rules")
     assert done.returncode == 0, f"{done.stdout}{done.stderr}"

@@ -6,7 +6,8 @@ Knows nothing of what is looked at. Imports nothing that may be missing.
 from dataclasses import dataclass
 from typing import Literal
 
-Verdict = Literal["ok", "missing", "wrong"]
+# `unseen`: it could not be looked at, which says nothing against it.
+Verdict = Literal["ok", "missing", "wrong", "unseen"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,12 +23,12 @@ class Check:
     mend: str = ""
     """The command that mends it, or what to do; empty if nothing is to be done."""
     is_needed: bool = False
-    """Whether `clipmill embed` does not run here unless it is ok."""
+    """Whether `clipmill embed` does not run here if it is missing or wrong."""
 
     @property
     def stops(self) -> bool:
         """Whether `clipmill embed` does not run here because of it."""
-        return self.is_needed and self.verdict != "ok"
+        return self.is_needed and self.verdict in ("missing", "wrong")
 
 
 def urgency(check: Check) -> int:

@@ -1,61 +1,17 @@
 """Checks Ray: its version, that a cluster answers, and what each of its nodes finds of itself.
 
-Knows nothing of what is looked at on a node.
+Knows nothing of how the nodes are asked.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.exceptions import RayError
 
 from engine.errors import ClipmillError
+from jobs.checks.asking import NodeAnswer, Nodes, nodes_of
 from jobs.checks.check import Check
-from jobs.checks.node import node_checks
-from jobs.cluster import ray_cluster
-from pipelines.cluster_nodes import node_line
-
-# For a node to start a worker that imports the project, and PyTorch where there are GPUs.
-NODE_SECONDS = 120.0
-_PROBE_GPUS = 0.001
-
-# Node in words -> what it found of itself, or why it could not look.
-Nodes = Mapping[str, list[Check] | str]
-
-
-@contextmanager
-def _connected(address: str) -> Iterator[None]:
-    with ray_cluster(address):
-        yield
-
-
-def nodes_of(address: str) -> Nodes:
-    """Ask every node of a cluster to look at itself; ClipmillError if none answers."""
-    with _connected(address):
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        asked = {node_line(node): _ask(node) for node in nodes}
-        return {line: _answer(reference) for line, reference in asked.items()}
-
-
-def _ask(node: Mapping[str, Any]) -> Any:
-    there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-    num_gpus = _PROBE_GPUS if node["Resources"].get("GPU") else 0
-    task = ray.remote(num_cpus=0, num_gpus=num_gpus, max_retries=0)(node_checks)
-    return task.options(scheduling_strategy=there).remote()
-
-
-def _answer(reference: Any) -> list[Check] | str:
-    try:
-        found: list[Check] = ray.get(reference, timeout=NODE_SECONDS)
-    except GetTimeoutError:
-        return f"no answer within {NODE_SECONDS:g} s: its GPUs or its memory may be all in use"
-    except RayError as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        return f"{type(error).__name__}: {lines[-1].strip() if lines else ''}"
-    return found
 
 
 def ray_checks(address: str | None, *, nodes: Callable[[str], Nodes] = nodes_of) -> list[Check]:
@@ -84,28 +40,39 @@ def ray_checks(address: str | None, *, nodes: Callable[[str], Nodes] = nodes_of)
         ]
     found = f"{ray.__version__}; a cluster of {len(answers)} nodes answers at {address}"
     checks = [Check(name="ray", verdict="ok", found=found, is_needed=True)]
-    for line, answer in answers.items():
+    for line, answer in answers:
         checks += _node(line, answer)
     return checks
 
 
-def _node(line: str, answer: list[Check] | str) -> list[Check]:
-    """What there is to say of a node: what is wrong there, and what runs."""
+def _node(line: str, answer: NodeAnswer) -> list[Check]:
+    """What there is to say of a node: what is wrong there, what runs, what was not looked at."""
     name = line.partition(":")[0]
-    if isinstance(answer, str):
+    if answer.fault is not None:
         return [
             Check(
                 name=f"node {name}",
                 verdict="wrong",
-                found=f"{line}; {answer}",
+                found=f"{line}; {answer.fault}",
                 mend="start the job with `ray job submit --working-dir .`, or Ray on the nodes "
                 "where Clipmill is installed",
                 is_needed=True,
             )
         ]
     faults = [
-        replace(check, name=f"{check.name} of {name}") for check in answer if check.verdict != "ok"
+        replace(check, name=f"{check.name} of {name}")
+        for check in answer.found
+        if check.verdict != "ok"
     ]
-    told = [check.found for check in answer if check.name in ("gpu", "backends")]
-    runs = "; ".join([line, *told])
-    return [*faults, Check(name=f"node {name}", verdict="ok", found=runs, is_needed=True)]
+    told = [check.found for check in answer.found if check.name in ("gpu", "backends")]
+    if answer.unseen is not None:
+        node = Check(
+            name=f"node {name}",
+            verdict="unseen",
+            found="; ".join([line, *told, answer.unseen]),
+            mend="look again when it is idle",
+        )
+    else:
+        runs = "; ".join([line, *told])
+        node = Check(name=f"node {name}", verdict="ok", found=runs, is_needed=True)
+    return [*faults, node]

@@ -7,6 +7,8 @@ import os
 from argparse import Namespace
 from collections.abc import Sequence
 
+from engine.backends.choice import Machine, this_machine
+from engine.errors import DeviceError
 from engine.registry import default_engines_uri
 from jobs.checks.check import Check
 from jobs.checks.cluster import ray_checks
@@ -38,7 +40,8 @@ def all_checks(options: Namespace) -> list[Check]:
     """All checks that the options ask for."""
     address = options.address or os.environ.get("RAY_ADDRESS")
     checks = package_checks() if address else node_checks()
-    checks += [*ray_checks(address), engines_check(options.engines)]
+    machine = None if address else _machine_here()
+    checks += [*ray_checks(address), engines_check(options.engines, machine=machine)]
     if options.store:
         checks.append(store_check(options.store))
     if options.catalog:
@@ -51,3 +54,11 @@ def all_checks(options: Namespace) -> list[Check]:
         )
         checks.append(catalog_check(config))
     return checks
+
+
+def _machine_here() -> Machine | None:
+    """None if nothing can use its GPU, which is a check of its own."""
+    try:
+        return this_machine()
+    except DeviceError:
+        return None

@@ -8,7 +8,12 @@ import re
 from pathlib import Path
 from typing import get_args
 
-from engine.backends.choice import Machine, choose_backend, this_machine
+from engine.backends.choice import (
+    FIRST_FP8_ARCHITECTURE,
+    Machine,
+    choose_backend,
+    this_machine,
+)
 from engine.decoding.nvjpeg import NvJpeg
 from engine.device import Device, has_driver, open_device
 from engine.errors import DeviceError, EngineError
@@ -115,10 +120,13 @@ def backends_check(machine: Machine) -> Check:
             runs.append(f"{precision} by {backend}")
     if not faults:
         return Check(name="backends", verdict="ok", found=", ".join(runs), is_needed=True)
+    found = f"{', '.join(runs)}; but {'; '.join(dict.fromkeys(faults.values()))}"
+    if faults.keys() == {"fp8"}:
+        found += f" (FP8 begins with sm_{FIRST_FP8_ARCHITECTURE})"
     return Check(
         name="backends",
         verdict="wrong",
-        found=f"{', '.join(runs)}; but {'; '.join(dict.fromkeys(faults.values()))}",
+        found=found,
         mend=GPU_EXTRA if "fp16" in faults else "clipmill engine build --precision fp16 ...",
         is_needed="fp16" in faults,  # which every card runs
     )

@@ -1,4 +1,4 @@
-"""Checks what a machine has of cores, memory, disk, shared memory and open files.
+"""Checks what a machine, or the container here, has of cores, memory, disks and open files.
 
 Knows nothing of GPUs or of Ray's cluster.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from jobs.checks.check import Check
+from jobs.checks.limits import cpu_limit, memory_limit
 from jobs.cluster import MIN_OBJECT_STORE_BYTES, OBJECT_STORE_BYTES_PER_CPU
 
 # Processes of a run of small towers on two cores took 1.7 GiB (`clipmill bench pipeline`, README).
@@ -25,33 +26,52 @@ SHM_DIR = Path("/dev/shm")
 GIB = 2**30
 
 
-def machine_checks() -> list[Check]:
-    """All of this machine."""
-    num_cpus = len(os.sched_getaffinity(0))
-    memory = psutil.virtual_memory()
+def machine_checks(*, root: Path = Path("/")) -> list[Check]:
+    """All of this machine; of a container here, what it may take.
+
+    Args:
+        root: See `memory_limit`.
+    """
+    num_cores = len(os.sched_getaffinity(0))
+    num_cpus = min(num_cores, cpu_limit(root) or num_cores)
+    memory, limit = psutil.virtual_memory(), memory_limit(root)
+    free_bytes, total_bytes = memory.available, memory.total
+    is_limited = limit is not None and limit.limit_bytes < total_bytes
+    if limit is not None and is_limited:
+        free_bytes, total_bytes = min(free_bytes, limit.free_bytes), limit.limit_bytes
     disk_dir = tempfile.gettempdir()
     disk = shutil.disk_usage(disk_dir)
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     checks = [
-        memory_check(num_cpus, free_bytes=memory.available, total_bytes=memory.total),
+        memory_check(
+            num_cpus, free_bytes=free_bytes, total_bytes=total_bytes, is_limited=is_limited
+        ),
         disk_check(disk_dir, free_bytes=disk.free, total_bytes=disk.total),
         open_files_check(most_files),
     ]
     if SHM_DIR.exists():
-        checks.append(shm_check(num_cpus, free_bytes=shutil.disk_usage(SHM_DIR).free))
+        shm_bytes = shutil.disk_usage(SHM_DIR).free
+        checks.append(shm_check(num_cpus, free_bytes=shm_bytes, memory_bytes=free_bytes))
     return checks
 
 
-def memory_check(num_cpus: int, *, free_bytes: int, total_bytes: int) -> Check:
-    """Cores that this process may use, and memory."""
+def memory_check(
+    num_cpus: float, *, free_bytes: int, total_bytes: int, is_limited: bool = False
+) -> Check:
+    """Cores that this process may use, and memory; `is_limited`: that of its container."""
     is_enough = free_bytes >= MIN_MEMORY_BYTES
+    whose, more = "", "end other programs"
+    if is_limited:
+        whose = "the container's "
+        more = "allow the container more (docker run --memory, its pod's resources.limits.memory)"
     return Check(
         name="memory",
         verdict="ok" if is_enough else "wrong",
-        found=f"{num_cpus} cores, {free_bytes / GIB:.1f} of {total_bytes / GIB:.1f} GiB free",
+        found=f"{num_cpus:g} cores, {free_bytes / GIB:.1f} of {whose}{total_bytes / GIB:.1f} GiB "
+        "free",
         mend=""
         if is_enough
-        else f"end other programs: a run of small models takes {MIN_MEMORY_BYTES / GIB:g} GiB",
+        else f"{more}: a run of small models takes {MIN_MEMORY_BYTES / GIB:g} GiB",
     )
 
 
@@ -73,21 +93,31 @@ def disk_check(folder: str, *, free_bytes: int, total_bytes: int) -> Check:
     )
 
 
-def shm_check(num_cpus: int, *, free_bytes: int) -> Check:
-    """Where Ray keeps what goes from process to process."""
-    wanted = max(OBJECT_STORE_BYTES_PER_CPU * num_cpus, MIN_OBJECT_STORE_BYTES)
-    is_enough = free_bytes >= MIN_OBJECT_STORE_BYTES
+def shm_check(num_cpus: float, *, free_bytes: int, memory_bytes: int) -> Check:
+    """Where Ray keeps what goes from process to process.
+
+    Args:
+        num_cpus: For which it is kept.
+        free_bytes: Of its file system, whose size is not that of memory.
+        memory_bytes: Free, which it takes up as it fills.
+    """
+    wanted = max(OBJECT_STORE_BYTES_PER_CPU * max(1, int(num_cpus)), MIN_OBJECT_STORE_BYTES)
+    is_large = free_bytes >= MIN_OBJECT_STORE_BYTES
+    is_enough = is_large and memory_bytes >= MIN_OBJECT_STORE_BYTES
     found = f"{free_bytes / GIB:.1f} GiB free in {SHM_DIR}"
-    if not is_enough:
+    mend = ""
+    if not is_large:
         found += ": Ray takes a disk instead, which is slower"
+        size = -(-wanted // GIB)
+        mend = (
+            f"docker run --shm-size={size}g, an emptyDir of medium Memory there in a pod, or mount "
+            f"-o remount,size={size}G {SHM_DIR}"
+        )
+    elif not is_enough:
+        found += f", but {memory_bytes / GIB:.1f} GiB of memory to fill it with"
+        mend = "see memory"
     return Check(
-        name="shared memory",
-        verdict="ok" if is_enough else "wrong",
-        found=found,
-        mend=""
-        if is_enough
-        else f"docker run --shm-size={-(-wanted // GIB)}g, or mount -o remount,size="
-        f"{-(-wanted // GIB)}G {SHM_DIR}",
+        name="shared memory", verdict="ok" if is_enough else "wrong", found=found, mend=mend
     )
 
 

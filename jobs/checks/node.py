@@ -26,6 +26,11 @@ def package_checks() -> list[Check]:
     ]
 
 
+def cpu_checks() -> list[Check]:
+    """All of this machine but its GPUs."""
+    return [*package_checks(), *machine_checks()]
+
+
 def node_checks() -> list[Check]:
     """All of this machine."""
-    return [*package_checks(), *machine_checks(), *gpu_checks()]
+    return [*cpu_checks(), *gpu_checks()]

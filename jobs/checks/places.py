@@ -7,9 +7,12 @@ import os
 import uuid
 from contextlib import suppress
 from pathlib import Path
+from typing import cast
 
+from engine.backends.choice import Machine, choose_backend
 from engine.errors import EngineError
 from engine.inventory import list_engines
+from engine.manifest import Precision
 from engine.registry import Registry
 from jobs.checks.check import Check
 from pipelines.catalog import CatalogConfig, check_has_rows, open_catalog
@@ -94,8 +97,13 @@ def catalog_check(config: CatalogConfig) -> Check:
     )
 
 
-def engines_check(uri: str) -> Check:
-    """List the engines and read what they are."""
+def engines_check(uri: str, *, machine: Machine | None = None) -> Check:
+    """List the engines and read what they are.
+
+    Args:
+        uri: Of the engines.
+        machine: That should run those that are promoted; None: others do.
+    """
     try:
         entries = list_engines(Registry(uri))
     except EngineError as error:
@@ -106,4 +114,25 @@ def engines_check(uri: str) -> Check:
         found = f"none at {uri} yet: `clipmill embed` builds one in float32"
     else:
         found = f"{len(entries)} at {uri}; promoted: {', '.join(current) or 'none'}"
+    faults = {} if machine is None else _faults_of(current, machine)
+    if faults:
+        # Not needed: which checkpoint is embedded with, nobody said.
+        return Check(
+            name="engines",
+            verdict="wrong",
+            found=f"{found}; of these {', '.join(faults)} do not run here",
+            mend="; ".join(dict.fromkeys(faults.values())),
+        )
     return Check(name="engines", verdict="ok", found=found, is_needed=True)
+
+
+def _faults_of(engine_ids: list[str], machine: Machine) -> dict[str, str]:
+    """Engine -> why it does not run on a machine, with the way out; of those that do not."""
+    faults = {}
+    for engine_id in engine_ids:
+        precision = cast("Precision", engine_id.partition("-")[0])
+        try:
+            choose_backend("auto", precision=precision, machine=machine)
+        except EngineError as error:
+            faults[engine_id] = str(error)
+    return faults

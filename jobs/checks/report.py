@@ -42,9 +42,13 @@ def text(report: DoctorReport) -> str:
         lines.append(f"{check.verdict:<8} {check.name:<{width}} {check.found}")
         lines += [f"{'':<8} {'':<{width}} -> {check.mend}"] if check.mend else []
     stopping = [check.name for check in report.checks if check.stops]
-    verdict = (
-        "`clipmill embed` would run here"
-        if report.runs
-        else f"`clipmill embed` would not run here: {', '.join(stopping)}"
-    )
+    if not report.runs:
+        verdict = f"`clipmill embed` would not run here: {', '.join(stopping)}"
+    elif unseen := [check.name for check in report.checks if check.verdict == "unseen"]:
+        verdict = (
+            "`clipmill embed` would run here, as far as could be seen; not looked at: "
+            f"{', '.join(unseen)}"
+        )
+    else:
+        verdict = "`clipmill embed` would run here"
     return "\n".join([*lines, verdict])

@@ -8,8 +8,8 @@ import json
 import re
 from collections.abc import Iterable
 
-from engine.redaction import MASK, public_uri
 from jobs.submission.words import CommandWords
+from pipelines.store_places import last_parts, store_digest
 
 _MAX_PLACE_CHARACTERS = 24
 
@@ -21,19 +21,24 @@ def target_of(command: CommandWords) -> str:
     `engine`, has all its options.
     """
     store = command.value("store")
-    # A signature is another one every day.
-    place = public_uri(store or "").rstrip("/")
+    if store:
+        return store_digest(store)
     config = json.dumps(command.config, sort_keys=True, default=str)
-    what = ["store", place] if store else [command.command, *command.words, config]
+    what = [command.command, *command.words, config]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
 def base_name(command: CommandWords) -> str:
-    """What the ids of all runs of a command on its target begin with."""
-    place = command.value("store") or command.value("checkpoint") or ""
-    place = public_uri(place).removesuffix(f"?{MASK}").rstrip("/")
-    last = re.sub(r"[^a-z0-9]+", "-", place.rsplit("/", 1)[-1].lower()).strip("-")
-    parts = ["clipmill", command.command, last[:_MAX_PLACE_CHARACTERS].strip("-")]
+    """What the ids of all runs on a command's target begin with.
+
+    Of a store it is the same whatever the command: of two that are submitted at the same moment,
+    the second finds the id taken.
+    """
+    store = command.value("store")
+    named = store or command.value("checkpoint")
+    place = last_parts(named, 1) if named else ""
+    words = re.sub(r"[^a-z0-9]+", "-", place.lower()).strip("-")
+    parts = ["clipmill", "" if store else command.command, words[:_MAX_PLACE_CHARACTERS].strip("-")]
     return "-".join([*filter(None, parts), target_of(command)[:8]])
 
 

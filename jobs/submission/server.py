@@ -28,6 +28,8 @@ ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 """That may name the server, in Ray's order."""
 # To connect, and for an answer: the server itself waits for a node to start a job on.
 REQUEST_SECONDS = (10.0, 120.0)
+# For a driver that is stopped to end what it began; what it tells last leaves it within 10 s.
+STOP_VARIABLE, STOP_SECONDS = "RAY_JOB_STOP_WAIT_TIME_S", 30
 _KEY = "clipmill_"
 
 
@@ -146,7 +148,10 @@ class JobServer:
             self._client.submit_job(
                 entrypoint=ENTRYPOINT,
                 submission_id=job_id,
-                runtime_env={"working_dir": str(folder), "env_vars": dict(env_vars)},
+                runtime_env={
+                    "working_dir": str(folder),
+                    "env_vars": {STOP_VARIABLE: str(STOP_SECONDS), **env_vars},
+                },
                 metadata={f"{_KEY}{name}": text for name, text in metadata.items()},
                 entrypoint_num_cpus=entrypoint.num_cpus or None,
                 entrypoint_num_gpus=entrypoint.num_gpus or None,

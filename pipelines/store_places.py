@@ -1,0 +1,52 @@
+"""Tells stores apart: one place has one name, however its URI is written, without secrets in it.
+
+Knows nothing of file systems; imports nothing that a client without datasets has not.
+"""
+
+import hashlib
+import json
+import os
+
+from engine.redaction import MASK, public_uri
+
+# Of file systems that go by several names.
+_SCHEMES = {"s3a": "s3", "gcs": "gs", "az": "abfs", "abfss": "abfs"}
+_LOCAL_SCHEMES = ("file", "local")
+_MAX_LABEL_CHARS = 80
+_NUM_DIGITS = 8
+
+
+def store_place(uri: str) -> str:
+    """Where a store is: `s3://bucket/products/vectors`, or a path from / on.
+
+    Users, passwords and signatures change, and the store stays. What is beyond a symbolic link, or
+    the same server under another name, is not looked at.
+    """
+    scheme, separator, rest = public_uri(uri).partition("://")
+    scheme = scheme.lower()
+    if not separator:
+        return os.path.abspath(uri)
+    rest = rest.removesuffix(f"?{MASK}").removeprefix(f"{MASK}@")
+    if scheme in _LOCAL_SCHEMES:
+        return os.path.abspath(rest)
+    return f"{_SCHEMES.get(scheme, scheme)}://{rest.rstrip('/')}"
+
+
+def store_digest(uri: str) -> str:
+    """Of its place, 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(["store", store_place(uri)]).encode()).hexdigest()[:16]
+
+
+def last_parts(uri: str, num_parts: int) -> str:
+    """Of a store's place, for people; empty where it has none."""
+    place = store_place(uri).rpartition("://")[2].rpartition("@")[2]
+    return "/".join([part for part in place.split("/") if part][-num_parts:])
+
+
+def store_label(uri: str) -> str:
+    """A store's name in metrics: the last two parts of its place, and what tells it from others.
+
+    As many as there are stores, each of 80 characters at most: `products/vectors-6c0d3b1f`.
+    """
+    name = last_parts(uri, 2)[-(_MAX_LABEL_CHARS - 1 - _NUM_DIGITS) :]
+    return f"{name or 'root'}-{store_digest(uri)[:_NUM_DIGITS]}"

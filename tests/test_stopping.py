@@ -1,0 +1,80 @@
+"""Tests of jobs/stopping.py: SIGTERM in this process, as a scheduler would send it."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from jobs.stopping import Terminated, ended_by_sigterm
+from tests.commands import command
+
+
+def told_to_end() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture(autouse=True)
+def noticed() -> list[int]:
+    """Signals that came to what was there before."""
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+    yield seen
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_block_ends_as_by_ctrl_c_and_all_is_as_before(noticed: list[int]):
+    def run() -> None:
+        with ended_by_sigterm():
+            try:
+                told_to_end()
+            finally:
+                told_to_end()  # what ends a run is not ended itself
+
+    with pytest.raises(Terminated):
+        run()
+    assert noticed == []
+    told_to_end()
+    assert noticed == [signal.SIGTERM]
+
+
+def test_who_took_the_signal_meanwhile_has_it_again_after_an_inner_block(noticed: list[int]):
+    taken: list[int] = []
+
+    def run() -> None:
+        with ended_by_sigterm():
+            signal.signal(signal.SIGTERM, lambda number, _: taken.append(number))  # as ray.init
+            try:
+                with ended_by_sigterm():
+                    told_to_end()
+            finally:
+                told_to_end()
+
+    with pytest.raises(Terminated):
+        run()
+    assert (taken, noticed) == ([signal.SIGTERM], [])
+
+
+def test_in_another_thread_nothing_is_changed(noticed: list[int]):
+    ended: list[bool] = []
+
+    def run() -> None:
+        with ended_by_sigterm():
+            ended.append(True)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert ended == [True]
+
+
+@pytest.mark.parametrize(("error", "code"), [(Terminated, 143), (KeyboardInterrupt, 130)])
+def test_the_exit_code_is_a_shells(error: type[BaseException], code: int):
+    def main(argv: object) -> int:
+        raise error
+
+    done = command(main, [])
+    assert (done.code, done.err) == (
+        code,
+        "clipmill: stopped; run the same command again to go on\n",
+    )
