@@ -2,12 +2,12 @@
 
 Knows nothing of what the cluster lacks.
 
-Nodes that `ray up` or KubeRay started have types; KubeRay's have them with autoscaling off, too. So
-the head is asked what reports to it. Where nothing is to be scaled, Ray starts an autoscaler that only
-looks, and reports as others do. Version 1 writes down the types of its nodes: one that looks makes up
-a type for each node. Version 2 counts nodes by type in its metrics: one that looks goes by a config of
-Ray's own, whose only type no node has. Ray has no public call that says it; where these metrics
-cannot be had, an autoscaler that reports is taken for one that starts nodes.
+Nodes that `ray up` or KubeRay started have types; KubeRay's have them with autoscaling off, too.
+So the head is asked what reports to it. Where nothing is to be scaled, Ray starts an autoscaler
+that only looks, and reports as others do. Version 1 writes down the types of its nodes: one that
+looks makes up a type for each node. Version 2 counts nodes by type in its metrics: one that looks
+goes by a config of Ray's own, whose only type no node has. Ray has no public call that says it;
+where these metrics cannot be had, an autoscaler that reports is taken for one that starts nodes.
 """
 
 import functools
