@@ -8,10 +8,10 @@ from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines import schema
+from pipelines.arrow_files import read_parquet
 from pipelines.bounded_map import bounded_map
 from pipelines.compaction import files_to_write
 from pipelines.ledger import Ledger
@@ -94,7 +94,7 @@ class _Rewriter:
         parts: dict[pa.Schema, list[pa.Table]] = {}
         for stored, positions in rows:
             with self._store.open(stored.path) as file:
-                table = pq.read_table(file)
+                table = read_parquet(file)
                 table = table if len(positions) == table.num_rows else table.take(positions)
             parts.setdefault(table.schema, []).append(table)
         first, _ = rows[0]
@@ -117,7 +117,7 @@ class _Rewriter:
         for stored in files:
             if stored.modality is None:
                 with self._store.open(stored.path) as file:
-                    if pq.read_table(file).equals(rejects):
+                    if read_parquet(file).equals(rejects):
                         yield stored
                         return
         if rejects.num_rows:

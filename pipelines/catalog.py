@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from engine.publishing.file_systems import (
     file_system_errors,
@@ -17,6 +16,7 @@ from engine.publishing.file_systems import (
     open_parts,
 )
 from pipelines import schema
+from pipelines.arrow_files import open_parquet
 from pipelines.catalog_columns import (
     ImageLayout,
     SchemaCheck,
@@ -241,7 +241,7 @@ class _Footer(NamedTuple):
 def _read_footer(fs: Any, path: str) -> _Footer:
     try:
         with open_parts(fs, path) as file:
-            parquet = pq.ParquetFile(file)
+            parquet = open_parquet(file)
             footer = parquet.metadata
             return _Footer(
                 row_groups=tuple(

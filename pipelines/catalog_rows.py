@@ -5,11 +5,11 @@ Knows nothing of what the images are shown for.
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from engine.publishing.file_systems import file_system_errors, open_parts
 from pipelines import schema
+from pipelines.arrow_files import open_parquet
 from pipelines.catalog import NO_COLUMN, Catalog, CatalogConfig, open_catalog
 from pipelines.errors import CatalogError
 from pipelines.fetch import FetchFailure, fetch_all
@@ -80,7 +80,8 @@ class CatalogRows:
             uri: bytes | None = row[schema.IMAGE_URI][0].as_py()
             # As for embedding: bytes that are there win over a path beside them.
             if encoded is None and uri:
-                return fetch_all([uri], max_bytes=max_bytes, policy=self._fetch)[0]
+                (fetched,) = fetch_all([uri], max_bytes=max_bytes, policy=self._fetch)
+                return fetched
             return encoded
         return None
 
@@ -121,7 +122,7 @@ class CatalogRows:
         name = self._catalog.image_column
         try:
             with open_parts(self._catalog.fs, path) as file:
-                metadata = pq.ParquetFile(file).metadata
+                metadata = open_parquet(file).metadata
                 groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         except (pa.ArrowException, *file_system_errors()) as error:
             raise CatalogError(

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipelines import schema
+from pipelines.arrow_files import read_parquet
 from pipelines.bounded_map import bounded_map
 from pipelines.ledger import Ledger
 from pipelines.snapshots import StoredFile
@@ -58,7 +58,7 @@ def _copied(rows: pa.Table, *, store: Store) -> pa.Table:
         paths.dictionary.to_pylist(), starts[:-1], starts[1:], strict=True
     ):
         with store.open(path) as file:
-            parts.append(pq.read_table(file).take(positions[first:last]))
+            parts.append(read_parquet(file).take(positions[first:last]))
     copied = pa.concat_tables(parts)
     column = copied.column_names.index(schema.KEY)
     field = copied.schema.field(column)

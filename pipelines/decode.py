@@ -8,7 +8,9 @@ and counted apart.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -196,36 +198,39 @@ def _judged(
 def _images(
     table: pa.Table, *, preprocessing: Preprocessing, limits: RowLimits, decoder: Decoder
 ) -> tuple[pa.Array, pa.Array, pa.Array, list[Verdict]]:
-    contents: list[Any] = binary_views(table[schema.IMAGE])
+    views = binary_views(table[schema.IMAGE])
     uris = table[schema.IMAGE_URI].to_pylist()
     # Bytes that are there win; a path beside them only says where they once came from.
-    missing = [row for row, uri in enumerate(uris) if contents[row] is None and uri]
-    fetched = fetch_all(
-        [uris[row] for row in missing],
-        max_bytes=limits.image.max_image_bytes,
-        policy=limits.fetch,
-    )
-    for row, content in zip(missing, fetched, strict=True):
-        contents[row] = content
+    is_missing = [view is None and bool(uri) for view, uri in zip(views, uris, strict=True)]
     pixels: list[bytes | None] = []
     verdicts: list[Verdict] = []
     geometries: list[Geometry | None] = []
-    for content in contents:
-        geometry = _gpu_geometry(content, limits=limits.image) if decoder == "gpu" else None
-        pixel, verdict = None, None
-        if geometry is None:
-            pixel, verdict = _image(content, preprocessing=preprocessing, limits=limits.image)
-        geometries.append(geometry)
-        pixels.append(pixel)
-        verdicts.append(verdict)
+    passed_on: list[Any] = []
+    num_bytes = np.zeros(len(views), dtype=np.int64)
+    fetched = fetch_all(
+        list(compress(uris, is_missing)),
+        max_bytes=limits.image.max_image_bytes,
+        policy=limits.fetch,
+    )
+    with closing(fetched):
+        for row, view in enumerate(views):
+            # One after the other: only what a GPU is to decode is kept.
+            content: Any = next(fetched) if is_missing[row] else view
+            num_bytes[row] = len(content) if isinstance(content, bytes | memoryview) else 0
+            geometry = _gpu_geometry(content, limits=limits.image) if decoder == "gpu" else None
+            pixel, verdict = None, None
+            if geometry is None:
+                pixel, verdict = _image(content, preprocessing=preprocessing, limits=limits.image)
+            geometries.append(geometry)
+            passed_on.append(None if geometry is None else content)
+            pixels.append(pixel)
+            verdicts.append(verdict)
     is_passed_on = np.array([geometry is not None for geometry in geometries], dtype=np.bool_)
-    num_bytes = np.array([len(c) if isinstance(c, bytes | memoryview) else 0 for c in contents])
     share = num_bytes[is_passed_on].sum() / max(1, num_bytes.sum())
     if not is_passed_on.any():
-        encoded = pa.nulls(len(contents), pa.large_binary())
-    elif is_passed_on[missing].any() or share < MIN_SHARED_SHARE:
-        passed_on = zip(contents, is_passed_on, strict=True)
-        encoded = pa.array([c if flag else None for c, flag in passed_on], pa.large_binary())
+        encoded = pa.nulls(len(views), pa.large_binary())
+    elif is_passed_on[is_missing].any() or share < MIN_SHARED_SHARE:
+        encoded = pa.array(passed_on, pa.large_binary())
     else:
         encoded = only(table[schema.IMAGE], is_passed_on)
     geometry = pa.array(geometries, schema.GEOMETRY_TYPE)

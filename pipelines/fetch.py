@@ -1,34 +1,45 @@
-"""Fetches images that a catalog names by URI, each within a policy.
+"""Fetches images that a catalog names by URI, each within a policy, a batch within bounds.
 
 Knows nothing of images; a fetch that fails or is refused is a value, not an error of the run.
 """
 
 import asyncio
-import os
-import stat
+import re
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
-import fsspec
-from fsspec.asyn import get_loop, sync
-from fsspec.implementations.local import LocalFileSystem
+from fsspec.asyn import get_loop
 
 from engine.redaction import redacted
+from pipelines.fetch_limits import (
+    BATCH_LIMITS,
+    FIRST_BYTES,
+    MAX_AHEAD_BYTES,
+    MAX_UNANSWERED,
+    MIN_BYTES_PER_SECOND,
+    ByteBudget,
+    NoRoomError,
+    Unanswered,
+)
 from pipelines.fetch_policy import (
-    FILE_SCHEMES,
     HTTP_SCHEMES,
+    FetchError,
     FetchPolicy,
     FetchRefusedError,
     scheme_of,
 )
-from pipelines.http_fetch import FetchError, fetch_http
+from pipelines.file_fetch import Fetch, file_fetch
+from pipelines.http_fetch import fetch_http
 from pipelines.schema import Reason
 
 NUM_FETCHES = 16  # at once; a fetch waits for the network nearly all its time
 _MAX_DETAIL_CHARACTERS = 200
+_AFTER_AUTHORITY = re.compile(r"[/?#\\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,96 +54,129 @@ class FetchFailure:
 
 def fetch_all(
     uris: Sequence[bytes], *, max_bytes: int, policy: FetchPolicy
-) -> list[bytes | FetchFailure]:
-    """Fetch several URIs at once, in their order.
+) -> Generator[bytes | FetchFailure]:
+    """Fetch several URIs at once; their contents in their order, for who takes one by one.
+
+    However many there are, what is held is bounded (`fetch_limits.MAX_AHEAD_BYTES`, one content
+    that is on its way and one that the caller has), and so is the time: a host that lets one fetch
+    after the other wait is not asked again, and a batch that was waited for too long fails.
 
     Args:
         uris: Any that fsspec reads (https:, s3:, gs:, file: ...). UTF-8, unchecked.
         max_bytes: Reading stops one byte beyond; the caller sees that it is too large.
         policy: Of what may be fetched, and in what time.
     """
-    contents: dict[int, bytes | FetchFailure] = {}
-    by_http: dict[int, str] = {}
-    by_others: dict[int, str] = {}
-    for number, encoded in enumerate(uris):
+    batch = _Batch(max_bytes=max_bytes, policy=policy)
+    # Popped, so that nothing here keeps what was taken.
+    begun = deque(batch.begin(number, uri) for number, uri in enumerate(uris))
+    try:
+        for number in range(len(begun)):
+            yield batch.take(number, begun.popleft())
+    finally:
+        for future in begun:
+            future.cancel()
+
+
+class _Batch:
+    """Fetches that are under way, and their bounds."""
+
+    def __init__(self, *, max_bytes: int, policy: FetchPolicy) -> None:
+        self._max_bytes, self._policy = max_bytes, policy
+        self._loop = get_loop()
+        self._slots = asyncio.Semaphore(NUM_FETCHES)
+        self._budget = ByteBudget(self._loop, max_bytes=MAX_AHEAD_BYTES)
+        self._unanswered = Unanswered()
+        self._seconds_left = BATCH_LIMITS * policy.max_seconds
+
+    def begin(self, number: int, encoded: bytes) -> Future[bytes | FetchFailure]:
         try:
             uri = encoded.decode()
+            host, fetch = _host_of(uri), self._fetch_of(uri)
         except UnicodeDecodeError as error:
-            detail = f"URI is not UTF-8: {error.reason} at {error.start}"
-            contents[number] = FetchFailure(detail)
-            continue
-        (by_http if scheme_of(uri) in HTTP_SCHEMES else by_others)[number] = uri
-    if by_http:
-        contents |= sync(get_loop(), _fetch_by_http, by_http, max_bytes=max_bytes, policy=policy)
-    if by_others:
-        with ThreadPoolExecutor(min(NUM_FETCHES, len(by_others))) as threads:
-            found = threads.map(
-                lambda uri: _fetch_by_others(uri, max_bytes=max_bytes, policy=policy),
-                by_others.values(),
-            )
-            contents |= zip(by_others, found, strict=True)
-    return [contents[number] for number in range(len(uris))]
+            return _done(FetchFailure(f"URI is not UTF-8: {error.reason} at {error.start}"))
+        # Whatever fsspec makes of a URI: one bad row never stops a run.
+        except Exception as error:  # noqa: BLE001
+            return _done(_failure(error))
+        return asyncio.run_coroutine_threadsafe(self._fetched(number, host, fetch), self._loop)
 
+    def take(self, number: int, future: Future[bytes | FetchFailure]) -> bytes | FetchFailure:
+        """Wait for one of them, whose turn it is; what was taken before is the caller's."""
+        self._budget.take(number)
+        started = time.monotonic()
+        try:
+            content = future.result(timeout=max(0.0, self._seconds_left))
+        except TimeoutError:
+            future.cancel()
+            self._seconds_left = 0.0
+            return self._late()
+        if self._seconds_left > 0:
+            self._seconds_left -= time.monotonic() - started
+            if isinstance(content, bytes):
+                self._seconds_left += len(content) / MIN_BYTES_PER_SECOND
+        return content
 
-async def _fetch_by_http(
-    uris: Mapping[int, str], *, max_bytes: int, policy: FetchPolicy
-) -> dict[int, bytes | FetchFailure]:
-    slots = asyncio.Semaphore(NUM_FETCHES)
+    def _fetch_of(self, uri: str) -> Fetch:
+        if scheme_of(uri) in HTTP_SCHEMES:
+            return partial(fetch_http, uri, max_bytes=self._max_bytes, policy=self._policy)
+        return file_fetch(uri, max_bytes=self._max_bytes, policy=self._policy)
 
-    async def fetched(uri: str) -> bytes | FetchFailure:
-        async with slots:
+    async def _fetched(self, number: int, host: str, fetch: Fetch) -> bytes | FetchFailure:
+        async with self._slots:
+            content = await self._tried(number, host, fetch)
+            num_bytes = len(content) if isinstance(content, bytes) else 0
+            self._budget.keep(number, num_bytes=num_bytes)
+            return content
+
+    async def _tried(self, number: int, host: str, fetch: Fetch) -> bytes | FetchFailure:
+        num_bytes = min(FIRST_BYTES, self._max_bytes + 1)
+        seconds = self._policy.max_seconds
+        while True:
+            await self._budget.reserve(number, num_bytes=num_bytes)
+            if self._seconds_left <= 0:
+                return self._late()
+            if self._unanswered.is_lost(host):
+                return FetchFailure(
+                    _line(
+                        f"timeout: {MAX_UNANSWERED} fetches in a row from {host} took all their "
+                        "time, so that it was not asked again"
+                    )
+                )
             try:
-                return await fetch_http(uri, max_bytes=max_bytes, policy=policy)
-            # Whatever a URI or a server makes libraries raise: one bad row never stops a run.
+                async with asyncio.timeout(seconds):
+                    content = await fetch(
+                        hold=lambda num_bytes: self._budget.hold(number, num_bytes=num_bytes)
+                    )
+            except NoRoomError as error:
+                num_bytes = error.num_bytes
+                continue
+            except TimeoutError as error:
+                self._unanswered.count(host)
+                what = str(error) or f"not there after {seconds:g} seconds"
+                return FetchFailure(_line(f"timeout: {what}"))
+            # Whatever a URI or a server makes libraries raise.
             except Exception as error:  # noqa: BLE001
+                self._unanswered.clear(host)
                 return _failure(error)
+            self._unanswered.clear(host)
+            return content
 
-    contents = await asyncio.gather(*map(fetched, uris.values()))
-    return dict(zip(uris, contents, strict=True))
-
-
-def _fetch_by_others(uri: str, *, max_bytes: int, policy: FetchPolicy) -> bytes | FetchFailure:
-    try:
-        scheme = scheme_of(uri)
-        if uri.lower().startswith(f"{scheme}:"):
-            uri = scheme + uri[len(scheme) :]  # fsspec knows small letters alone
-        if scheme in FILE_SCHEMES:
-            return _read_file(uri, max_bytes=max_bytes, policy=policy)
-        policy.check_scheme(scheme)
-        if "::" in uri:
-            raise FetchRefusedError("URIs of several schemes (a::b) are not allowed")
-        deadline = time.monotonic() + policy.max_seconds
-        fs, path = fsspec.url_to_fs(uri)
-        with fs.open(path, "rb") as file:
-            return _read(file, max_bytes=max_bytes, deadline=deadline)
-    # A URI can lead to any of fsspec's file systems, each with exceptions of its own, and one bad
-    # row never stops a run.
-    except Exception as error:  # noqa: BLE001
-        return _failure(error)
+    def _late(self) -> FetchFailure:
+        seconds = BATCH_LIMITS * self._policy.max_seconds
+        return FetchFailure(
+            f"timeout: the images of its batch were waited for more than {seconds:g} seconds"
+        )
 
 
-def _read_file(uri: str, *, max_bytes: int, policy: FetchPolicy) -> bytes:
-    path = os.path.realpath(LocalFileSystem._strip_protocol(uri))
-    policy.check_path(path)
-    # A pipe would keep its reader waiting. The path has no links, so one that is there now is new.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise FetchError(f"{path} is no file, but a directory, device or pipe")
-        return _read(file, max_bytes=max_bytes)
+def _done(failure: FetchFailure) -> Future[bytes | FetchFailure]:
+    future: Future[bytes | FetchFailure] = Future()
+    future.set_result(failure)
+    return future
 
 
-def _read(file: Any, *, max_bytes: int, deadline: float | None = None) -> bytes:
-    """Read to the end, or one byte beyond the bound: a stream gives what has arrived so far."""
-    content = bytearray()
-    while len(content) <= max_bytes:
-        if deadline is not None and time.monotonic() > deadline:
-            raise FetchError("timeout: not there in time")
-        chunk = file.read(max_bytes + 1 - len(content))
-        if not chunk:
-            break
-        content += chunk
-    return bytes(content)
+def _host_of(uri: str) -> str:
+    """Who is asked, or the bucket; `file` for files. The URI may be any text."""
+    authority = _AFTER_AUTHORITY.split(uri.partition("://")[2], maxsplit=1)[0]
+    return authority.rpartition("@")[2].lower() or scheme_of(uri)
 
 
 def _failure(error: Exception) -> FetchFailure:

@@ -7,7 +7,6 @@ public hosts by HTTP and HTTPS, and to the object store that the catalog itself 
 of this machine, and not to what only this network reaches.
 """
 
-import errno
 import ipaddress
 import os
 import re
@@ -26,8 +25,20 @@ HTTP_SCHEMES = frozenset({"http", "https"})
 FILE_SCHEMES = frozenset({"file", "local"})
 # Whose credentials are the operator's, and whose addresses are of their configuration.
 OBJECT_STORES = frozenset(
-    {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "tos", "hf"}
+    {
+        *("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl"),
+        *("oci", "ocilake", "oss", "tos", "tosfs", "hf"),
+    }
 )
+# Names of one client, which reads the same buckets by any of them.
+_ALIASES = {
+    "s3a": "s3",
+    "gcs": "gs",
+    "abfss": "abfs",
+    "az": "abfs",
+    "ocilake": "oci",
+    "tosfs": "tos",
+}
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _HOST = re.compile(r"[a-z0-9*?_-]+(?:\.[a-z0-9*?_-]+)*")
@@ -46,12 +57,16 @@ _INSIDE: tuple[Network, ...] = (
 )
 
 
+class FetchError(Exception):
+    """What a URI led to is no content; the text is for a person."""
+
+
 class FetchRefusedError(OSError):
     """A URI, or what it leads to, is not among what may be fetched; the text says what would be."""
 
     def __init__(self, detail: str) -> None:
-        """An OSError, so that a connection that it prevents fails as any other does."""
-        super().__init__(errno.EACCES, detail)
+        """An OSError, since that is what libraries expect of a socket. Its number is none."""
+        super().__init__(detail)
         self.detail = detail
 
 
@@ -99,9 +114,12 @@ class FetchPolicy:
 
     def check_scheme(self, scheme: str) -> None:
         """Raise FetchRefusedError for a scheme that is not allowed; of files, paths decide."""
-        if scheme in HTTP_SCHEMES or scheme == self.catalog_scheme:
+        if scheme in HTTP_SCHEMES:
             return
-        if scheme not in _parsed(self.allow).schemes:
+        allowed = _parsed(self.allow).schemes
+        if self.catalog_scheme is not None:
+            allowed |= {self.catalog_scheme}
+        if _store_of(scheme) not in map(_store_of, allowed):
             raise FetchRefusedError(
                 f"{scheme}: is not allowed; name it with --fetch-allow {scheme}:"
             )
@@ -149,6 +167,11 @@ def scheme_of(uri: str) -> str:
     """In small letters; `file` where there is none. Of chained URIs, the first one's."""
     found = _SCHEME.match(uri)
     return found[1].lower() if found else "file"
+
+
+def _store_of(scheme: str) -> str:
+    """One name for all that a store is called by."""
+    return _ALIASES.get(scheme, scheme)
 
 
 @cache

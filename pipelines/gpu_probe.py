@@ -11,6 +11,7 @@ import ray
 
 from pipelines.cluster_state import wait_for_place
 from pipelines.placement import SLIVER, Placement, WorkerDemand, accelerator
+from pipelines.worker_logs import redact_worker
 
 # Of a GPU: room for it is left beside most that use GPUs in part.
 _PROBE_GPUS = SLIVER
@@ -57,6 +58,7 @@ def gpu_probe(placement: Placement) -> Iterator[Look]:
 
 class _Worker:
     def call(self, function: Callable[[], Any]) -> Any:
+        redact_worker()
         return function()
 
 

@@ -9,27 +9,25 @@ that leads elsewhere a moment later, or to several addresses, gains nothing by i
 import asyncio
 import atexit
 import contextlib
-import errno
 import os
 import socket
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
 from fsspec.asyn import get_loop, sync
 from yarl import URL
 
-from pipelines.fetch_policy import HTTP_SCHEMES, FetchPolicy, FetchRefusedError
+from pipelines.fetch_limits import FIRST_BYTES
+from pipelines.fetch_policy import HTTP_SCHEMES, FetchError, FetchPolicy, FetchRefusedError
+from pipelines.file_fetch import Hold
 
 # Of one image: between two pieces of it, and until a connection stands.
 READ_SECONDS = 10.0
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 # Compressed, a small answer could become more than memory holds; images are compressed anyway.
 _HEADERS = {"Accept-Encoding": "identity"}
-
-
-class FetchError(Exception):
-    """An answer that is no content; the text is for a person."""
 
 
 @dataclass(frozen=True)
@@ -44,39 +42,36 @@ class _Client:
         await self.trusted.close()
 
 
+@dataclass(slots=True)
+class _Addresses:
+    """Those that were to be connected to for one step of a fetch."""
+
+    refused: list[FetchRefusedError] = field(default_factory=list)
+    num_allowed: int = 0
+
+
 # Used in fsspec's loop alone. By process, too: a fork shares no connection.
 _clients: dict[tuple[int, FetchPolicy], _Client] = {}
+# A socket that is refused reaches us as an error of the connection, or of several put together.
+_addresses: ContextVar[_Addresses] = ContextVar("_addresses")
 
 
-async def fetch_http(uri: str, *, max_bytes: int, policy: FetchPolicy) -> bytes:
-    """The content of a URI, to be awaited in fsspec's loop.
+async def fetch_http(uri: str, *, max_bytes: int, policy: FetchPolicy, hold: Hold) -> bytes:
+    """The content of a URI, to be awaited in fsspec's loop, and cancelled when its time is over.
 
     Args:
         uri: http: or https:.
         max_bytes: Reading stops one byte beyond.
         policy: Of what may be fetched.
+        hold: Told what is to be held beyond `FIRST_BYTES`.
 
     Raises:
         FetchRefusedError: It, or what it redirects to, is not allowed.
-        FetchError: The server gave no content, or not in time.
+        FetchError: The server gave no content.
+        TimeoutError: It does not connect, or pauses for too long.
         Exception: Whatever else aiohttp raises.
     """
-    try:
-        async with asyncio.timeout(policy.max_seconds):
-            return await _fetch(URL(uri), max_bytes=max_bytes, policy=policy)
-    except TimeoutError as error:
-        what = str(error) or f"not there after {policy.max_seconds:g} seconds"
-        raise FetchError(f"timeout: {what}") from error
-    except aiohttp.ClientConnectorError as error:
-        # Several addresses that were refused come as one error with their common number. Of those
-        # of certificates there is no such error.
-        os_error = getattr(error, "os_error", None)
-        if isinstance(os_error, OSError) and os_error.errno == errno.EACCES:
-            raise FetchRefusedError(f"host {error.host}: {os_error.strerror}") from error
-        raise
-
-
-async def _fetch(url: URL, *, max_bytes: int, policy: FetchPolicy) -> bytes:
+    url = URL(uri)
     client = _client(policy)
     for _ in range(policy.max_redirects + 1):
         if url.scheme not in HTTP_SCHEMES:
@@ -84,7 +79,7 @@ async def _fetch(url: URL, *, max_bytes: int, policy: FetchPolicy) -> bytes:
         host = url.raw_host or ""
         policy.check_host(host)
         session = client.trusted if policy.trusts(host) else client.public
-        async with session.get(url, headers=_HEADERS, allow_redirects=False) as response:
+        async with await _answer(session, url) as response:
             if response.status in _REDIRECTS:
                 url = url.join(URL(response.headers.get("Location", "")))
                 continue
@@ -93,18 +88,38 @@ async def _fetch(url: URL, *, max_bytes: int, policy: FetchPolicy) -> bytes:
             encoding = response.headers.get("Content-Encoding", "identity")
             if encoding.lower() != "identity":
                 raise FetchError(f"the server compressed it ({encoding}), unasked")
-            return await _read(response.content, max_bytes=max_bytes)
+            return await _read(response, max_bytes=max_bytes, hold=hold)
     raise FetchError(f"more than {policy.max_redirects} redirects")
 
 
-async def _read(stream: aiohttp.StreamReader, *, max_bytes: int) -> bytes:
+async def _answer(session: aiohttp.ClientSession, url: URL) -> aiohttp.ClientResponse:
+    tried = _Addresses()
+    _addresses.set(tried)
+    try:
+        return await session.get(url, headers=_HEADERS, allow_redirects=False)
+    except aiohttp.ClientConnectorError as error:
+        # One that was allowed and did not answer is no refusal, whatever the system calls it.
+        if tried.refused and not tried.num_allowed:
+            detail = f"host {error.host}: {tried.refused[0].detail}"
+            raise FetchRefusedError(detail) from error
+        raise
+
+
+async def _read(response: aiohttp.ClientResponse, *, max_bytes: int, hold: Hold) -> bytes:
     """Read to the end, or one byte beyond the bound: a stream gives what has arrived so far."""
+    room = FIRST_BYTES
+    if (length := response.content_length or 0) > room:
+        room = min(length, max_bytes + 1)
+        hold(room)
     content = bytearray()
     while len(content) <= max_bytes:
-        chunk = await stream.read(max_bytes + 1 - len(content))
+        chunk = await response.content.read(max_bytes + 1 - len(content))
         if not chunk:
             break
         content += chunk
+        if len(content) > room:  # of a length that the server did not say
+            room = min(2 * len(content), max_bytes + 1)
+            hold(room)
     return bytes(content)
 
 
@@ -115,7 +130,12 @@ def _client(policy: FetchPolicy) -> _Client:
 
         def checked_socket(address: aiohttp.AddrInfoType) -> socket.socket:
             family, kind, protocol, _, place = address
-            policy.check_address(str(place[0]))
+            try:
+                policy.check_address(str(place[0]))
+            except FetchRefusedError as error:
+                _addresses.get().refused.append(error)
+                raise
+            _addresses.get().num_allowed += 1
             return socket.socket(family, kind, protocol)
 
         client = _Client(public=_session(checked_socket), trusted=_session(None))

@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 import pyarrow as pa
 
 from engine.errors import DeviceLostError
+from engine.redaction import redact_process
 
 # The first byte of each answer: what follows is a table (or nothing), the text of a fault after
 # which this process is of no use, or an error, pickled.
@@ -39,6 +40,7 @@ def unpacked(content: bytes | memoryview) -> pa.Table:
 
 
 def _main(pipe: Connection) -> None:
+    redact_process()  # what it writes is in the log of the worker that started it
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     asked = _next(pipe)
     if asked is None:

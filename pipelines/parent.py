@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from engine.backends.choice import Wanted
+from pipelines.arrow_files import parquet_columns
 from pipelines.catalog import Catalog
 from pipelines.engines import Execution
 from pipelines.errors import StoreError
@@ -138,11 +139,11 @@ def _carried_faults(parent: Snapshot, *, catalog: Catalog, store: Store) -> Iter
     if not catalog.carried or not stored:
         return
     with store.open(stored[0].path) as file:
-        before = pq.read_schema(file)
+        before = parquet_columns(file)
     # As they would be read again: Parquet does not have all types of Arrow.
     written = io.BytesIO()
     pq.write_table(pa.schema(catalog.carried).empty_table(), written)
-    for field in pq.read_schema(written):
+    for field in parquet_columns(written):
         if field.name in before.names and before.field(field.name).type != field.type:
             yield (
                 f"carried column {field.name!r} of type {before.field(field.name).type}, in the "

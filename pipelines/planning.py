@@ -8,10 +8,10 @@ from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 
 from pipelines import schema
+from pipelines.arrow_files import open_parquet
 from pipelines.bounded_map import bounded_map
 from pipelines.catalog import Catalog
 from pipelines.fingerprints import plan_id as fingerprint_plan
@@ -85,7 +85,7 @@ def staged_files(
                 path=path,
                 kind=kind,
                 modality=modality,
-                num_rows=pq.read_metadata(file).num_rows,
+                num_rows=open_parquet(file).metadata.num_rows,
                 num_bytes=file.seek(0, 2),
             )
 

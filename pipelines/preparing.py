@@ -37,6 +37,7 @@ from pipelines.snapshots import (
     is_other_engine,
 )
 from pipelines.store import Store
+from pipelines.worker_logs import redact_worker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +176,11 @@ def built_manifest(engine: EngineRecord, *, registry: Registry) -> Manifest:
     return manifest
 
 
+def _built(engine: EngineRecord, *, registry: Registry) -> Engine:
+    redact_worker()
+    return ready_engine(engine, registry=registry)
+
+
 def ready_manifest(
     engine: EngineRecord, *, registry: Registry, catalog: Catalog, resources: Resources
 ) -> Manifest:
@@ -188,7 +194,7 @@ def ready_manifest(
     manifest = registry.manifest(engine.engine_id)
     if manifest is None:
         # In a worker: building takes torch, which the driver then need not hold.
-        build: Any = ray.remote(cast("Any", ready_engine))
+        build: Any = ray.remote(cast("Any", _built))
         build = build.options(num_cpus=resources.decode_cpus)
         built = build.remote(engine, registry=registry)
         building = WorkerDemand(

@@ -15,6 +15,7 @@ import ray
 
 from pipelines import metrics
 from pipelines.metrics import Metric
+from pipelines.worker_logs import redact_worker
 
 STAGES = ("read", "decode", "encode", "write")
 # Where GPUs decode, CPUs prepare: they look at headers and decode what GPUs do not take.
@@ -59,6 +60,7 @@ class ProgressBoard:
 
     def __init__(self, stages: Sequence[str] = STAGES) -> None:
         """Start the clock."""
+        redact_worker()
         self._started = time.monotonic()
         self._stages = {stage: StageCount() for stage in stages}
         self._samples: list[tuple[float, int]] = [(0.0, 0)]

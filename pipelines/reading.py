@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from engine.publishing.file_systems import file_system_errors, open_parts
 from pipelines import schema
+from pipelines.arrow_files import open_parquet
 from pipelines.attempts import attempted
 from pipelines.catalog import Catalog
 from pipelines.catalog_columns import ImageLayout, text_type
@@ -25,6 +25,7 @@ from pipelines.errors import CatalogError
 from pipelines.progress import StageMeter, metered
 from pipelines.schema import MODALITIES, Modality
 from pipelines.versions import version_texts
+from pipelines.worker_logs import redact_worker
 
 ROWS_PER_READ = 256
 # Of a column of a row group at once; without a bound all of it, hundreds of megabytes of images.
@@ -130,6 +131,7 @@ class CatalogDatasource(Datasource):
 def _read(
     catalog: Catalog, piece: RowGroupRows, content: Sequence[Modality], meter: StageMeter | None
 ) -> Iterator[pa.Table]:
+    redact_worker()
     work = f"reading {piece.path}, row group {piece.row_group}"
     tables = read_rows(catalog, piece, content)
     while True:
@@ -158,7 +160,7 @@ def read_rows(
     try:
         with open_parts(catalog.fs, piece.path) as file:
             row = piece.first_row
-            parquet = pq.ParquetFile(file, buffer_size=BYTES_PER_READ, pre_buffer=False)
+            parquet = open_parquet(file, buffer_size=BYTES_PER_READ, pre_buffer=False)
             for batch in parquet.iter_batches(
                 ROWS_PER_READ if content else KEYS_PER_READ,
                 row_groups=[piece.row_group],

@@ -6,8 +6,8 @@ Knows nothing of what the rows are for.
 from collections.abc import Iterable, Iterator, Sequence
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from pipelines.arrow_files import read_parquet
 from pipelines.bounded_map import bounded_map
 from pipelines.snapshots import StoredFile
 from pipelines.store import Store
@@ -32,6 +32,6 @@ def read_stored(
 
     def read(file: StoredFile) -> tuple[StoredFile, pa.Table]:
         with store.open(file.path) as opened:
-            return file, pq.read_table(opened, columns=list(columns))
+            return file, read_parquet(opened, columns=list(columns))
 
     return bounded_map(read, files, num_threads=READ_THREADS)

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
 from pipelines import schema
+from pipelines.arrow_files import open_parquet
 from pipelines.snapshots import StoredFile
 from pipelines.store import Store
 
@@ -83,7 +83,7 @@ def draw_pairs(
         if not num_left:
             break
         with store.open(file.path) as opened:
-            table = pq.ParquetFile(opened)
+            table = open_parquet(opened)
             of_row = pc.index_in(table.read([schema.KEY])[schema.KEY], value_set=sample.keys)
             positions = np.flatnonzero(of_row.is_valid().to_numpy())
             if len(positions):
@@ -127,7 +127,7 @@ def _neighbours(num_rows: int, of_rows: int, rng: np.random.Generator) -> NDArra
 def _rows(store: Store, file: StoredFile, *, num_rows: int, choose: _Choose) -> StoredSample:
     rng = np.random.default_rng(xxhash.xxh3_64_intdigest(file.path.encode(), seed=SEED))
     with store.open(file.path) as opened:
-        parquet = pq.ParquetFile(opened)
+        parquet = open_parquet(opened)
         sizes = [
             parquet.metadata.row_group(group).num_rows
             for group in range(parquet.metadata.num_row_groups)

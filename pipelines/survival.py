@@ -32,6 +32,7 @@ from pipelines.isolation import IsolatedStage
 from pipelines.progress import StageMeter, metered
 from pipelines.schema import MODALITIES, Modality
 from pipelines.turns import Turns
+from pipelines.worker_logs import redact_worker
 
 # Of a worker that lost its GPU; Ray then starts another.
 LOST_GPU_CODE = 3
@@ -64,6 +65,7 @@ def decode_task(
     Raises:
         WorkerDeathError: Workers die of it again and again, and no row is at fault.
     """
+    redact_worker()
     if not is_suspect():
         return decode(table, meter=meter)
     parts = []
@@ -140,6 +142,7 @@ class EncodeActor:
         # Alone go batches of which this process may die. Beside them nothing is loaded, which may
         # not fit on one GPU together.
         self._turns = Turns()
+        redact_worker()
         if not was_restarted():
             self._stage = self._load()
 

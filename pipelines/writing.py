@@ -18,6 +18,7 @@ from pipelines.progress import StageMeter
 from pipelines.schema import MODALITIES, Modality
 from pipelines.snapshots import Kind, StoredFile
 from pipelines.store import Store
+from pipelines.worker_logs import redact_worker
 
 # Where the rows of a file come from: an encoder, or other files of the store.
 Origin = Literal["encoded", "stored"]
@@ -83,6 +84,7 @@ def write_batch(
     meter: StageMeter,
 ) -> pa.Table:
     """Write a batch of encoded rows, and report one row for each file that was written."""
+    redact_worker()
     key_type = embeddings_schema.field(schema.KEY).type
     rejects_schema = schema.rejects_schema(key_type=key_type)
     files = []

@@ -4,11 +4,12 @@ import gzip
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
 CONTENT = bytes(range(256)) * 400
+BIG_BYTES = 400_000
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -19,8 +20,12 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.requests.append(self.path)
         self.server.headers.append(dict(self.headers))
-        name = self.path.partition("?")[0].strip("/")
+        name = self.path.partition("?")[0].strip("/").partition("/")[0]
         getattr(self, f"send_{name}", self.send_missing)()
+
+    def do_HEAD(self) -> None:
+        """As an object store describes one that it has; what GET gives is another matter."""
+        self.start(length=len(CONTENT))
 
     @property
     def query(self) -> str:
@@ -35,6 +40,13 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(0.1 if number == "0" else 0)  # the first answer comes last
         self.start(length=len(number))
         self.wfile.write(number.encode())
+
+    def send_big(self) -> None:
+        """`number`, or `number,unsaid` without a length: BIG_BYTES of that byte."""
+        number, _, unsaid = self.query.partition(",")
+        self.start(length=None if unsaid else BIG_BYTES)
+        with suppress(OSError):  # who has no room for it hangs up, and asks again
+            self.wfile.write(bytes([int(number)]) * BIG_BYTES)
 
     def send_piecemeal(self) -> None:
         self.start(length=None)

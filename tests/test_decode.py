@@ -1,6 +1,8 @@
 """Tests of pipelines/decode.py."""
 
 import io
+import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +11,7 @@ from PIL import Image
 
 from engine.images import ImageLimits
 from engine.preprocess import Preprocessing, decode_pixels
-from pipelines import decode
+from pipelines import decode, fetch
 from pipelines.decode import RowLimits, decode_batch, undecodable
 from pipelines.fetch_policy import FetchPolicy
 from pipelines.fingerprints import row_fingerprints
@@ -327,3 +329,26 @@ def test_the_meter_counts_what_comes_out():
 def test_limits_out_of_bounds_are_refused(limits, message):
     with pytest.raises(ValueError, match=message):
         RowLimits(**limits)
+
+
+@pytest.mark.parametrize("decoder", ["cpu", "gpu"])
+def test_what_was_fetched_is_held_no_longer_than_it_takes(tmp_path, monkeypatch, decoder):
+    """However many images a batch has, and however large they are."""
+    monkeypatch.setattr(fetch, "MAX_AHEAD_BYTES", 3_000_000)
+    (tmp_path / "large.jpg").write_bytes(image_files.text_file() + bytes(1_000_000))
+    (tmp_path / "red.jpg").write_bytes(image_files.jpeg())
+    names = ["red.jpg", *["large.jpg"] * 40, "red.jpg"]
+    table = image_rows(*((None, str(tmp_path / name)) for name in names))
+    limits = replace(LIMITS, image=ImageLimits(max_image_bytes=2_000_000))
+    tracemalloc.start()
+    try:
+        rows = decoded(table, limits=limits, decoder=decoder).to_pylist()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert [row["reason"] for row in rows] == [None, *["not_an_image"] * 40, None]
+    assert {len(row["pixels"] or row["encoded"]) for row in (rows[0], rows[-1])} in (
+        {len(RED.tobytes())},
+        {len(image_files.jpeg())},
+    )
+    assert peak < 15_000_000

@@ -3,10 +3,11 @@
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import fsspec
 import pytest
+import s3fs
 
 from pipelines.fetch import NUM_FETCHES, FetchFailure, fetch_all
 from pipelines.fetch_policy import FetchPolicy
@@ -66,13 +67,13 @@ def test_follows_a_redirect(server):
 def test_many_come_back_in_order(server):
     uris = [server.uri(f"number?{number}") for number in range(2 * NUM_FETCHES + 3)]
     uris[5] = server.uri("missing")
-    contents = fetch_all([uri.encode() for uri in uris], max_bytes=MAX_BYTES, policy=LOCAL)
+    contents = list(fetch_all([uri.encode() for uri in uris], max_bytes=MAX_BYTES, policy=LOCAL))
     assert isinstance(contents.pop(5), FetchFailure)
     assert contents == [str(number).encode() for number in range(len(uris)) if number != 5]
 
 
 def test_nothing_is_fetched_for_nothing():
-    assert fetch_all([], max_bytes=MAX_BYTES, policy=LOCAL) == []
+    assert list(fetch_all([], max_bytes=MAX_BYTES, policy=LOCAL)) == []
 
 
 def test_reading_stops_one_byte_beyond_the_bound(server):
@@ -127,11 +128,49 @@ def test_fetches_from_an_object_store():
         fsspec.filesystem("s3").pipe_file(f"{bucket}/images/1.jpg", CONTENT)
         assert fetched(f"{bucket}/images/1.jpg") == CONTENT
         assert "FileNotFoundError" in failure(f"{bucket}/images/2.jpg")
+        fsspec.filesystem("s3").pipe_file(f"{bucket}/images/empty.jpg", b"")
+        assert fetched(f"{bucket}/images/empty.jpg") == b""
+        assert fetched(f"{bucket}/images/1.jpg", max_bytes=10) == CONTENT[:11]
+        assert "no object, but a directory" in failure(f"{bucket}/images")
         beside = FetchPolicy().beside(f"{bucket}/catalog")
         assert fetched(f"{bucket}/images/1.jpg", policy=beside) == CONTENT
         assert "s3: is not allowed" in refusal(f"{bucket}/images/1.jpg", policy=FetchPolicy())
+        alias = bucket.replace("s3:", "S3A:")
+        assert fetched(f"{alias}/images/1.jpg", policy=beside) == CONTENT
         elsewhere = FetchPolicy().beside("gs://bucket/catalog")
         assert "s3: is not allowed" in refusal(f"{bucket}/images/1.jpg", policy=elsewhere)
+
+
+@pytest.fixture
+def s3_endpoint(monkeypatch) -> Iterator[Callable[[str], None]]:
+    """Says where the object store answers."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield lambda uri: monkeypatch.setenv("AWS_ENDPOINT_URL", uri)
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_an_object_store_that_is_silent_hits_the_timeout(s3_endpoint):
+    policy = FetchPolicy(allow=("s3:",), max_seconds=0.5)
+    with socket.socket() as silent:  # who connects is not answered
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        s3_endpoint(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        started = time.monotonic()
+        found = failure("s3://bucket/image.jpg", policy=policy)
+        assert time.monotonic() - started < 5
+    assert found == "timeout: not there after 0.5 seconds"
+
+
+def test_an_object_that_drips_hits_the_timeout(s3_endpoint, server):
+    s3_endpoint(server.uri(""))
+    policy = FetchPolicy(allow=("s3:",), max_seconds=1.5)
+    started = time.monotonic()
+    assert failure("s3://drip/image.jpg", policy=policy) == "timeout: not there after 1.5 seconds"
+    assert time.monotonic() - started < 5
+    assert server.requests
 
 
 @pytest.mark.parametrize(

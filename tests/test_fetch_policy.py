@@ -95,6 +95,20 @@ def test_the_catalogs_object_store_is_allowed_and_no_other(catalog_uri: str, sch
         policy.beside("catalog").check_scheme(scheme)
 
 
+@pytest.mark.parametrize(
+    "names", [("s3", "s3a"), ("gs", "gcs"), ("abfs", "abfss", "az"), ("oci", "ocilake")]
+)
+def test_a_store_by_another_of_its_names_is_the_same_store(names: tuple[str, ...]):
+    others = {"s3", "gs", "abfs", "adl", "oci", "hf", "ftp", "file"} - set(names)
+    for one in names:
+        for policy in (FetchPolicy(allow=(f"{one}:",)), FetchPolicy().beside(f"{one}://bucket/a")):
+            for another in names:
+                policy.check_scheme(another)
+            for other in others:
+                with pytest.raises(FetchRefusedError):
+                    policy.check_scheme(other)
+
+
 @pytest.mark.parametrize("catalog_uri", ["file:///catalog", "/catalog", "catalog", "ftp://host/a"])
 def test_a_catalog_elsewhere_opens_nothing(catalog_uri: str):
     policy = FetchPolicy().beside(catalog_uri)
@@ -156,3 +170,9 @@ def test_it_travels_to_workers():
 )
 def test_a_scheme_is_what_stands_first(uri: str, scheme: str):
     assert scheme_of(uri) == scheme
+
+
+def test_a_refusal_is_no_error_of_the_system():
+    refused = pickle.loads(pickle.dumps(FetchRefusedError("host a is not among --fetch-hosts")))
+    assert (refused.errno, refused.detail) == (None, "host a is not among --fetch-hosts")
+    assert not isinstance(refused, PermissionError)

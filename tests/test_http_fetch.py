@@ -3,6 +3,7 @@
 Two servers are on this machine: one at 127.0.0.1, which is forbidden, and one at 127.0.0.2.
 """
 
+import errno
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -186,3 +187,28 @@ def test_what_grows_when_it_is_unpacked_is_not_unpacked(allowed: ImageServer):
         "fetch_failed: the server compressed it (gzip), unasked"
     )
     assert allowed.headers[0]["Accept-Encoding"] == "identity"
+
+
+class ForbiddenSocket(socket.socket):
+    """As where the system, by a rule of its own, lets nobody connect."""
+
+    def connect(self, address: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_what_the_system_does_not_permit_is_no_refusal_of_ours(allowed: ImageServer, monkeypatch):
+    monkeypatch.setattr(socket, "socket", ForbiddenSocket)
+    use_names(monkeypatch, {"both.example": [["127.0.0.1", "127.0.0.2"]]})
+    for host in ("127.0.0.2", "both.example"):
+        found = reason(allowed.uri("whole", host=host))
+        assert found.startswith("fetch_failed: ClientConnectorError")
+    assert reason(allowed.uri("whole", host="127.0.0.1")).startswith(
+        "fetch_refused: host 127.0.0.1"
+    )
+
+
+def test_several_addresses_that_are_refused_are_a_refusal(monkeypatch):
+    use_names(monkeypatch, {"inside.example": [["127.0.0.1", "10.0.0.1", "::1"]]})
+    found = reason("http://inside.example/whole")
+    assert found.startswith("fetch_refused: host inside.example: ")
+    assert "is no public address" in found

@@ -1,6 +1,8 @@
 """Real processes that die of real rows: which are blamed, what is kept of the others."""
 
+import multiprocessing
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -15,8 +17,9 @@ import pytest
 
 from pipelines import isolation
 from pipelines.errors import WorkerDeathError
+from pipelines.isolated_process import DONE, FAILED, packed
 from pipelines.isolation import Isolated, IsolatedStage
-from tests import deadly
+from tests import deadly, loud
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_BYTES = 128 * 2**20
@@ -153,6 +156,22 @@ def test_rows_come_in_order_with_rejects_in_their_places():
     assert isolated.joined(rejects)["number"].to_pylist() == [-1, 2, -2, 6, -3]
     whole = Isolated(parts=[pa.table({"number": [0, 2]})], poison={})
     assert whole.joined(None)["number"].to_pylist() == [0, 2]
+
+
+def test_what_its_process_writes_of_an_error_says_no_secret():
+    here, there = multiprocessing.Pipe()
+    words = [sys.executable, "-m", "pipelines.isolated_process", str(there.fileno())]
+    with here, there:
+        process = subprocess.Popen(
+            words, pass_fds=[there.fileno()], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+        here.send_bytes(pickle.dumps(partial(loud.failing_stage, "s3cr3t")))
+        assert here.recv_bytes() == DONE
+        here.send_bytes(packed(table_of(["a"])))
+        assert here.recv_bytes()[:1] == FAILED
+        _, said = process.communicate()
+    assert "RuntimeError: a stage at s3://***@bucket/a" in said
+    assert "s3cr3t" not in said
 
 
 def test_where_row_after_row_kills_it_is_hardly_the_rows(

@@ -5,6 +5,7 @@ import logging
 import pickle
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -64,6 +65,22 @@ def test_the_word_after_an_option_for_a_secret_is_one():
         ("Authorization: Basic czNjcjN0OnMzY3IzdA==", "Authorization: Basic ***"),
         ("header 'Authorization': 'Bearer s3cr3t-s3cr3t'", "header 'Authorization': 'Bearer ***'"),
         ("sent Bearer s3cr3t-s3cr3t twice", "sent Bearer *** twice"),
+        ("Config(password='s3cr3t', token=b's3cr3t')", "Config(password='***', token=b'***')"),
+        (r"{\"password\": \"s3cr3t\", \"a\": 1}", r"{\"password\": \"***\", \"a\": 1}"),
+        ('password: "s3cr3t word", next', 'password: "***", next'),
+        (
+            "AccountName=a;AccountKey=s3cr3t+/==;EndpointSuffix=core.windows.net",
+            "AccountName=a;AccountKey=***;EndpointSuffix=core.windows.net",
+        ),
+        (
+            "BlobEndpoint=https://a.example/;SharedAccessSignature=sv=2026&sp=r&sig=s3cr3t%3D;",
+            "BlobEndpoint=https://a.example/;SharedAccessSignature=***&sp=r&sig=***;",
+        ),
+        (
+            "SharedAccessKeyName=root;SharedAccessKey=s3cr3t=",
+            "SharedAccessKeyName=root;SharedAccessKey=***",
+        ),
+        ("password: s3cr3t@host", "password: ***"),
     ],
 )
 def test_a_text_loses_its_secrets_and_nothing_else(text: str, expected: str):
@@ -108,6 +125,7 @@ def test_errors_hold_no_secret_wherever_they_go():
 
 def test_logs_hold_no_secret(monkeypatch):
     before, hook = logging.getLogRecordFactory(), sys.excepthook
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     monkeypatch.setenv("CLIPMILL_TOKEN", "s3cr3t-of-the-service")
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
@@ -122,6 +140,7 @@ def test_logs_hold_no_secret(monkeypatch):
         logger.warning("%(uri)s", {"uri": "https://h/?sig=s3cr3t"})
         logger.warning("token is s3cr3t-of-the-service, 100%")
         logger.warning("token=%s", "s3cr3t")
+        logger.warning("password: %s, %d", "s3cr3t", 7)
         logger.warning("s3://u:s3cr3t@b/%s and %d", "x", 7)
         logger.warning("%s %s", ["s3://u:s3cr3t@b"], b"s3://u:s3cr3t@b")
         try:
@@ -138,6 +157,7 @@ def test_logs_hold_no_secret(monkeypatch):
     assert "token is ***, 100%" in said
     assert "OSError: at https://***@host/a?***" in said
     assert "WARNING token=***" in said
+    assert "WARNING password: ***, 7" in said
     assert "WARNING s3://***@b/x and 7" in said
     assert "Traceback" in said
 
@@ -159,6 +179,54 @@ def test_a_process_that_dies_of_a_bug_says_no_secret():
     assert done.returncode == 1
     assert "RuntimeError: at s3://***@bucket" in done.stderr
     assert "s3cr3t" not in done.stderr
+
+
+LOUD = """
+import gc, threading, warnings
+from engine.redaction import redact_process
+
+redact_process()
+redact_process()
+secret = "s3cr" + "3t"
+
+class Fragile:
+    def __del__(self):
+        raise RuntimeError(f"unraisable at s3://AKIA:{secret}@bucket")
+
+def fail():
+    raise RuntimeError(f"in a thread at s3://AKIA:{secret}@bucket")
+
+thread = threading.Thread(target=fail, name="worker")
+thread.start()
+thread.join()
+threading.Thread(target=exit).start()
+Fragile()
+gc.collect()
+warnings.warn(f"warned: password={secret}")
+"""
+
+
+def test_what_a_process_writes_of_errors_and_warnings_says_no_secret():
+    done = subprocess.run([sys.executable, "-c", LOUD], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Exception in thread worker:\nTraceback" in done.stderr
+    assert "RuntimeError: in a thread at s3://***@bucket" in done.stderr
+    assert "RuntimeError: unraisable at s3://***@bucket" in done.stderr
+    assert "Fragile.__del__" in done.stderr
+    assert "UserWarning: warned: password=***" in done.stderr
+    assert "SystemExit" not in done.stderr
+    assert "s3cr3t" not in done.stderr
+
+
+def test_hooks_of_others_stay():
+    words = (
+        "import sys, threading\n"
+        "from engine.redaction import redact_process\n"
+        "threading.excepthook = sys.unraisablehook = print\n"
+        "redact_process()\n"
+        "assert threading.excepthook is sys.unraisablehook is print\n"
+    )
+    assert subprocess.run([sys.executable, "-c", words]).returncode == 0
 
 
 def test_a_uri_alone_is_not_searched_for_more():

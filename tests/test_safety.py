@@ -9,9 +9,12 @@ import contextlib
 import json
 import logging
 import pickle
+import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -21,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import yaml
 from fastapi.testclient import TestClient
 
@@ -35,32 +39,19 @@ from pipelines.catalog import CatalogConfig, open_catalog
 from pipelines.errors import CatalogError, StoreError
 from pipelines.indexes.array_files import arrays_from_bytes
 from pipelines.indexes.key_hashes import KeyHashes
-from pipelines.indexes.manifest import find_index, missing_indexes
-from pipelines.indexes.rows import RowTable
+from pipelines.indexes.manifest import missing_indexes
 from pipelines.reading import all_rows, read_rows
 from pipelines.store import Store
-from tests import image_files
+from pipelines.survival import decode_task
+from tests import image_files, loud
 from tests.catalogs import scene_rows, stored_rows, stored_snapshot, write_rows
 from tests.checkpoints import save_clip
 from tests.commands import command
 from tests.serving import Shop
+from tests.traps import Trap
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = "s3cr3tPassw0rd"
-
-
-class Trap:
-    """Makes a file as it is unpickled."""
-
-    def __init__(self, folder: Path) -> None:
-        self.mark = folder / "sprung"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (open, (str(self.mark), "w"))
-
-    @property
-    def is_sprung(self) -> bool:
-        return self.mark.exists()
 
 
 @pytest.fixture
@@ -145,23 +136,8 @@ def test_code_beside_a_tokenizer_is_not_run(folder: Path, trap: Trap):
         export._tokenizer(checkpoint)
 
 
-# No code comes from a catalog, an index, a configuration, or a name in a record.
-
-
-def test_extension_types_of_a_catalog_are_not_unpickled(tmp_path: Path, trap: Trap):
-    metadata = {
-        "ARROW:extension:name": "arrow.py_extension_type",
-        "ARROW:extension:metadata": pickle.dumps(trap),
-    }
-    text = pa.field("text", pa.string(), metadata=metadata)
-    columns = pa.schema([("key", pa.string()), text], metadata={"pandas": b"{}"})
-    table = pa.table({"key": ["a"], "text": ["a red circle"]}, schema=columns)
-    (tmp_path / "catalog").mkdir()
-    pq.write_table(table, tmp_path / "catalog" / "a.parquet")
-    catalog = open_catalog(CatalogConfig(uri=str(tmp_path / "catalog")))
-    (piece,) = all_rows(catalog, paths=[file.path for file in catalog.files])
-    (read,) = read_rows(catalog, piece, ("text",))
-    assert read["text"].to_pylist() == [b"a red circle"]
+# No code comes from a catalog, an index, a configuration, or a name in a record. What types of
+# Arrow may bring along is in test_arrow_files.py.
 
 
 def test_pickled_objects_in_a_catalog_are_bytes(tmp_path: Path, trap: Trap):
@@ -192,26 +168,6 @@ def test_pickles_in_files_of_arrays_are_damage(tmp_path: Path, trap: Trap):
             np.load(tmp_path / name, mmap_mode="r")  # as vectors and places are
 
 
-def test_rows_of_an_index_are_not_unpickled(tmp_path: Path, carried_store: Path, trap: Trap):
-    """By an extension type in `rows.arrow`, whose keys are then what they are stored as."""
-    store = Store(str(carried_store))
-    manifest = find_index(store, stored_snapshot(carried_store), modality="image")
-    assert manifest is not None
-    copy = shutil.copytree(Path(store.full_path(manifest.folder)), tmp_path / "index")
-    with pa.ipc.open_file(copy / "rows.arrow") as reader:
-        table = reader.read_all()
-    metadata = {
-        "ARROW:extension:name": "arrow.py_extension_type",
-        "ARROW:extension:metadata": pickle.dumps(trap),
-    }
-    fields = [field.with_metadata(metadata) for field in table.schema]
-    table = table.cast(pa.schema(fields, metadata=table.schema.metadata))
-    with pa.ipc.new_file(str(copy / "rows.arrow"), table.schema) as writer:
-        writer.write_table(table)
-    with contextlib.suppress(StoreError):  # read, or found out to be another
-        RowTable(copy).key_of(0)
-
-
 @pytest.mark.parametrize("name", ["../../outside", "/outside", "a/../../outside"])
 def test_no_record_names_a_file_outside_its_folder(carried_store: Path, tmp_path: Path, name: str):
     store_dir = shutil.copytree(carried_store, tmp_path / "store")
@@ -239,6 +195,13 @@ def test_a_configuration_makes_no_objects(tmp_path: Path, trap: Trap, capsys):
     assert "could not determine a constructor" in capsys.readouterr().err
 
 
+# Whose types may be pickles; the one that tells them apart, and the one that writes what it reads.
+OPENS_ARROW_FILES = ("arrow_files.py", "isolated_process.py")
+ARROW_DOORS = {
+    *(f"pq.{name}" for name in ("ParquetFile", "read_table", "read_schema", "read_metadata")),
+    *(f"pa.ipc.{name}" for name in ("open_file", "open_stream", "read_schema")),
+    *("pq.ParquetDataset", "pa.parquet.ParquetFile", "pa.dataset.dataset"),
+}
 # They pickle for a process that they start themselves, over a pipe, as Ray does for its workers.
 BETWEEN_OWN_PROCESSES = ("isolation.py", "isolated_process.py")
 
@@ -267,6 +230,8 @@ def test_no_source_opens_a_door():
             if not isinstance(node, ast.Call):
                 continue
             called = ast.unparse(node.func)
+            if path.name not in OPENS_ARROW_FILES and path.parts[-2] != "benches":
+                assert called not in ARROW_DOORS, path
             assert called not in ("eval", "exec", "torch.load", "yaml.load", "yaml.unsafe_load"), (
                 path
             )
@@ -451,6 +416,27 @@ def test_a_night_leaves_no_secret_anywhere(
         assert SECRET not in str(pq.read_table(store_dir / file.path).to_pylist())
     for found in done:
         assert SECRET not in found.out + found.err
+
+
+def test_workers_of_ray_write_no_secret(local_ray: None):
+    """Into their own logs, which Ray keeps and its dashboard shows."""
+    rows = pa.table({"key": ["a"]})
+    decode = partial(loud.decode, secret=SECRET)
+    task = ray.remote(num_cpus=0)(decode_task)
+    ray.get(task.remote(rows, decode=decode, modalities=(), carry_columns=(), meter=None))
+    logs_dir = Path(ray._private.worker._global_node.get_logs_dir_path())
+    deadline = time.monotonic() + 10
+    while not (said := _worker_logs(logs_dir)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for what in ("a thread at", "ignored at", "a warning of", "a log of", "RuntimeError: a thread"):
+        assert re.search(rf"{what}.*s3://\*\*\*@bucket/a", said), said
+    assert SECRET not in said
+
+
+def _worker_logs(logs_dir: Path) -> str:
+    """Those of the worker that has said it."""
+    logs = [path.read_text(errors="replace") for path in logs_dir.glob("worker-*.err")]
+    return "".join(log for log in logs if "said it" in log)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from jobs.checks.gpu import gpu_checks
 from jobs.checks.node import cpu_checks, node_checks
 from jobs.cluster import ray_cluster
 from pipelines.cluster_nodes import node_line
+from pipelines.worker_logs import redact_worker
 
 # For all nodes together: to start a worker that imports the project, and PyTorch where there are
 # GPUs.
@@ -95,5 +96,11 @@ class _Look:
 
     def _ask(self, checks: Callable[[], list[Check]], *, num_gpus: float) -> Any:
         there = NodeAffinitySchedulingStrategy(self.node["NodeID"], soft=False)
-        task = ray.remote(num_cpus=0, num_gpus=num_gpus, max_retries=0)(checks)
-        return task.options(scheduling_strategy=there).remote()
+        task = ray.remote(num_cpus=0, num_gpus=num_gpus, max_retries=0)(_found)
+        return task.options(scheduling_strategy=there).remote(checks)
+
+
+def _found(checks: Callable[[], list[Check]]) -> list[Check]:
+    """In a worker there."""
+    redact_worker()
+    return checks()

@@ -46,6 +46,7 @@ from pipelines.snapshots import StoredFile
 from pipelines.store import Store
 from pipelines.stored_rows import read_stored
 from pipelines.stored_samples import draw_sample
+from pipelines.worker_logs import redact_worker
 
 # Queries of each kind that recall is measured with. An exact search finds all, or has a fault that
 # a few show.
@@ -255,7 +256,7 @@ def _build_shards(build: Build, shards: Sequence[Shard]) -> None:
     done = set(build.work.names_in(SHARDS_DIR))
     left = [shard for shard in shards if Path(shard.truth_file).name not in done]
     if len(left) > 1 and ray.is_initialized():
-        task = cast("Any", ray.remote)(num_cpus=1)(build_shard)
+        task = cast("Any", ray.remote)(num_cpus=1)(_build_shard)
         built = [task.remote(shard, store=build.store, work=build.work) for shard in left]
         building = WorkerDemand(
             what="building a shard of the index",
@@ -268,6 +269,11 @@ def _build_shards(build: Build, shards: Sequence[Shard]) -> None:
         return
     for shard in left:
         build_shard(shard, store=build.store, work=build.work)
+
+
+def _build_shard(shard: Shard, *, store: Store, work: IndexFiles) -> None:
+    redact_worker()
+    build_shard(shard, store=store, work=work)
 
 
 def _placed(build: Build, are_ids_positions: bool) -> Iterator[tuple[Vectors, Ids]]:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines import schema
+from pipelines.arrow_files import open_parquet, parquet_columns
 from pipelines.indexes.bitmaps import ids_in
 from pipelines.indexes.rows import RowTable
 from pipelines.snapshots import StoredFile
@@ -120,7 +120,7 @@ def read_coming(
     parts = []
     for file, rows in changes.coming:
         with store.open(file.path) as opened:
-            parquet = pq.ParquetFile(opened)
+            parquet = open_parquet(opened)
             names = set(parquet.schema_arrow.names) - _OWN_COLUMNS | {schema.EMBEDDING}
             wanted = [name for name in parquet.schema_arrow.names if name in names - set(without)]
             parts.append(parquet.read(wanted).take(pa.array(rows)))
@@ -130,7 +130,7 @@ def read_coming(
 def carried_columns(store: Store, file: StoredFile) -> pa.Schema:
     """The key and the carried columns of a file of embeddings; StoreError if it is damaged."""
     with store.open(file.path) as opened:
-        columns = pq.read_schema(opened)
+        columns = parquet_columns(opened)
     return pa.schema([field for field in columns if field.name not in _OWN_COLUMNS])
 
 

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines import schema
+from pipelines.arrow_files import open_arrow
 from pipelines.errors import StoreError
 from pipelines.indexes.carried_values import check_values, first_value
 from pipelines.indexes.key_hashes import (
@@ -40,7 +41,7 @@ class RowTable:
         """Map the files of a folder; StoreError if one is missing, cut, or no such file."""
         self.path = folder / ROWS_FILE
         try:
-            self._reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
+            self._reader = open_arrow(pa.memory_map(str(self.path)))
             self.schema: pa.Schema = self._reader.schema
             names = self.schema.names
         except (OSError, ValueError, pa.ArrowException) as error:

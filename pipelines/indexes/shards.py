@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import faiss
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines import schema
+from pipelines.arrow_files import open_parquet
 from pipelines.indexes.frame import Frame
 from pipelines.indexes.index_files import IndexFiles
 from pipelines.indexes.key_hashes import HASHES_FILE
@@ -119,7 +119,7 @@ def rows_of(work: IndexFiles) -> RowTable:
 def read_vectors(store: Store, file: StoredFile) -> Iterator[tuple[pa.Array, Vectors]]:
     """Keys [N] and embeddings float32 [N, D] of a file, a few row groups at once."""
     with store.open(file.path) as opened:
-        for batch in pq.ParquetFile(opened).iter_batches(
+        for batch in open_parquet(opened).iter_batches(
             16_384, columns=[schema.KEY, schema.EMBEDDING]
         ):
             table = pa.Table.from_batches([batch])

@@ -8,10 +8,10 @@ from typing import Any
 
 import faiss
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines import schema
+from pipelines.arrow_files import open_parquet
 from pipelines.indexes.choice import Recipe
 from pipelines.indexes.frame import Frame, random_rotation
 from pipelines.snapshots import StoredFile
@@ -58,7 +58,7 @@ def draw_vectors(
 
 def _drawn(store: Store, file: StoredFile, *, num_wanted: int, rng: np.random.Generator) -> Vectors:
     with store.open(file.path) as opened:
-        parquet = pq.ParquetFile(opened)
+        parquet = open_parquet(opened)
         groups = rng.permutation(parquet.num_row_groups)
         sizes = [parquet.metadata.row_group(int(group)).num_rows for group in groups]
         num_groups = int(np.searchsorted(np.cumsum(sizes), num_wanted)) + 1

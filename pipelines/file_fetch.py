@@ -1,0 +1,144 @@
+"""Fetches one URI by fsspec: a file, or an object of a store, within a policy.
+
+Knows nothing of images, or of HTTP.
+"""
+
+import asyncio
+import os
+import stat
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from functools import partial
+from threading import Thread
+from typing import Any, Protocol
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from pipelines.fetch_policy import (
+    FILE_SCHEMES,
+    FetchError,
+    FetchPolicy,
+    FetchRefusedError,
+    scheme_of,
+)
+
+# Between two pieces it is looked whether there is time left.
+PIECE_BYTES = 2**20
+
+# Says how many bytes a fetch is to hold, before it does; raises NoRoomError.
+Hold = Callable[[int], None]
+
+
+class Fetch(Protocol):
+    """What fetches one URI, in fsspec's loop."""
+
+    def __call__(self, *, hold: Hold) -> Awaitable[bytes]:
+        """The content; whatever it raises, the URI gave none."""
+
+
+def file_fetch(uri: str, *, max_bytes: int, policy: FetchPolicy) -> Fetch:
+    """What fetches a URI. To be called in the caller's thread, where clients of stores are made.
+
+    Args:
+        uri: Any but http: and https:.
+        max_bytes: Reading stops one byte beyond.
+        policy: Of what may be fetched.
+
+    Raises:
+        FetchRefusedError: It is not allowed.
+        Exception: Whatever else fsspec raises.
+    """
+    scheme = scheme_of(uri)
+    if uri.lower().startswith(f"{scheme}:"):
+        uri = scheme + uri[len(scheme) :]  # fsspec knows small letters alone
+    if scheme in FILE_SCHEMES:
+        return partial(_in_thread, partial(_read_file, uri), max_bytes=max_bytes, policy=policy)
+    policy.check_scheme(scheme)
+    if "::" in uri:
+        raise FetchRefusedError("URIs of several schemes (a::b) are not allowed")
+    if fsspec.get_filesystem_class(scheme).async_impl:
+        fs, path = fsspec.url_to_fs(uri)
+        return partial(_read_object, fs, path, max_bytes=max_bytes)
+    return partial(_in_thread, partial(_read_other, uri), max_bytes=max_bytes, policy=policy)
+
+
+async def _read_object(fs: Any, path: str, *, max_bytes: int, hold: Hold) -> bytes:
+    """By the coroutines of an object store's client, which end where they are cancelled."""
+    info = await fs._info(path)
+    if info["type"] != "file":
+        raise FetchError(f"{path} is no object, but a {info['type']}")
+    size = info.get("size")
+    num_bytes = max_bytes + 1 if size is None else min(size, max_bytes + 1)
+    if not num_bytes:
+        return b""  # of which no store gives a range
+    hold(num_bytes)
+    content: bytes = await fs._cat_file(path, start=0, end=num_bytes)
+    return content
+
+
+class _Read(Protocol):
+    def __call__(
+        self, *, max_bytes: int, policy: FetchPolicy, hold: Hold, deadline: float
+    ) -> bytes: ...
+
+
+async def _in_thread(read: _Read, *, max_bytes: int, policy: FetchPolicy, hold: Hold) -> bytes:
+    """What blocks, in a thread of its own, which is left behind if it takes too long.
+
+    It ends at its next piece, and as a daemon it keeps no process from ending.
+    """
+    deadline = time.monotonic() + policy.max_seconds
+    done: Future[bytes] = Future()
+    done.set_running_or_notify_cancel()  # nobody may cancel it, so that it can always be set
+
+    def call() -> None:
+        try:
+            done.set_result(read(max_bytes=max_bytes, policy=policy, hold=hold, deadline=deadline))
+        except Exception as error:  # noqa: BLE001, raised where it is awaited
+            done.set_exception(error)
+
+    Thread(target=call, name="fetch", daemon=True).start()
+    return await asyncio.wrap_future(done)
+
+
+def _read_file(
+    uri: str, *, max_bytes: int, policy: FetchPolicy, hold: Hold, deadline: float
+) -> bytes:
+    path = os.path.realpath(LocalFileSystem._strip_protocol(uri))
+    policy.check_path(path)
+    # A pipe would keep its reader waiting. The path has no links, so one that is there now is new.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise FetchError(f"{path} is no file, but a directory, device or pipe")
+        return _read(file, size=status.st_size, max_bytes=max_bytes, hold=hold, deadline=deadline)
+
+
+def _read_other(
+    uri: str, *, max_bytes: int, policy: FetchPolicy, hold: Hold, deadline: float
+) -> bytes:
+    """By a file system that has no coroutines; `policy` was asked before."""
+    fs, path = fsspec.url_to_fs(uri)
+    with fs.open(path, "rb") as file:
+        size = getattr(file, "size", None)
+        return _read(file, size=size, max_bytes=max_bytes, hold=hold, deadline=deadline)
+
+
+def _read(file: Any, *, size: int | None, max_bytes: int, hold: Hold, deadline: float) -> bytes:
+    """Read to the end, or one byte beyond the bound: a stream gives what has arrived so far."""
+    if time.monotonic() > deadline:
+        raise TimeoutError
+    end = max_bytes + 1 if size is None else min(size, max_bytes + 1)
+    hold(end)
+    content = bytearray()
+    while len(content) < end:
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        chunk = file.read(min(PIECE_BYTES, end - len(content)))
+        if not chunk:
+            break
+        content += chunk
+    return bytes(content)
