@@ -423,7 +423,8 @@ def test_workers_of_ray_write_no_secret(local_ray: None):
     rows = pa.table({"key": ["a"]})
     decode = partial(loud.decode, secret=SECRET)
     task = ray.remote(num_cpus=0)(decode_task)
-    ray.get(task.remote(rows, decode=decode, modalities=(), carry_columns=(), meter=None))
+    options = {"modalities": (), "carry_columns": (), "max_bytes": 2**30, "meter": None}
+    ray.get(task.remote(rows, decode=decode, **options))
     logs_dir = Path(ray._private.worker._global_node.get_logs_dir_path())
     deadline = time.monotonic() + 10
     while not (said := _worker_logs(logs_dir)) and time.monotonic() < deadline:
