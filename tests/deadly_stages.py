@@ -59,7 +59,7 @@ class LightStage:
             if word == "die":
                 time.sleep(DEATH_SECONDS)
                 with open(path, "a") as deaths:
-                    deaths.write("x")
+                    deaths.write(f"{os.getpid()}\n")
                 act_on([word])
             elif word == "slow":
                 time.sleep(SLOW_SECONDS)
@@ -69,10 +69,13 @@ class LightStage:
 
 
 class LightActor(EncodeActor):
-    """An actor of such stages, with a method of a name."""
+    """An actor of such stages, with methods of a name."""
 
     def encode(self, table: pa.Table) -> pa.Table:
         return self(table)
+
+    def pid(self) -> int:
+        return os.getpid()
 
 
 def deadly_decode_batch(table: pa.Table, **options: Any) -> pa.Table:
