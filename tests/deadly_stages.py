@@ -13,6 +13,8 @@ from pipelines.survival import EncodeActor
 from tests.deadly import act_on
 
 SLOW_SECONDS = 4.0
+# Until a row that kills has killed: what is beside it has begun by then.
+DEATH_SECONDS = 0.5
 VECTOR_TYPE = pa.list_(pa.float32(), 2)
 
 
@@ -55,8 +57,9 @@ class LightStage:
         for text in table["text"].to_pylist():
             word, _, path = (text or "").partition(" ")
             if word == "die":
+                time.sleep(DEATH_SECONDS)
                 with open(path, "a") as deaths:
-                    deaths.write("x")
+                    deaths.write(f"{os.getpid()}\n")
                 act_on([word])
             elif word == "slow":
                 time.sleep(SLOW_SECONDS)
@@ -66,10 +69,13 @@ class LightStage:
 
 
 class LightActor(EncodeActor):
-    """An actor of such stages, with a method of a name."""
+    """An actor of such stages, with methods of a name."""
 
     def encode(self, table: pa.Table) -> pa.Table:
         return self(table)
+
+    def pid(self) -> int:
+        return os.getpid()
 
 
 def deadly_decode_batch(table: pa.Table, **options: Any) -> pa.Table:

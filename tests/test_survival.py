@@ -184,10 +184,13 @@ def decoded_texts(texts: Sequence[str], *, encoded: Sequence[bytes | None] | Non
     )
 
 
-def wait_for_deaths(log: Path) -> None:
-    """Until a row was the end of two workers."""
+def wait_for_deaths(log: Path, actor: Any) -> None:
+    """Until a row was the end of two workers, and the next is there."""
     last = time.monotonic() + 60
-    while not log.exists() or log.stat().st_size < 2:
+    while True:
+        pids = log.read_text().split() if log.exists() else []
+        if len(pids) >= 2 and str(ray.get(actor.pid.remote())) not in pids:
+            return
         assert time.monotonic() < last
         time.sleep(0.05)
 
@@ -203,7 +206,7 @@ def test_a_batch_does_not_answer_for_what_others_do_to_its_worker(local_ray: Non
     for number in range(3):
         log = tmp_path / f"deaths{number}"
         deadly.append(actor.encode.remote(decoded_texts([f"die {log}", "b"])))
-        wait_for_deaths(log)
+        wait_for_deaths(log, actor)
     assert ray.get(slow)["reason"].to_pylist() == [None, None]
     for reference in deadly:
         assert ray.get(reference)["reason"].to_pylist() == ["poison", None]
