@@ -70,6 +70,7 @@ def starts_nodes(v1_status: bytes | None) -> bool:
     """Whether that is what an autoscaler of version 1 writes down that starts nodes."""
     report = json.loads(v1_status or b"{}").get("autoscaler_report") or {}
     types = {*report.get("active_nodes", ()), *report.get("pending_launches", ())}
+    types |= set((report.get("node_type_mapping") or {}).values())  # of each node it knows
     return any(not _TYPE_OF_ONE_NODE.fullmatch(name) for name in types)
 
 

@@ -19,6 +19,7 @@ from ray.exceptions import RpcError
 from tests.prometheus import free_port
 
 START_SECONDS = 60.0
+HEAD_TYPE = "ray.head.default"  # as the provider of nodes on this machine has it
 CONFIG = {
     **BASE_READONLY_CONFIG,  # all that there must be
     "max_workers": 1,
@@ -32,10 +33,10 @@ CONFIG = {
         "head_node_id": FAKE_HEAD_NODE_ID,
     },
     "available_node_types": {
-        "head": {"resources": {}, "node_config": {}, "max_workers": 0},
+        HEAD_TYPE: {"resources": {}, "node_config": {}, "max_workers": 0},
         "cpu_worker": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 1},
     },
-    "head_node_type": "head",
+    "head_node_type": HEAD_TYPE,
 }
 
 
@@ -64,7 +65,7 @@ def scaled_cluster(*, version: int) -> Iterator[str]:
                 "RAY_enable_autoscaler_v2": str(version - 1),
                 "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
                 "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
-                "RAY_NODE_TYPE_NAME": "head",
+                "RAY_NODE_TYPE_NAME": HEAD_TYPE,
             },
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -39,6 +39,8 @@ def written_down(**report: Any) -> bytes:
         (written_down(active_nodes={"headgroup": 1}, pending_launches={}), True),
         (written_down(active_nodes={}, pending_launches={"l4_worker": 2}), True),
         (written_down(active_nodes={f"node_{'0a' * 28}": 1}, pending_launches={}), False),
+        (written_down(active_nodes={}, node_type_mapping={"10.0.0.1": "headgroup"}), True),
+        (written_down(active_nodes={}, node_type_mapping={"0a": "node_0a"}), False),
         (b'{"time": 1.0}', False),
         (b'{"autoscaler_report": null}', False),
         (None, False),
