@@ -9,8 +9,9 @@ import stat
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from functools import partial
-from threading import Thread
+from functools import cache, partial
+from queue import SimpleQueue
+from threading import Lock, Thread
 from typing import Any, Protocol
 
 import fsspec
@@ -78,6 +79,38 @@ async def _read_object(fs: Any, path: str, *, max_bytes: int, hold: Hold) -> byt
     return content
 
 
+class _Threads:
+    """Threads that are used again. As daemons, those that are stuck keep no process from ending."""
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._num_idle = 0
+        self._changing = Lock()
+
+    def begin(self, call: Callable[[], None]) -> None:
+        with self._changing:
+            is_idle = self._num_idle > 0
+            self._num_idle -= is_idle
+        if is_idle:
+            self._calls.put(call)
+        else:
+            Thread(target=self._work, args=(call,), name="fetch", daemon=True).start()
+
+    def _work(self, call: Callable[[], None] | None) -> None:
+        while call is not None:
+            call()
+            call = None  # which holds what was read
+            with self._changing:
+                self._num_idle += 1
+            call = self._calls.get()
+
+
+@cache
+def _threads(pid: int) -> _Threads:
+    """Of this process: a fork has none of them."""
+    return _Threads()
+
+
 class _Read(Protocol):
     def __call__(
         self, *, max_bytes: int, policy: FetchPolicy, hold: Hold, deadline: float
@@ -85,22 +118,28 @@ class _Read(Protocol):
 
 
 async def _in_thread(read: _Read, *, max_bytes: int, policy: FetchPolicy, hold: Hold) -> bytes:
-    """What blocks, in a thread of its own, which is left behind if it takes too long.
-
-    It ends at its next piece, and as a daemon it keeps no process from ending.
-    """
+    """What blocks, in a thread, which is left behind if it takes too long: it ends at a piece."""
     deadline = time.monotonic() + policy.max_seconds
+    kept = partial(read, max_bytes=max_bytes, policy=policy, hold=hold, deadline=deadline)
+    return await asyncio.wrap_future(_begun(kept))
+
+
+def _begun(read: Callable[[], bytes]) -> Future[bytes]:
     done: Future[bytes] = Future()
     done.set_running_or_notify_cancel()  # nobody may cancel it, so that it can always be set
+    _threads(os.getpid()).begin(partial(_settle, done, read))
+    return done
 
-    def call() -> None:
-        try:
-            done.set_result(read(max_bytes=max_bytes, policy=policy, hold=hold, deadline=deadline))
-        except Exception as error:  # noqa: BLE001, raised where it is awaited
-            done.set_exception(error)
 
-    Thread(target=call, name="fetch", daemon=True).start()
-    return await asyncio.wrap_future(done)
+def _settle(done: Future[bytes], read: Callable[[], bytes]) -> None:
+    try:
+        done.set_result(read())
+    except Exception as error:  # noqa: BLE001, raised where it is awaited
+        done.set_exception(error)
+    finally:
+        # Else an error would keep this frame, and that the error: images would stay until garbage
+        # is collected.
+        del done
 
 
 def _read_file(
@@ -133,12 +172,13 @@ def _read(file: Any, *, size: int | None, max_bytes: int, hold: Hold, deadline: 
         raise TimeoutError
     end = max_bytes + 1 if size is None else min(size, max_bytes + 1)
     hold(end)
-    content = bytearray()
-    while len(content) < end:
+    pieces: list[bytes] = []
+    while end > 0:
         if time.monotonic() > deadline:
             raise TimeoutError
-        chunk = file.read(min(PIECE_BYTES, end - len(content)))
-        if not chunk:
+        piece = file.read(min(PIECE_BYTES, end))
+        if not piece:
             break
-        content += chunk
-    return bytes(content)
+        pieces.append(piece)
+        end -= len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)

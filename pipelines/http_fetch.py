@@ -19,7 +19,7 @@ import aiohttp
 from fsspec.asyn import get_loop, sync
 from yarl import URL
 
-from pipelines.fetch_limits import FIRST_BYTES
+from pipelines.fetch_limits import FIRST_BYTES, NoRoomError
 from pipelines.fetch_policy import HTTP_SCHEMES, FetchError, FetchPolicy, FetchRefusedError
 from pipelines.file_fetch import Hold
 
@@ -119,7 +119,10 @@ async def _read(response: aiohttp.ClientResponse, *, max_bytes: int, hold: Hold)
         content += chunk
         if len(content) > room:  # of a length that the server did not say
             room = min(2 * len(content), max_bytes + 1)
-            hold(room)
+            try:
+                hold(room)
+            except NoRoomError:  # then once more, and not for each step
+                raise NoRoomError(max_bytes + 1) from None
     return bytes(content)
 
 
