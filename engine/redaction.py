@@ -154,7 +154,11 @@ class _RedactedRecords:
         is_cut = record.msg.count("%") != said.count("%")  # `token=%s`
         if record.args and (is_cut or _FORMATTED.search(said)):
             record.msg = said
-            record.msg, record.args = redacted(record.getMessage()), ()
+            try:
+                said = record.getMessage()
+            except (TypeError, ValueError, KeyError):  # which logging itself only tells of
+                said = f"{said} {record.args}"
+            record.msg, record.args = redacted(said), ()
         elif isinstance(record.args, tuple):  # not put together: some formatters want them apart
             record.args = tuple(map(_redacted_argument, record.args))
         elif record.args:

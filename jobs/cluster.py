@@ -17,6 +17,7 @@ from ray._common.utils import get_system_memory
 from ray._private.utils import get_num_cpus
 
 from engine.errors import ClipmillError
+from jobs.stopping import sigterm_kept
 
 # Of the object store of a Ray that a command starts for itself, for each CPU: twice what blocks
 # between the stages may take (`IN_FLIGHT_BYTES_PER_CPU`), since those being written come on top.
@@ -51,6 +52,17 @@ def ray_cluster(address: str | None, *, metrics_port: int | None = None) -> Iter
     _quiet_console()
     if metrics_port is not None:
         _check_metrics_port(metrics_port, joins=address or os.environ.get("RAY_ADDRESS"))
+    with sigterm_kept():
+        _connect(address, metrics_port=metrics_port)
+    try:
+        yield
+    finally:
+        if metrics_port is not None:
+            time.sleep(LAST_SCRAPE_SECONDS)
+        ray.shutdown()
+
+
+def _connect(address: str | None, *, metrics_port: int | None) -> None:
     if address or os.environ.get("RAY_ADDRESS"):
         try:
             ray.init(address or "auto", log_to_driver=False, logging_level=logging.ERROR)
@@ -73,12 +85,6 @@ def ray_cluster(address: str | None, *, metrics_port: int | None = None) -> Iter
             # Workers import the packages from where this process did.
             runtime_env={"env_vars": {"PYTHONPATH": _python_path()}},
         )
-    try:
-        yield
-    finally:
-        if metrics_port is not None:
-            time.sleep(LAST_SCRAPE_SECONDS)
-        ray.shutdown()
 
 
 def check_metrics_port(port: int | None, *, address: str | None) -> None:

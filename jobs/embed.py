@@ -49,7 +49,6 @@ def run_embed(
         with (
             redirect_stdout(sys.stderr),
             ray_cluster(address, metrics_port=metrics_port),
-            ended_by_sigterm(),  # again: Ray has taken the signal
             told_run(config.store_uri) as told,
             shown_progress() as show,
         ):

@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from pipelines.error_lines import error_line
+from pipelines.run_journal import STOPS
 
 # Of the project; what libraries say stays theirs.
 LOGGERS = ("engine", "pipelines", "jobs")
@@ -43,7 +44,7 @@ class LogContext:
 
 @contextmanager
 def event_log(command: str, *, run_id: str | None = None) -> Iterator[LogContext]:
-    """Write what the project logs to stderr for the length of a block; an error is an event too."""
+    """Write what the project logs to stderr for the length of a block; its end by an error too."""
     context = LogContext(command=command, run_id=run_id, node=platform.node())
     is_terminal = Console(stderr=True).is_terminal
     handler = _StderrHandler()
@@ -53,7 +54,10 @@ def event_log(command: str, *, run_id: str | None = None) -> Iterator[LogContext
         yield context
     except BaseException as error:
         if not is_terminal:  # where the command's last line says it
-            _log.error(error_line(error), extra=event("failed"))
+            if isinstance(error, STOPS):
+                _log.warning("stopped", extra=event("stopped"))
+            else:
+                _log.error(error_line(error), extra=event("failed"))
         raise
     finally:
         _detach(handler)

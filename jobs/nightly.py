@@ -197,7 +197,6 @@ def _run(config: NightlyConfig, *, address: str | None, metrics_port: int | None
         with (
             redirect_stdout(sys.stderr),
             ray_cluster(address, metrics_port=metrics_port),
-            ended_by_sigterm(),  # again: Ray has taken the signal
             told_run(config.embed.store_uri) as told,
             shown_progress() as show,
         ):
@@ -236,6 +235,11 @@ def _night_text(report: NightReport) -> str:
             return (
                 f"nothing changed: {num_retried:,} rejects were tried again, all in vain; snapshot "
                 f"{report.snapshot} stays; {indexes}\n{page}"
+            )
+        if report.num_indexes_built:
+            return (
+                f"nothing to embed: snapshot {report.snapshot} is that of the catalog; "
+                f"{indexes}\n{page}"
             )
         return f"nothing to do: snapshot {report.snapshot} is that of the catalog; {indexes}"
     accepted = report.lineage.accepted

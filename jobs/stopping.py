@@ -17,21 +17,38 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """Raise Terminated in a block of the main thread when SIGTERM comes, once.
-
-    Ray takes the signal as it starts: then it ends the process by SystemExit.
-    """
+    """Raise Terminated in a block of the main thread when SIGTERM comes, once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _end)
+    told: list[int] = []
+
+    def end(number: int, frame: FrameType | None) -> None:
+        # A second one would cut short what the first one began.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        told.append(number)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
+    except KeyboardInterrupt as error:
+        if told and not isinstance(error, Terminated):  # Ray raises a plain one in its place
+            raise Terminated from error
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _end(number: int, frame: FrameType | None) -> None:
-    # A second one would cut short what the first one began.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise Terminated
+@contextmanager
+def sigterm_kept() -> Iterator[None]:
+    """Give SIGTERM back at the end of a block to who has taken it: `ray.init` does so, too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(before):
+            signal.signal(signal.SIGTERM, before)

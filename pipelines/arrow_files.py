@@ -9,7 +9,8 @@ first file on: no column of ours is of these types.
 """
 
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pyarrow as pa
@@ -17,24 +18,22 @@ import pyarrow.parquet as pq
 
 _TENSOR_TYPES = "ray.data._internal.tensor_extensions.arrow"
 _OBJECT_TYPE = "ray.data.arrow_pickled_object"
+# How Ray begins to say so of a pickle.
+_REFUSED = "Unable to deserialize"
 
 
 def open_parquet(source: Any, *, buffer_size: int = 0, pre_buffer: bool = True) -> pq.ParquetFile:
     """As `pq.ParquetFile`; ArrowInvalid for a type that only a pickle describes."""
-    _keep_pickles_shut()
-    try:
+    keep_pickles_shut()
+    with _errors_of_arrow():
         return pq.ParquetFile(source, buffer_size=buffer_size, pre_buffer=pre_buffer)
-    except ValueError as error:
-        raise _of_arrow(error) from error
 
 
 def read_parquet(source: Any, *, columns: list[str] | None = None) -> pa.Table:
     """As `pq.read_table`, of one file; ArrowInvalid as above."""
-    _keep_pickles_shut()
-    try:
+    keep_pickles_shut()
+    with _errors_of_arrow():
         return pq.read_table(source, columns=columns)
-    except ValueError as error:
-        raise _of_arrow(error) from error
 
 
 def parquet_columns(source: Any) -> pa.Schema:
@@ -44,15 +43,13 @@ def parquet_columns(source: Any) -> pa.Schema:
 
 def open_arrow(source: Any) -> pa.RecordBatchFileReader:
     """As `pa.ipc.open_file`; ArrowInvalid as above."""
-    _keep_pickles_shut()
-    try:
+    keep_pickles_shut()
+    with _errors_of_arrow():
         return pa.ipc.open_file(source)
-    except ValueError as error:
-        raise _of_arrow(error) from error
 
 
-def _keep_pickles_shut() -> None:
-    """Before each file: whoever imports Ray Data registers its types."""
+def keep_pickles_shut() -> None:
+    """To be called before anything is opened: whoever imports Ray Data registers its types."""
     tensors: Any = sys.modules.get(_TENSOR_TYPES)
     if tensors is not None:
         tensors._AUTOLOAD_CLOUDPICKLE_TENSOR_METADATA = False
@@ -61,11 +58,20 @@ def _keep_pickles_shut() -> None:
         pa.unregister_extension_type(_OBJECT_TYPE)
 
 
-def _of_arrow(error: ValueError) -> Any:
-    """Arrow's own errors as they are; one of a type that Ray could not read, as one of Arrow's."""
-    if isinstance(error, pa.ArrowException):
-        return error
-    return pa.ArrowInvalid(
-        "a column's type is described by a pickle, as Ray 2.49 to 2.54 wrote it, which may be any "
-        "code and is never loaded; read and write the file with a newer Ray, where you trust it"
-    )
+@contextmanager
+def _errors_of_arrow() -> Iterator[None]:
+    """What Ray raises of a type that it does not read, as errors of Arrow."""
+    try:
+        yield
+    except pa.ArrowException:
+        raise
+    except ValueError as error:
+        if not str(error).startswith(_REFUSED):
+            raise
+        raise pa.ArrowInvalid(
+            "a column's type is described by a pickle, as Ray 2.49 to 2.54 wrote it, which may be "
+            "any code and is never loaded; read and write the file with a newer Ray, where you "
+            "trust it"
+        ) from error
+    except (TypeError, AttributeError) as error:
+        raise pa.ArrowInvalid(f"a column's type cannot be read ({error})") from error

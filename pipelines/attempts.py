@@ -28,6 +28,8 @@ MAX_DEATHS = 4
 MAX_LOST_NODES = 16
 # Of a task without a board, of which nobody knows why it was begun again.
 MAX_ATTEMPTS = SUSPECT_ATTEMPTS + MAX_LOST_NODES
+# Of any task: its workers may also die where no piece of work is under way.
+MAX_NOTED_ATTEMPTS = 64
 
 _WAY_OUT = "What was written is kept; {}, then run the same command again"
 _SEE_LOGS = _WAY_OUT.format(
@@ -62,7 +64,7 @@ def attempted(work: str, *, meter: StageMeter | None) -> Iterator[None]:
     """Do a piece of the task's work within the block, while the worker does nothing else.
 
     Args:
-        work: What it is, for the message.
+        work: What it is, for the message; no other piece of the task is called so.
         meter: Leads to the run's board; without one Ray's count has to do.
 
     Raises:
@@ -71,22 +73,22 @@ def attempted(work: str, *, meter: StageMeter | None) -> Iterator[None]:
     if not is_suspect():
         yield
         return
+    if num_attempts() >= (MAX_ATTEMPTS if meter is None else MAX_NOTED_ATTEMPTS):
+        raise WorkerDeathError(
+            f"{work}: {num_attempts()} workers died while they were at it, or their nodes were "
+            f"lost. {_SEE_LOGS}"
+        )
     if meter is None:
-        if num_attempts() >= MAX_ATTEMPTS:
-            raise WorkerDeathError(
-                f"{work}: {num_attempts()} workers died while they were at it, or their nodes were "
-                f"lost. {_SEE_LOGS}"
-            )
         yield
         return
     context = ray.get_runtime_context()
-    task, node_id = str(context.get_task_id()), context.get_node_id()
-    begun_on = meter.begin(task, node_id=node_id)
+    piece = f"{context.get_task_id()} {work}"
+    begun_on = meter.begin(piece, node_id=context.get_node_id())
     try:
         check_deaths(work, begun_on=begun_on, alive=_nodes_alive())
         yield
     finally:
-        meter.end(task, node_id=node_id)
+        meter.end(piece)
 
 
 def check_deaths(work: str, *, begun_on: Sequence[str], alive: Collection[str]) -> None:

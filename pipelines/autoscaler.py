@@ -11,6 +11,7 @@ where these metrics cannot be had, an autoscaler that reports is taken for one t
 """
 
 import functools
+import http.client
 import json
 import re
 import time
@@ -23,8 +24,11 @@ from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.autoscaler.v2.schema import ClusterStatus
 from ray.autoscaler.v2.sdk import get_cluster_status
+from ray.exceptions import RpcError
 from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.client import ray as client
+
+from engine.errors import ClipmillError
 
 # Ray gives it to nodes that were started as one of a cluster's types.
 GROUP_LABEL = "ray.io/node-group"
@@ -35,7 +39,7 @@ _ANSWER_SECONDS = 30
 _METRICS_SECONDS = 2.0
 # Where the metrics of the autoscaler are, among what the head keeps.
 _METRICS_KEY = "AutoscalerMetricsAddress"
-_TYPE_OF_ONE_NODE = re.compile(r"node_[0-9a-f]+")
+_TYPE_OF_ONE_NODE = re.compile(r"node_[0-9a-f]{56}")
 # Of the config of one that only looks; `ray up` may name its head so, but then there is one.
 _TYPE_OF_NO_NODE = "ray.head.default"
 _COUNT = re.compile(r"^autoscaler_active_nodes\{([^}]*)\}", re.MULTILINE)
@@ -48,12 +52,18 @@ def can_grow() -> bool:
     afar (`ray://`) types are all that is seen.
 
     Raises:
-        RpcError: The head does not answer.
+        ClipmillError: The head does not answer.
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if client.is_connected():
         return have_types(nodes)
-    return _is_scaled(types=frozenset(types_of(nodes)))
+    try:
+        return _is_scaled(types=frozenset(types_of(nodes)))
+    except RpcError as error:
+        raise ClipmillError(
+            f"the head of the Ray cluster does not answer ({error}); see that it runs, then run "
+            "the same command again"
+        ) from error
 
 
 def have_types(nodes: Sequence[Mapping[str, Any]]) -> bool:
@@ -125,7 +135,8 @@ def _metrics() -> str:
     try:
         with opener.open(f"http://{address}/metrics", timeout=_METRICS_SECONDS) as answer:
             text: str = answer.read().decode()
-    except OSError:
+    # Another's port may answer by anything.
+    except (OSError, http.client.HTTPException, UnicodeDecodeError):
         return ""
     return text
 

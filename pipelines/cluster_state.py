@@ -16,6 +16,7 @@ from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.exceptions import GetTimeoutError, RpcError
 from ray.util.client import ray as client
 
+from engine.errors import ClipmillError
 from pipelines.autoscaler import GROUP_LABEL, can_grow, have_types
 from pipelines.placement import ClusterState, Node, Placement, PlacementWatch, WorkerDemand
 
@@ -28,7 +29,7 @@ _MAX_FAILURES = 2
 
 
 def cluster_state() -> ClusterState:
-    """The cluster now; RpcError if it does not answer."""
+    """The cluster now; RpcError or ClipmillError if it does not answer."""
     if client.is_connected():  # it reaches the head's client port alone
         return _state_of_nodes(ray.nodes())
     status = get_cluster_status(ray.get_runtime_context().gcs_address, _ANSWER_SECONDS)
@@ -119,7 +120,7 @@ class Looks:
             return
         try:
             state = cluster_state()
-        except (RpcError, GetTimeoutError) as error:
+        except (RpcError, GetTimeoutError, ClipmillError) as error:
             self._unseen(error)
             return
         if state.pending is None:

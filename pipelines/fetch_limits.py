@@ -12,8 +12,9 @@ from contextlib import suppress
 MAX_AHEAD_BYTES = 64 * 2**20
 # For a fetch whose size is not known yet; most images are smaller.
 FIRST_BYTES = 2**20
-# Fetches of a host in a row that took all their time: as many as are under way at once.
-MAX_UNANSWERED = 16
+# Fetches of a host in a row that took all their time: more than are under way at once, which may
+# all fall into one outage.
+MAX_UNANSWERED = 48
 # How long a batch is waited for: so many times the limit of one fetch, and a second more for each
 # of so many bytes that came, lest large images on a slow line count as a host that gives nothing.
 BATCH_LIMITS = 10
@@ -59,14 +60,16 @@ class ByteBudget:
             await changed.wait()
 
     def hold(self, number: int, *, num_bytes: int) -> None:
-        """Let a fetch that is under way hold so many bytes in all; in any thread.
+        """Let a fetch that is under way hold so many bytes in all, or as many as it has already.
+
+        In any thread.
 
         Raises:
             NoRoomError: There are not as many left, or the fetch is over.
         """
         if number not in self._held:
             raise NoRoomError(num_bytes)
-        self._hold(number, num_bytes)
+        self._hold(number, max(num_bytes, self._held.get(number, 0)))
 
     def keep(self, number: int, *, num_bytes: int) -> None:
         """A fetch is over, and holds so many bytes until they are taken. In the loop."""

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from pipelines.fetch_limits import NoRoomError
 from pipelines.fetch_policy import (
     FILE_SCHEMES,
     FetchError,
@@ -27,6 +28,8 @@ from pipelines.fetch_policy import (
 
 # Between two pieces it is looked whether there is time left.
 PIECE_BYTES = 2**20
+# At work in a process; more would wait for what does not answer any more.
+MAX_THREADS = 128
 
 # Says how many bytes a fetch is to hold, before it does; raises NoRoomError.
 Hold = Callable[[int], None]
@@ -75,8 +78,10 @@ async def _read_object(fs: Any, path: str, *, max_bytes: int, hold: Hold) -> byt
     if not num_bytes:
         return b""  # of which no store gives a range
     hold(num_bytes)
-    content: bytes = await fs._cat_file(path, start=0, end=num_bytes)
-    return content
+    content: bytes = await fs._cat_file(path, start=0, end=num_bytes + 1)
+    if len(content) > num_bytes == size:
+        raise FetchError(f"{path} was replaced while it was read")
+    return content[: max_bytes + 1]
 
 
 class _Threads:
@@ -84,13 +89,16 @@ class _Threads:
 
     def __init__(self) -> None:
         self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._num_idle = 0
+        self._num_idle = self._num_threads = 0
         self._changing = Lock()
 
     def begin(self, call: Callable[[], None]) -> None:
         with self._changing:
             is_idle = self._num_idle > 0
+            if not is_idle and self._num_threads >= MAX_THREADS:
+                raise FetchError(f"{MAX_THREADS} reads of this process do not come back")
             self._num_idle -= is_idle
+            self._num_threads += not is_idle
         if is_idle:
             self._calls.put(call)
         else:
@@ -171,14 +179,22 @@ def _read(file: Any, *, size: int | None, max_bytes: int, hold: Hold, deadline: 
     if time.monotonic() > deadline:
         raise TimeoutError
     end = max_bytes + 1 if size is None else min(size, max_bytes + 1)
-    hold(end)
+    room = min(PIECE_BYTES, end) if size is None else end
+    hold(room)
     pieces: list[bytes] = []
-    while end > 0:
+    num_read = 0
+    while num_read < end:
         if time.monotonic() > deadline:
             raise TimeoutError
-        piece = file.read(min(PIECE_BYTES, end))
+        if num_read >= room:
+            room = min(2 * num_read, end)
+            try:
+                hold(room)
+            except NoRoomError:  # then with room for a few steps
+                raise NoRoomError(min(4 * num_read, end)) from None
+        piece = file.read(min(PIECE_BYTES, end - num_read))
         if not piece:
             break
         pieces.append(piece)
-        end -= len(piece)
+        num_read += len(piece)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)

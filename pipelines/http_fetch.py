@@ -121,8 +121,8 @@ async def _read(response: aiohttp.ClientResponse, *, max_bytes: int, hold: Hold)
             room = min(2 * len(content), max_bytes + 1)
             try:
                 hold(room)
-            except NoRoomError:  # then once more, and not for each step
-                raise NoRoomError(max_bytes + 1) from None
+            except NoRoomError:  # then with room for a few steps
+                raise NoRoomError(min(4 * len(content), max_bytes + 1)) from None
     return bytes(content)
 
 

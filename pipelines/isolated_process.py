@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from engine.errors import DeviceLostError
 from engine.redaction import redact_process
+from pipelines.arrow_files import keep_pickles_shut
 
 # The first byte of each answer: what follows is a table (or nothing), the text of a fault after
 # which this process is of no use, or an error, pickled.
@@ -35,6 +36,7 @@ def packed(table: pa.Table) -> memoryview:
 
 def unpacked(content: bytes | memoryview) -> pa.Table:
     """The table."""
+    keep_pickles_shut()
     with pa.ipc.open_stream(content) as reader:
         return reader.read_all()
 

@@ -229,7 +229,7 @@ class _Process:
                         f"took {taken / 2**20:,.0f} MiB of memory, above {max_bytes / 2**20:,.0f}"
                     )
             answer = memoryview(self._pipe.recv_bytes())
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):  # plain, if it dies in the midst of its answer
             return self._how_it_ended()
         if answer[:1] == DONE:
             return answer[1:]

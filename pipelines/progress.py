@@ -94,23 +94,19 @@ class ProgressBoard:
         last = (seconds, self._stages["encode"].num_rows)
         return Progress(seconds=seconds, stages=self._stages, samples=[*self._samples, last])
 
-    def begin(self, task: str, node_id: str) -> list[str]:
-        """Note where work of a task begins; gives the nodes where it began before without an end.
+    def begin(self, piece: str, node_id: str) -> list[str]:
+        """Note where a piece of work begins; gives the nodes where it began before without an end.
 
         Only of tasks that were begun again and again (`attempts.attempted`).
         """
-        begun_on = self._begun.setdefault(task, [])
+        begun_on = self._begun.setdefault(piece, [])
         before = list(begun_on)
         begun_on.append(node_id)
         return before
 
-    def end(self, task: str, node_id: str) -> None:
-        """Forget one beginning there."""
-        begun_on = self._begun.get(task, [])
-        if node_id in begun_on:  # not if this board was killed meanwhile
-            begun_on.remove(node_id)
-        if not begun_on:
-            self._begun.pop(task, None)
+    def end(self, piece: str) -> None:
+        """Forget where it began: it did not end anybody."""
+        self._begun.pop(piece, None)  # unknown, if this board was killed meanwhile
 
 
 class StageMeter:
@@ -161,14 +157,14 @@ class StageMeter:
         """Count something of the stage in a metric of its own; `store` is one of its labels."""
         metrics.add(metric, value, {"store": self._store, **labels})
 
-    def begin(self, task: str, *, node_id: str) -> list[str]:
+    def begin(self, piece: str, *, node_id: str) -> list[str]:
         """As the board's; waits until it knows."""
-        begun_on: list[str] = ray.get(self._board.begin.remote(task, node_id))
+        begun_on: list[str] = ray.get(self._board.begin.remote(piece, node_id))
         return begun_on
 
-    def end(self, task: str, *, node_id: str) -> None:
+    def end(self, piece: str) -> None:
         """As the board's; waits until it knows."""
-        ray.get(self._board.end.remote(task, node_id))
+        ray.get(self._board.end.remote(piece))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 Knows nothing of why the rows were chosen or what becomes of them.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -132,9 +133,9 @@ def _read(
     catalog: Catalog, piece: RowGroupRows, content: Sequence[Modality], meter: StageMeter | None
 ) -> Iterator[pa.Table]:
     redact_worker()
-    work = f"reading {piece.path}, row group {piece.row_group}"
     tables = read_rows(catalog, piece, content)
-    while True:
+    for number in itertools.count():
+        work = f"reading {piece.path}, row group {piece.row_group}, part {number}"
         with attempted(work, meter=meter), metered(meter) as size:
             table = next(tables, None)
             if table is None:

@@ -25,7 +25,7 @@ def store_place(uri: str) -> str:
     scheme, separator, rest = public_uri(uri).partition("://")
     scheme = scheme.lower()
     if not separator:
-        return os.path.abspath(uri)
+        return os.path.abspath(os.path.expanduser(uri))
     rest = rest.removesuffix(f"?{MASK}").removeprefix(f"{MASK}@")
     if scheme in _LOCAL_SCHEMES:
         return os.path.abspath(rest)

@@ -191,8 +191,12 @@ class EncodeActor:
             )
             self._meter.add(metrics.ENCODED, num_rows, {"modality": modality})
         # As long as it took is among the seconds of encoding.
-        num_encoded_images = table.num_rows - table[schema.ENCODED].null_count
-        self._decode_meter.count(num_encoded_images, 0, 0.0)
+        came_encoded = table[schema.ENCODED].is_valid().to_pylist()
+        num_decoded = sum(
+            is_one and row not in isolated.poison for row, is_one in enumerate(came_encoded)
+        )
+        if num_decoded:
+            self._decode_meter.count(num_decoded, 0, 0.0)
         rejects = None
         if isolated.poison:
             rejects = unencodable(table, isolated.poison, type_=self._type)

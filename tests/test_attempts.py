@@ -12,6 +12,7 @@ from pipelines.attempts import (
     MAX_ATTEMPTS,
     MAX_DEATHS,
     MAX_LOST_NODES,
+    MAX_NOTED_ATTEMPTS,
     SUSPECT_ATTEMPTS,
     attempted,
     check_deaths,
@@ -69,7 +70,7 @@ def test_an_actor_knows_that_it_took_the_place_of_another(local_ray: None):
 def test_work_that_is_the_end_of_each_worker_is_an_error(meter: StageMeter, tmp_path: Path):
     @ray.remote(max_retries=-1, num_cpus=0.5)
     def deadly(log: str, meter: StageMeter) -> None:
-        # In pieces, of which the first does no harm: it takes nothing from the count of the second.
+        # In pieces, of which the first does no harm: the second is blamed, and by its own count.
         with attempted("the first piece", meter=meter):
             pass
         with attempted("the second piece", meter=meter):
@@ -79,21 +80,31 @@ def test_work_that_is_the_end_of_each_worker_is_an_error(meter: StageMeter, tmp_
 
     log = tmp_path / "log"
     died = f"{MAX_DEATHS} workers died of it that did nothing else meanwhile"
-    with pytest.raises(WorkerDeathError, match=rf"the \w+ piece: {died}"):
+    with pytest.raises(WorkerDeathError, match=f"the second piece: {died}"):
         ray.get(deadly.remote(str(log), meter))
     assert len(log.read_text()) == SUSPECT_ATTEMPTS + MAX_DEATHS
+
+
+def test_workers_that_die_between_pieces_do_so_a_number_of_times(
+    monkeypatch: pytest.MonkeyPatch, meter: StageMeter
+):
+    monkeypatch.setattr(attempts, "num_attempts", lambda: MAX_NOTED_ATTEMPTS - 1)
+    with attempted("work", meter=meter):
+        pass
+    monkeypatch.setattr(attempts, "num_attempts", lambda: MAX_NOTED_ATTEMPTS)
+    said = f"^work: {MAX_NOTED_ATTEMPTS} workers died"
+    with pytest.raises(WorkerDeathError, match=said), attempted("work", meter=meter):
+        pass
 
 
 def test_the_board_forgets_what_ended(meter: StageMeter):
     assert meter.begin("a", node_id="here") == []
     assert meter.begin("a", node_id="there") == ["here"]
     assert meter.begin("b", node_id="here") == []
-    meter.end("a", node_id="there")
-    assert meter.begin("a", node_id="here") == ["here"]
-    meter.end("a", node_id="here")
-    meter.end("a", node_id="here")
+    meter.end("a")
     assert meter.begin("a", node_id="here") == []
-    meter.end("c", node_id="here")
+    assert meter.begin("b", node_id="here") == ["here"]
+    meter.end("c")
 
 
 def test_an_error_within_is_an_end(monkeypatch: pytest.MonkeyPatch, meter: StageMeter):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from jobs.logs import LOGGERS, event, event_log
+from jobs.stopping import Terminated
 
 _log = logging.getLogger("pipelines.tested")
 
@@ -72,6 +73,14 @@ def test_an_error_is_an_event_and_is_raised(capsys):
     (said,) = events(capsys)
     assert (said["event"], said["level"], said["run_id"]) == ("failed", "error", "r")
     assert said["message"] == "RuntimeError: cannot read s3://***@bucket"
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, Terminated, SystemExit])
+def test_a_stop_by_hand_is_no_failure(capsys, stop):
+    with pytest.raises(stop), event_log("embed", run_id="r"):
+        raise stop
+    (said,) = events(capsys)
+    assert (said["event"], said["level"], said["message"]) == ("stopped", "warning", "stopped")
 
 
 def test_a_terminal_gets_lines_for_people(terminal):

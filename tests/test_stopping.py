@@ -2,11 +2,13 @@
 
 import os
 import signal
+import sys
 import threading
+from contextlib import suppress
 
 import pytest
 
-from jobs.stopping import Terminated, ended_by_sigterm
+from jobs.stopping import Terminated, ended_by_sigterm, sigterm_kept
 from tests.commands import command
 
 
@@ -38,21 +40,40 @@ def test_a_block_ends_as_by_ctrl_c_and_all_is_as_before(noticed: list[int]):
     assert noticed == [signal.SIGTERM]
 
 
-def test_who_took_the_signal_meanwhile_has_it_again_after_an_inner_block(noticed: list[int]):
-    taken: list[int] = []
-
+def test_who_has_the_signal_keeps_it_though_ray_takes_it(noticed: list[int]):
     def run() -> None:
         with ended_by_sigterm():
-            signal.signal(signal.SIGTERM, lambda number, _: taken.append(number))  # as ray.init
-            try:
-                with ended_by_sigterm():
-                    told_to_end()
-            finally:
-                told_to_end()
+            with sigterm_kept():
+                signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))  # as ray.init
+            told_to_end()
 
     with pytest.raises(Terminated):
         run()
-    assert (taken, noticed) == ([signal.SIGTERM], [])
+    assert noticed == []
+
+
+def test_where_nobody_has_it_who_takes_it_keeps_it():
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    taken: list[int] = []
+    with sigterm_kept():
+        signal.signal(signal.SIGTERM, lambda number, _: taken.append(number))
+    told_to_end()
+    assert taken == [signal.SIGTERM]
+
+
+def test_a_plain_interrupt_that_ray_makes_of_it_is_told_from_ctrl_c():
+    def run(*, is_told: bool) -> None:
+        with ended_by_sigterm():
+            with suppress(Terminated):
+                if is_told:
+                    told_to_end()
+            raise KeyboardInterrupt
+
+    with pytest.raises(Terminated):
+        run(is_told=True)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(is_told=False)
+    assert not isinstance(caught.value, Terminated)
 
 
 def test_in_another_thread_nothing_is_changed(noticed: list[int]):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from engine.decoding.nvjpeg import CallFailedError, NvJpeg
-from engine.errors import DeviceLostError
+from engine.errors import DeviceError, DeviceLostError
 
 # Pixels of the image that is whole.
 WHOLE_SIDE = 16
@@ -45,7 +45,6 @@ class CheckedNvJpeg:
 
         Raises:
             DeviceLostError: The card fails, or nvJPEG does so whatever the image.
-            DeviceError: nvJPEG cannot be started again.
             DeviceMemoryError: The card has too little free memory.
         """
         try:
@@ -71,13 +70,14 @@ class CheckedNvJpeg:
 
     def _recover(self, fault: CallFailedError) -> None:
         """Have another nvJPEG, which decodes; DeviceLostError if it does not, or the card fails."""
-        probe = torch.ones(1, device=self._device)
-        if (probe + probe).item() != 2:
-            raise DeviceLostError(f"{fault}: this GPU counts 1 + 1 wrong")
-        self._nvjpeg, failed = NvJpeg(), self._nvjpeg
-        failed.close()
+        torch.ones(1, device=self._device).item()  # raises where the card is lost
+        self._nvjpeg.close()  # first: there may not be room for both
+        try:
+            self._nvjpeg = NvJpeg()
+        except DeviceError as error:
+            raise DeviceLostError(f"it cannot be started again ({error}), after {fault}") from error
         if not self._decodes_whole():
-            raise DeviceLostError(f"{fault}: it also fails at an image that is whole")
+            raise DeviceLostError(f"it fails at an image that is whole, too: {fault}")
 
     def _decodes_whole(self) -> bool:
         source = np.frombuffer(whole_jpeg(), dtype=np.uint8)
