@@ -23,10 +23,10 @@ def decode(table: pa.Table, *, secret: str, meter: None) -> pa.Table:
     """Logs, warns, and fails in places that nobody looks at; the last line is `said it`."""
     uri = f"s3://AKIA:{secret}@bucket/a"
 
-    def fail() -> None:
-        raise RuntimeError(f"a thread at {uri}")
+    def fail(what: str) -> None:
+        raise RuntimeError(f"{what} at {uri}")
 
-    thread = threading.Thread(target=fail)
+    thread = threading.Thread(target=fail, args=("a thread",))
     thread.start()
     thread.join()
     Fragile(uri)
@@ -36,7 +36,7 @@ def decode(table: pa.Table, *, secret: str, meter: None) -> pa.Table:
         warnings.warn(f"a warning of {uri}", stacklevel=1)
     logging.getLogger("tests.loud").warning("a log of %s", uri)
     try:
-        fail()
+        fail("a logged error")
     except RuntimeError:
         logging.getLogger("tests.loud").exception("a traceback")
     sys.stderr.write("said it\n")

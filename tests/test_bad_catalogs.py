@@ -235,7 +235,7 @@ def test_a_store_of_a_newer_format_is_left_alone(shop: Callable[..., Shop]):
     assert made.num_snapshots() == 1
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize("share", [0.0, 0.99])
 def test_a_manifest_cut_short_is_named_and_without_it_the_one_before_is_current(
     shop: Callable[..., Shop], share: float
 ):

@@ -5,11 +5,9 @@ import dataclasses
 import http.server
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -462,41 +460,6 @@ def test_a_file_that_breaks_under_the_run_stops_it_and_a_whole_one_lets_it_finis
     assert not (store_dir / "snapshots").exists()
     broken.write_bytes(whole)
     assert run(catalog_dir, store_dir).snapshot.num_rows("embeddings") == 80
-
-
-def test_a_killed_run_is_finished_by_the_next(
-    run, tmp_path: Path, checkpoint_dir: Path, engines_dir: Path
-):
-    catalog_dir, store_dir = tmp_path / "catalog", tmp_path / "store"
-    rows = scene_rows(400)
-    write_rows(catalog_dir, rows, num_files=4)
-    command = [sys.executable, "-m", "jobs.embed", "--catalog", str(catalog_dir)]
-    command += ["--store", str(store_dir), "--checkpoint", str(checkpoint_dir)]
-    command += ["--engines", str(engines_dir), "--rows-per-file", "64", "--batch-rows", "16"]
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not list((store_dir / "embeddings").rglob("*.parquet")):
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    # Workers that Ray started in sessions of their own end with their raylet.
-    staged = sum(
-        pq.read_metadata(path).num_rows for path in (store_dir / "embeddings").rglob("*.parquet")
-    )
-    assert staged > 0
-    assert not (store_dir / "snapshots").exists()
-
-    result = run(
-        catalog_dir,
-        store_dir,
-        resources=Resources(rows_per_file=64, batch_rows=16),
-    )
-    assert sum(result.num_embedded.values()) <= 800 - staged
-    assert sum(keys.num_staged for keys in result.counts.keys.values()) >= staged
-    for modality in ("image", "text"):
-        assert set(stored_embeddings(store_dir, modality=modality)) == {r["key"] for r in rows}
 
 
 def test_engines_may_be_kept_on_an_object_store(

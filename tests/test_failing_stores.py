@@ -78,7 +78,7 @@ def test_a_night_on_a_full_disk_is_finished_once_there_is_room(
         pytest.skip(f"needs a tmpfs in a mount namespace of its own: {error}")
     with night_process(before=[*MOUNT, f'{mount} && exec "$@"', "sh"]) as process:
         process.copy(base, disk)
-        for num_left in (0, 64 * 2**10, 256 * 2**10):
+        for num_left in (0, 256 * 2**10):
             process.fill(disk, num_left=num_left)
             said = failed(process.night(*night.words(disk)))
             assert "cannot be written: No space left on device. Check the path, its " in said

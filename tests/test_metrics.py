@@ -224,7 +224,7 @@ def test_a_real_prometheus_answers_dashboard_and_alerts(
     store = night.store
     with prometheus(tmp_path, targets=[target, service]) as server, told_run(night.store_uri):
         tell_again(night)
-        deadline = time.monotonic() + 2 * TOLD_SECONDS
+        deadline = time.monotonic() + 4 * TOLD_SECONDS
         empty = list(queries)
         while empty:
             assert time.monotonic() < deadline, f"no series: {empty}"

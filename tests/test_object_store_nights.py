@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +21,9 @@ from pipelines.snapshots import Snapshot, StoredFile, read_snapshot
 from pipelines.store import Store
 from tests.catalogs import scene_rows
 from tests.commands import command
+from tests.night_process import night_process
 from tests.object_store import s3_bucket
 
-ROOT = Path(__file__).resolve().parent.parent
 CATALOG_SCHEMA = pa.schema({"key": pa.string(), "image": pa.binary(), "text": pa.string()})
 
 
@@ -111,12 +109,13 @@ def places(
             done = command(nightly.main, [*words, *model])
             assert done.code == 0, done.err
 
-    def in_a_process(words: Sequence[str]) -> None:
-        """Whose Ray workers know the bucket from their environment."""
-        process = [sys.executable, "-m", "jobs.nightly", *words, *model]
-        subprocess.run(process, cwd=ROOT, env=os.environ, check=True)
+    # Whose Ray workers know the bucket from their environment.
+    with s3_bucket() as bucket, night_process() as process:
 
-    with s3_bucket() as bucket:
+        def in_a_process(words: Sequence[str]) -> None:
+            done = process.night(*words, *model)
+            assert done.code == 0, done.err
+
         made = (
             Place(str(tmp_path_factory.mktemp("disk")), here),
             Place(f"{bucket}/nights", in_a_process),
