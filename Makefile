@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Commands and Ray's workers are many processes: none compiles all modules anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check setup clean
 

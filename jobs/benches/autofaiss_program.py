@@ -6,6 +6,7 @@ of Clipmill has it; BYTES is what a search may want in memory. Prints one JSON o
 """
 
 import json
+import logging
 import os
 import statistics
 import sys
@@ -35,7 +36,8 @@ def main(folder: Path, num_bytes: int) -> None:
         current_memory_available=f"{machine_bytes // 2}B",
         metric_type="ip",
         nb_cores=len(os.sched_getaffinity(0)),
-        verbose=30,
+        # It says on standard error what it does, which can take hours.
+        verbose=logging.INFO,
     )
     seconds = time.perf_counter() - started
     faiss.omp_set_num_threads(1)
@@ -47,7 +49,7 @@ def main(folder: Path, num_bytes: int) -> None:
             report["index_key"],
             max_index_query_time_ms=wanted_ms,
             save_on_disk=False,
-            verbose=30,
+            verbose=logging.WARNING,
         )
         for number, kind in enumerate(queries["kinds"]):
             asked = np.flatnonzero(queries["kind_of"] == number)
