@@ -32,7 +32,7 @@ from pipelines.isolated_process import DONE, LOST, StageFunction, packed, unpack
 MAX_STARTS = 3
 # Of a row, before it is blamed.
 FRESH_DEATHS = 2
-# At one row, from outside; more end the run, which could not get past that row.
+# At one row, from outside: so many end the run, which does not get past it.
 MAX_KILLS = 4
 # Each by itself, and none between them that it survived.
 MAX_POISON_IN_A_ROW = 8
@@ -76,7 +76,7 @@ class Isolated:
 class _Death:
     cause: str
     was_killed: bool = False
-    """Whether from outside."""
+    """From outside (`_FROM_OUTSIDE`)."""
     was_fresh: bool = False
     """Whether it died of the first row or rows that it was given."""
 
