@@ -194,9 +194,10 @@ class IsolatedStage:
                 if not isinstance(answer, _Death):
                     unless_done.pop_all()
                     return process
+                cause = answer.cause
         raise WorkerDeathError(
-            f"{self._called} {fault}: its process {answer.cause}, and {MAX_STARTS - 1} before it "
-            "ended too. It is not the rows but this machine, its GPU, a library or the engine. "
+            f"{self._called} {fault}: its process {cause}, and {MAX_STARTS - 1} before it ended "
+            "too. It is not the rows but this machine, its GPU, a library or the engine. "
             f"{_WAY_OUT}"
         )
 
