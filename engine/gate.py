@@ -180,11 +180,11 @@ def run_gate(
             speed
             for name, timed in named.items()
             for speed in tower_speeds(
-                name,
-                timed,
                 sample,
-                batch_sizes=batch_sizes,
+                name=name,
+                encoder=timed,
                 query_encoder=for_queries.get(name, timed),
+                batch_sizes=batch_sizes,
             )
         ),
         memory_bytes={
@@ -207,7 +207,7 @@ def _embeddings(
     on_progress: OnProgress,
 ) -> dict[str, Embeddings]:
     embeddings = {}
-    for name, (encode, rows) in tower_inputs(encoder, sample).items():
+    for name, (encode, rows) in tower_inputs(encoder, sample=sample).items():
         places = np.arange(len(rows))
         if name == "text":
             # Once each: beside others, a text may come out a little otherwise than its copies.

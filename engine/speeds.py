@@ -33,7 +33,7 @@ class Speed:
 
 
 def tower_inputs(
-    encoder: Encoder, sample: Sample
+    encoder: Encoder, *, sample: Sample
 ) -> dict[str, tuple[Callable[[Any], Embeddings], Any]]:
     """Modality -> how it is encoded, and the rows."""
     inputs: dict[str, tuple[Callable[[Any], Embeddings], Any]] = {}
@@ -45,27 +45,27 @@ def tower_inputs(
 
 
 def tower_speeds(
-    name: str,
-    encoder: Encoder,
     sample: Sample,
     *,
-    batch_sizes: Sequence[int],
+    name: str,
+    encoder: Encoder,
     query_encoder: Encoder,
+    batch_sizes: Sequence[int],
 ) -> list[Speed]:
     """Time each tower that there are rows for.
 
     Args:
+        sample: Rows, given again and again where a batch is longer.
         name: Of the encoder, for the report.
         encoder: Timed at batches above those of queries.
-        sample: Rows, given again and again where a batch is longer.
-        batch_sizes: To time at.
         query_encoder: Timed at batches of queries.
+        batch_sizes: To time at.
     """
     speeds = []
-    for modality in tower_inputs(encoder, sample):
+    for modality in tower_inputs(encoder, sample=sample):
         for batch_rows in batch_sizes:
             timed = query_encoder if batch_rows <= QUERY.max_rows else encoder
-            encode, rows = tower_inputs(timed, sample)[modality]
+            encode, rows = tower_inputs(timed, sample=sample)[modality]
             batch = rows[np.arange(batch_rows) % len(rows)]
             encode(batch)  # the first call of a shape prepares what later ones use
             seconds = []

@@ -4,9 +4,10 @@ Knows nothing of stages, of Ray, or of why the workers died.
 
 Not by halves: a process that takes the rows one by one dies once for each guilty row, a search by
 halves as often as there are halvings, and what takes the time is to start it (an engine is loaded
-each time). A row is only blamed if two processes died of it that had no other before: one may have
-been ended from outside. And each process first does control rows, which are harmless: where it dies
-of them too, no row is at fault.
+each time). A row is only blamed if two processes died of it that had no other before, and by no
+signal that comes from outside: the kernel's, where something else takes the memory, says nothing of
+the row. And each process first does control rows, which are harmless: where it dies of them too, no
+row is at fault.
 """
 
 import multiprocessing
@@ -17,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Self
@@ -31,10 +32,14 @@ from pipelines.isolated_process import DONE, LOST, StageFunction, packed, unpack
 MAX_STARTS = 3
 # Of a row, before it is blamed.
 FRESH_DEATHS = 2
+# At one row, from outside: so many end the run, which does not get past it.
+MAX_KILLS = 4
 # Each by itself, and none between them that it survived.
 MAX_POISON_IN_A_ROW = 8
 POLL_SECONDS = 0.05
 END_SECONDS = 10.0
+# What ends a process where memory is short (the kernel, earlyoom), or a person; no library does.
+_FROM_OUTSIDE = frozenset({signal.SIGKILL, signal.SIGTERM})
 
 _WAY_OUT = (
     "What was written is kept; see why in the logs of Ray and the machine's messages (dmesg), then "
@@ -70,7 +75,9 @@ class Isolated:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Death:
     cause: str
-    was_fresh: bool
+    was_killed: bool = False
+    """From outside (`_FROM_OUTSIDE`)."""
+    was_fresh: bool = False
     """Whether it died of the first row or rows that it was given."""
 
 
@@ -90,8 +97,8 @@ class IsolatedStage:
         Args:
             load: Called there, gives the stage; pickled.
             control: Gives harmless rows for the stage, of the schema of those it is to do.
-            max_bytes: Of memory that a call may add to what the process has. The same on every
-                machine at any time: what a row is must not hang on what else is running.
+            max_bytes: Of memory that a call may add to what the process has. The same on a machine
+                at any time: what a row is must not hang on what else is running.
             called: The stage, for messages.
         """
         self._load = load
@@ -119,7 +126,7 @@ class IsolatedStage:
 
         Raises:
             WorkerDeathError: The process cannot be started, or dies of control rows, or of one row
-                after the other.
+                after the other, or something else ends it again and again.
         """
         whole = self._tried(table)
         if isinstance(whole, pa.Table):
@@ -144,14 +151,23 @@ class IsolatedStage:
 
     def _alone(self, row: pa.Table) -> pa.Table | _Death:
         """What became of a row; a death is its own fault."""
-        num_fresh_deaths = 0
-        while True:
+        num_fresh_deaths = num_kills = 0
+        while num_kills < MAX_KILLS:
             done = self._tried(row)
             if isinstance(done, pa.Table):
                 return done
+            if done.was_killed:
+                num_kills += 1
+                continue
             num_fresh_deaths += done.was_fresh
             if num_fresh_deaths == FRESH_DEATHS:
                 return done
+        raise WorkerDeathError(
+            f"{self._called}: its process, which had one row alone, {done.cause}, and "
+            f"{MAX_KILLS - 1} before it ended so too. That row took no more memory than a row may, "
+            "and is not blamed: the kernel ends processes where memory is short. Give the machine "
+            f"more, or less to do (fewer --num-encoders, a lower --max-image-pixels). {_WAY_OUT}"
+        )
 
     def _tried(self, table: pa.Table) -> pa.Table | _Death:
         process = self._process = self._process or self._started(table.schema)
@@ -159,8 +175,8 @@ class IsolatedStage:
         with ExitStack() as unless_done:
             unless_done.callback(self.close)
             answer = process.ask(packed(table), max_bytes=self._max_bytes)
-            if isinstance(answer, str):
-                return _Death(cause=answer, was_fresh=was_fresh)
+            if isinstance(answer, _Death):
+                return replace(answer, was_fresh=was_fresh)
             unless_done.pop_all()
         return unpacked(answer)
 
@@ -172,14 +188,15 @@ class IsolatedStage:
                 unless_done.callback(process.end)
                 fault = "cannot be started"
                 answer = process.ask(pickle.dumps(self._load), max_bytes=None)
-                if not isinstance(answer, str):
+                if not isinstance(answer, _Death):
                     fault = "does not survive rows that are harmless"
                     answer = process.ask(packed(self._control(schema)), max_bytes=None)
-                if not isinstance(answer, str):
+                if not isinstance(answer, _Death):
                     unless_done.pop_all()
                     return process
+                cause = answer.cause
         raise WorkerDeathError(
-            f"{self._called} {fault}: its process {answer}, and {MAX_STARTS - 1} before it ended "
+            f"{self._called} {fault}: its process {cause}, and {MAX_STARTS - 1} before it ended "
             "too. It is not the rows but this machine, its GPU, a library or the engine. "
             f"{_WAY_OUT}"
         )
@@ -211,7 +228,7 @@ class _Process:
         self.is_fresh = True
         """Whether it had no row yet but control rows."""
 
-    def ask(self, content: bytes | memoryview, *, max_bytes: int | None) -> memoryview | str:
+    def ask(self, content: bytes | memoryview, *, max_bytes: int | None) -> memoryview | _Death:
         """Its answer, or how it died; raises what it raised.
 
         Args:
@@ -225,8 +242,9 @@ class _Process:
                 taken = self._memory() - before
                 if max_bytes is not None and taken > max_bytes:
                     self.end()
-                    return (
-                        f"took {taken / 2**20:,.0f} MiB of memory, above {max_bytes / 2**20:,.0f}"
+                    return _Death(
+                        cause=f"took {taken / 2**20:,.0f} MiB of memory, above "
+                        f"{max_bytes / 2**20:,.0f}"
                     )
             answer = memoryview(self._pipe.recv_bytes())
         except (EOFError, OSError):  # plain, if it dies in the midst of its answer
@@ -234,7 +252,7 @@ class _Process:
         if answer[:1] == DONE:
             return answer[1:]
         if answer[:1] == LOST:
-            return f"lost the GPU: {bytes(answer[1:]).decode()}"
+            return _Death(cause=f"lost the GPU: {bytes(answer[1:]).decode()}")
         raise pickle.loads(answer[1:])
 
     def end(self) -> None:
@@ -249,12 +267,15 @@ class _Process:
         except psutil.NoSuchProcess:
             return 0
 
-    def _how_it_ended(self) -> str:
+    def _how_it_ended(self) -> _Death:
         try:
             code = self._process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
-            return "answers no more"
+            return _Death(cause="answers no more")
         if code >= 0:
-            return f"ended with {code}"
+            return _Death(cause=f"ended with {code}")
         names = [known.name for known in signal.Signals if known == -code]
-        return f"was killed by {''.join(names) or f'signal {-code}'}"
+        return _Death(
+            cause=f"was killed by {''.join(names) or f'signal {-code}'}",
+            was_killed=-code in _FROM_OUTSIDE,
+        )

@@ -8,6 +8,9 @@ finds the rows that it dies of; the worker does nothing else meanwhile, so that 
 can be what it dies of then. Batches that merely were with the same worker are done so too, and none
 of their rows is blamed.
 
+What a row may make such a process take of memory is bound by the machine's, too: it is stopped
+before the kernel or Ray end processes, which may be others.
+
 Rows come out in the order in which they came. One that was encoded alone has the same embedding as
 beside others but for rounding, as wherever the rows beside it are others.
 """
@@ -21,6 +24,7 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from ray._common.utils import get_system_memory
 
 from engine.errors import DeviceLostError
 from pipelines import metrics, schema
@@ -36,6 +40,10 @@ from pipelines.worker_logs import redact_worker
 
 # Of a worker that lost its GPU; Ray then starts another.
 LOST_GPU_CODE = 3
+# Of the memory of a machine or container, for one row: it fits beside Ray's object store (30 %) and
+# the workers. Not divided by those: they hardly meet such rows at once, and a large image may take
+# more than its share would be.
+MEMORY_SHARE = 0.25
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +64,7 @@ def decode_task(
         decode: `decode_batch`, given all but them and a meter.
         modalities: As given to it.
         carry_columns: The same.
-        max_bytes: See `IsolatedStage`.
+        max_bytes: See `row_bytes_here`.
         meter: For it.
 
     Returns:
@@ -73,7 +81,7 @@ def decode_task(
         # There it makes what is called: `decode` without a meter.
         partial(partial, decode),
         control=rows_to_decode,
-        max_bytes=max_bytes,
+        max_bytes=row_bytes_here(max_bytes),
         called="decoding",
     )
     work = f"decoding {table.num_rows} rows"
@@ -90,6 +98,11 @@ def decode_task(
         decoded = pa.concat_tables(parts)
         size(decoded.num_rows, decoded.nbytes)
     return decoded
+
+
+def row_bytes_here(max_bytes: int) -> int:
+    """Of memory that a row may make a process on this machine take on; at most `max_bytes`."""
+    return min(max_bytes, int(MEMORY_SHARE * get_system_memory()))
 
 
 def _with_only(table: pa.Table, *, modality: Modality) -> pa.Table:
@@ -123,7 +136,7 @@ class EncodeActor:
         Args:
             load: `EncodeStage`, given all but meters.
             control: See `IsolatedStage`.
-            max_bytes: The same.
+            max_bytes: See `row_bytes_here`.
             type_: See `encode.embedding_type`.
             meter: For it.
             decode_meter: The same.
@@ -132,7 +145,7 @@ class EncodeActor:
         self._isolated = IsolatedStage(
             partial(_checked, partial(load, meter=None, decode_meter=None)),
             control=control,
-            max_bytes=max_bytes,
+            max_bytes=row_bytes_here(max_bytes),
             called="the encoder",
         )
         self._type = type_

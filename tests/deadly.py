@@ -11,13 +11,21 @@ import pyarrow as pa
 
 from engine.errors import DeviceLostError
 
+# A library's fault, of which Ray's workers do not write pages as of SIGSEGV.
+DEADLY_SIGNAL = signal.SIGSYS
+_DEATHS = {
+    "once": (1, DEADLY_SIGNAL),
+    "twice": (2, DEADLY_SIGNAL),
+    "thrice-killed": (3, signal.SIGKILL),
+}
+
 
 def act_on(texts: list[str | None]) -> None:
     """Do what a text says.
 
-    `die`, `exit`, `lose` the GPU, `fault` on a real one, `fail`, `sleep`, `fill` memory, or
-    `once PATH`,
-    which dies once, `twice PATH` once more.
+    `die`, `be-killed` as from outside, `exit`, `lose` the GPU, `fault` on a real one, `fail`,
+    `sleep`, `fill` memory, or what ends with time: `once PATH` and `twice PATH` die so often,
+    `thrice-killed PATH` is killed so often.
 
     Args:
         texts: Others do nothing.
@@ -25,6 +33,8 @@ def act_on(texts: list[str | None]) -> None:
     for text in texts:
         word, _, path = (text or "").partition(" ")
         if word == "die":
+            os.kill(os.getpid(), DEADLY_SIGNAL)
+        elif word == "be-killed":
             os.kill(os.getpid(), signal.SIGKILL)
         elif word == "exit":
             os._exit(7)
@@ -38,10 +48,12 @@ def act_on(texts: list[str | None]) -> None:
             time.sleep(600)
         elif word == "fill":
             _fill_memory()
-        elif word in ("once", "twice") and _num_deaths(path) < ("once", "twice").index(word) + 1:
-            with open(path, "a") as deaths:
-                deaths.write("x")
-            os.kill(os.getpid(), signal.SIGKILL)
+        elif word in _DEATHS:
+            num_deaths, by = _DEATHS[word]
+            if _num_deaths(path) < num_deaths:
+                with open(path, "a") as deaths:
+                    deaths.write("x")
+                os.kill(os.getpid(), by)
 
 
 def _num_deaths(path: str) -> int:
@@ -105,7 +117,7 @@ def _double_or_break(table: pa.Table, *, path: str) -> pa.Table:
     if "die" in texts:
         Path(path).touch()
     if Path(path).exists():
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), DEADLY_SIGNAL)
     return double(table, factor=2)
 
 

@@ -28,6 +28,15 @@ class NvjpegImage(ctypes.Structure):
     ]
 
 
+def images_of_call(sources: Any, num_bytes: Any, *, count: int) -> list[bytes]:
+    """What a call of `nvjpegDecodeBatched` is given."""
+    addresses = (ctypes.c_size_t * count).from_address(sources.value)
+    lengths = (ctypes.c_size_t * count).from_address(num_bytes.value)
+    return [
+        view(address, length).tobytes() for address, length in zip(addresses, lengths, strict=True)
+    ]
+
+
 class FakeNvjpeg:
     """JPEGs by Pillow, as they are stored; progressive and CMYK ones it does not support."""
 
@@ -105,13 +114,8 @@ class FakeNvjpeg:
         time.sleep(0.002)
         count = self._batch_rows[state.value]
         self.num_rows.append(count)
-        addresses = (ctypes.c_size_t * count).from_address(sources.value)
-        lengths = (ctypes.c_size_t * count).from_address(num_bytes.value)
         wanted = (NvjpegImage * count).from_address(targets.value)
-        images = [
-            view(address, length).tobytes()
-            for address, length in zip(addresses, lengths, strict=True)
-        ]
+        images = images_of_call(sources, num_bytes, count=count)
         status = self.statuses.get("nvjpegDecodeBatched", SUCCESS)
         status = status or max((self.faults.get(image, SUCCESS) for image in images), default=0)
         status = status or max(map(_status, images), default=SUCCESS)

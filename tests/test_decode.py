@@ -305,13 +305,6 @@ def test_rows_that_cannot_be_decoded_without_harm_are_rejects_like_others():
     ]
 
 
-@pytest.mark.parametrize("max_pixels", [1_000_000, 400_000_000])
-def test_an_image_at_the_bounds_may_take_what_it_needs(max_pixels):
-    """Whatever the bounds are: 17 bytes for each pixel (`ImageLimits`)."""
-    limits = RowLimits(image=ImageLimits(max_image_pixels=max_pixels))
-    assert limits.max_row_bytes > 2**30 + 17 * max_pixels
-
-
 def test_the_meter_counts_what_comes_out():
     meter = ListMeter()
     out = decoded(text_rows("one", None), meter=meter)

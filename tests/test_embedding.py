@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +20,6 @@ import pytest
 from engine.errors import GateError
 from engine.promotion import promote, rollback
 from engine.registry import Registry
-from pipelines.assembly import next_files
 from pipelines.catalog import CatalogConfig
 from pipelines.counts import Counts
 from pipelines.decode import RowLimits
@@ -29,7 +27,6 @@ from pipelines.embedding import EmbedConfig, EmbedResult, embed
 from pipelines.engines import EngineChoice
 from pipelines.errors import (
     CatalogError,
-    IncompleteRunError,
     PipelineError,
     PlacementError,
     StoreError,
@@ -40,8 +37,6 @@ from pipelines.placement import Placement
 from pipelines.report import make_report
 from pipelines.resources import Resources
 from pipelines.schema import REASONS
-from pipelines.snapshots import Snapshot, StoredFile, commit, snapshot_numbers
-from pipelines.store import Store
 from tests import image_files
 from tests.calibrated_engines import CalibratedEngines, put_sabotaged_engine
 from tests.catalogs import (
@@ -324,24 +319,6 @@ def test_too_many_rejects_stop_the_run_and_keep_its_work(run, tmp_path: Path):
     assert not again.committed
 
 
-def test_a_snapshot_whose_files_are_vacuumed_at_its_commit_is_taken_back(
-    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    catalog_dir = write_rows(tmp_path / "catalog", scene_rows(20))
-    store_dir = tmp_path / "store"
-
-    def vacuumed(store: Store, snapshot: Snapshot) -> None:
-        (store_dir / snapshot.files[0].path).unlink()
-        commit(store, snapshot)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("pipelines.committing.commit", vacuumed)
-        with pytest.raises(IncompleteRunError, match=r"1 files .* gone, .*Nothing was committed"):
-            run(catalog_dir, store_dir)
-    assert snapshot_numbers(Store(str(store_dir))) == []
-    assert run(catalog_dir, store_dir).committed
-
-
 def test_a_plan_that_is_refused_embeds_nothing(tmp_path, checkpoint_dir, engines_dir, local_ray):
     config = EmbedConfig(
         catalog=CatalogConfig(uri=str(write_rows(tmp_path / "catalog", scene_rows(20)))),
@@ -361,32 +338,6 @@ def test_a_plan_that_is_refused_embeds_nothing(tmp_path, checkpoint_dir, engines
     assert result.counts.keys["image"].num_staged == 0
     # Nothing is left to look at.
     assert not embed(config, check_plan=refuse).committed
-
-
-def test_a_run_whose_leftovers_are_vacuumed_meanwhile_commits_nothing(
-    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    rows = scene_rows(60)
-    for row in rows[:40]:
-        row["image"] = b"not an image"
-    catalog_dir, store_dir = write_rows(tmp_path / "catalog", rows), tmp_path / "store"
-    with pytest.raises(TooManyRejectsError):
-        run(catalog_dir, store_dir)
-
-    def vacuumed(files: list[StoredFile], **options: Any) -> list[StoredFile]:
-        found = next_files(files, **options)
-        (store_dir / found[0].path).unlink()
-        return found
-
-    accepting = RowLimits(max_reject_share=0.5)
-    with monkeypatch.context() as patch:
-        patch.setattr("pipelines.embedding.next_files", vacuumed)
-        with pytest.raises(IncompleteRunError, match=r"1 files .* gone, .*the store was vac"):
-            run(catalog_dir, store_dir, limits=accepting)
-    assert not (store_dir / "snapshots").exists()
-    again = run(catalog_dir, store_dir, limits=accepting)
-    assert sum(again.num_embedded.values()) > 0
-    assert (again.snapshot.num_rows("embeddings"), again.snapshot.num_rows("rejects")) == (80, 40)
 
 
 def test_a_store_keeps_to_one_model(run, tmp_path: Path, checkpoint_dir: Path):

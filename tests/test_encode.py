@@ -107,12 +107,12 @@ def test_rows_that_cannot_be_encoded_without_harm_are_rejects_like_others(
         }
     )
     type_ = embedding_type(embedding_dim=stage._encoder.manifest.embedding_dim, dtype=dtype)
-    rejects = unencodable(table, {2: "was killed by SIGKILL", 0: "ended with 7"}, type_=type_)
+    rejects = unencodable(table, {2: "was killed by SIGSEGV", 0: "ended with 7"}, type_=type_)
     assert rejects.schema == stage(table).schema
     assert rejects.drop_columns("embedding").to_pylist() == [
         {"key": key, "stage": "encode", "reason": "poison", "detail": detail}
         for key, detail in (
-            ("c", "a process that encoded it alone was killed by SIGKILL"),
+            ("c", "a process that encoded it alone was killed by SIGSEGV"),
             ("a", "a process that encoded it alone ended with 7"),
         )
     ]

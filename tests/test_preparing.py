@@ -10,11 +10,13 @@ import pytest
 import ray
 
 from engine.backends.choice import Machine, this_machine
+from engine.errors import EngineError
 from pipelines import preparing
 from pipelines.engines import EngineChoice, Execution
 from pipelines.placement import Placement, WorkerDemand
 from pipelines.resources import Resources
 from pipelines.snapshots import EngineRecord
+from tests.clusters import TYPED, describe_cluster
 from tests.stored import make_snapshot
 
 FP8 = EngineRecord(engine_id="fp8-0", checkpoint="a", revision=None)
@@ -26,12 +28,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Execution, in
     """What is chosen, and after how many looks at a card that can all."""
 
     def choose(before: Execution | None, *, num_gpus: float, **asked: Any) -> tuple[Execution, int]:
-        node = {"CPU": 0.0, "GPU": num_gpus}
-        label = {"ray.io/node-group": "head"}
-        nodes = [{"Alive": True, "Resources": node, "Labels": label}]
-        monkeypatch.setattr(ray, "nodes", lambda: nodes)
-        monkeypatch.setattr(ray, "cluster_resources", lambda: node)
-        monkeypatch.setattr("pipelines.autoscaler._is_scaled", lambda *, types: bool(types))
+        describe_cluster(monkeypatch, {"CPU": 0.0, "GPU": num_gpus}, labels=TYPED)
         looked_at = []
 
         @contextmanager
@@ -77,6 +74,12 @@ def test_a_gpu_is_looked_at_where_it_is_there_or_nothing_was_before_or_another_i
     on_cpus = replace(TENSORRT, decoder="cpu")
     assert chosen(on_cpus, num_gpus=0, decoder="gpu") == (TENSORRT, 1)
     assert chosen(TENSORRT, num_gpus=0, decoder="cpu") == (on_cpus, 0)
+
+
+def test_looking_alone_builds_no_engine():
+    registry = SimpleNamespace(uri="engines", manifest=lambda _: None)
+    with pytest.raises(EngineError, match="engine fp8-0 is not built, and looking alone builds no"):
+        preparing.built_manifest(FP8, registry=registry)
 
 
 def test_building_the_engine_counts_as_waiting_behind_others(monkeypatch: pytest.MonkeyPatch):

@@ -1,9 +1,9 @@
 """How many encoders a run takes, by what is configured and what the cluster has or may get."""
 
 import re
+from functools import partial
 
 import pytest
-import ray
 from ray.data import DataContext
 
 from jobs.command import CommandParser
@@ -19,24 +19,17 @@ from pipelines.resources import (
 )
 from pipelines.stages import IN_FLIGHT_BYTES_PER_CPU, ray_data_settings
 from pipelines.watched_runs import PlacementCallback
+from tests.clusters import TYPED, UNTYPED, describe_cluster
 
 ON_GPUS = Execution(backend="torch", decoder="gpu")
 ON_CPUS = Execution(backend="onnxruntime", decoder="cpu")
-TYPED, UNTYPED = {"ray.io/node-group": "any"}, {"ray.io/node-id": "ab"}
 L4 = {"CPU": 16.0, "GPU": 1.0, "accelerator_type:L4": 1.0}
 H100 = {"CPU": 16.0, "GPU": 2.0, "accelerator_type:H100": 1.0}
 
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch):
-    def has(*nodes: dict[str, float], labels: dict[str, str]) -> None:
-        found = [{"Alive": True, "Resources": node, "Labels": labels} for node in nodes]
-        total = {"CPU": sum(node.get("CPU", 0) for node in nodes)}
-        monkeypatch.setattr(ray, "nodes", lambda: found)
-        monkeypatch.setattr(ray, "cluster_resources", lambda: total)
-        monkeypatch.setattr("pipelines.autoscaler._is_scaled", lambda *, types: bool(types))
-
-    return has
+    return partial(describe_cluster, monkeypatch)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Runs on a real Ray whose workers die: of rows, of nothing in particular, of their engine."""
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pytest
 import ray
 
+from engine.images import ImageLimits
 from engine.preprocess import Preprocessing
 from pipelines import survival
 from pipelines.catalog import CatalogConfig
@@ -25,6 +27,7 @@ from pipelines.schema import GEOMETRY_TYPE
 from pipelines.stages import Resources
 from tests import image_files
 from tests.catalogs import scene_rows, stored_embeddings, stored_rows, write_rows
+from tests.deadly import DEADLY_SIGNAL
 from tests.deadly_stages import (
     VECTOR_TYPE,
     BrokenEncodeStage,
@@ -100,7 +103,7 @@ def test_rows_that_kill_encoders_are_poison_and_nothing_else_is(prepared, tmp_pa
     check_every_key_once(
         tmp_path / "store",
         rejects={
-            ("k0005", "text"): ("encode", f"{encode} was killed by SIGKILL"),
+            ("k0005", "text"): ("encode", f"{encode} was killed by {DEADLY_SIGNAL.name}"),
             ("k0007", "text"): ("encode", f"{encode} ended with 7"),
         },
     )
@@ -118,7 +121,7 @@ def test_images_that_kill_decoders_are_poison_and_their_texts_are_not(prepared, 
     check_every_key_once(
         tmp_path / "store",
         rejects={
-            ("k0003", "image"): ("decode", f"{decode} was killed by SIGKILL"),
+            ("k0003", "image"): ("decode", f"{decode} was killed by {DEADLY_SIGNAL.name}"),
             ("k0040", "image"): ("decode", f"{decode} ended with 7"),
         },
     )
@@ -214,6 +217,22 @@ def test_a_batch_does_not_answer_for_what_others_do_to_its_worker(local_ray: Non
     ray.kill(board)
 
 
+@pytest.mark.parametrize(
+    ("memory_bytes", "expected"),
+    [
+        (8_000_000_000, 2_000_000_000),
+        # 2 GiB, and twice 17 bytes for each of 100 million pixels.
+        (64_000_000_000, 5_547_483_648),
+    ],
+)
+def test_what_a_row_may_take_is_a_share_of_a_small_machine(
+    monkeypatch: pytest.MonkeyPatch, memory_bytes: int, expected: int
+):
+    monkeypatch.setattr(survival, "get_system_memory", lambda: memory_bytes)
+    limits = RowLimits(image=ImageLimits(max_image_pixels=100_000_000))
+    assert survival.row_bytes_here(limits.max_row_bytes) == expected
+
+
 @pytest.fixture
 def suspected(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a task that was begun again and again, without Ray."""
@@ -235,9 +254,11 @@ def test_encoded_rows_keep_their_order_and_are_counted_once(suspected: None, tmp
     assert meter.added == {("clipmill_encoded_rows_total", "text"): 3}
 
 
-def test_decoded_rows_keep_their_order(suspected: None):
+def test_decoded_rows_keep_their_order(suspected: None, monkeypatch: pytest.MonkeyPatch):
+    """Of a small machine, where a row may take less than elsewhere."""
+    monkeypatch.setattr(survival, "get_system_memory", lambda: 2**31)
     photo = image_files.png()
-    images = [b"die", photo, None, b"exit", photo]
+    images = [b"die", photo, None, b"fill", photo]
     table = pa.table(
         {
             "key": list(range(5)),
@@ -273,4 +294,6 @@ def test_decoded_rows_keep_their_order(suspected: None):
         *("poison", None, "null_image", "poison"),
         *(None, "null_text", None, None, None),
     ]
+    detail = done["detail"][3].as_py()
+    assert re.search(r"alone took [\d,]+ MiB of memory, above 512$", detail)
     assert [rows for rows, _ in meter.batches] == [9]
