@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 import pyarrow as pa
 
 from engine.errors import DeviceLostError
-from engine.redaction import redact_process
+from engine.process_redaction import redact_process
 from pipelines.arrow_files import keep_pickles_shut
 
 # The first byte of each answer: what follows is a table (or nothing), the text of a fault after

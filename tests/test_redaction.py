@@ -1,16 +1,11 @@
 """Tests of engine/redaction.py."""
 
-import io
-import logging
 import pickle
-import subprocess
-import sys
-import warnings
 
 import pytest
 
 from engine.errors import CheckpointError
-from engine.redaction import public_uri, redact_process, redacted, without_secrets
+from engine.redaction import public_uri, redacted, without_secrets
 
 
 @pytest.mark.parametrize(
@@ -63,7 +58,7 @@ def test_the_word_after_an_option_for_a_secret_is_one():
         ("{'SecretAccessKey': 's3cr3t', 'a': 'b'}", "{'SecretAccessKey': '***', 'a': 'b'}"),
         ('{"api_key": "s3cr3t"}', '{"api_key": "***"}'),
         ("Authorization: Basic czNjcjN0OnMzY3IzdA==", "Authorization: Basic ***"),
-        ("header 'Authorization': 'Bearer s3cr3t-s3cr3t'", "header 'Authorization': 'Bearer ***'"),
+        ("header 'Authorization': 'Bearer s3cr3t-s3cr3t'", "header 'Authorization': '***'"),
         ("sent Bearer s3cr3t-s3cr3t twice", "sent Bearer *** twice"),
         ("Config(password='s3cr3t', token=b's3cr3t')", "Config(password='***', token=b'***')"),
         (r"{\"password\": \"s3cr3t\", \"a\": 1}", r"{\"password\": \"***\", \"a\": 1}"),
@@ -123,110 +118,10 @@ def test_errors_hold_no_secret_wherever_they_go():
         assert "checkpoint https://***@host/a?***" in shown
 
 
-def test_logs_hold_no_secret(monkeypatch):
-    before, hook = logging.getLogRecordFactory(), sys.excepthook
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    monkeypatch.setenv("CLIPMILL_TOKEN", "s3cr3t-of-the-service")
-    stream = io.StringIO()
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
-    logger = logging.getLogger("tests.redaction")
-    logger.addHandler(handler)
-    try:
-        redact_process()
-        redact_process()
-        logger.warning("plain s3://u:s3cr3t@bucket/a")
-        logger.warning("%s at %d of %.1f: %s", "s3://u:s3cr3t@b", 3, 4.5, OSError("k:s3cr3t@b"))
-        logger.warning("%(uri)s", {"uri": "https://h/?sig=s3cr3t"})
-        logger.warning("token is s3cr3t-of-the-service, 100%")
-        logger.warning("token=%s", "s3cr3t")
-        logger.warning("password: %s, %d", "s3cr3t", 7)
-        logger.warning("s3://u:s3cr3t@b/%s and %d", "x", 7)
-        logger.warning("%s %s", ["s3://u:s3cr3t@b"], b"s3://u:s3cr3t@b")
-        try:
-            raise OSError("at https://u:s3cr3t@host/a?sig=s3cr3t")
-        except OSError:
-            logger.exception("it failed")
-    finally:
-        logger.removeHandler(handler)
-        logging.setLogRecordFactory(before)
-        sys.excepthook = hook
-    said = stream.getvalue()
-    assert "s3cr3t" not in said
-    assert "WARNING s3://***@b at 3 of 4.5: ***@b" in said
-    assert "token is ***, 100%" in said
-    assert "OSError: at https://***@host/a?***" in said
-    assert "WARNING token=***" in said
-    assert "WARNING password: ***, 7" in said
-    assert "WARNING s3://***@b/x and 7" in said
-    assert "Traceback" in said
-
-
 @pytest.mark.parametrize("text", ["z" * 300_000, "z-" * 100_000 + ":x", "@" + "z:" * 100_000])
 def test_long_words_are_looked_through_once(text: str):
     """And not from each of their letters on, which for these takes hours."""
     assert redacted(text) == text
-
-
-def test_a_process_that_dies_of_a_bug_says_no_secret():
-    words = (
-        "from jobs.command import run\n"
-        "def main(argv):\n"
-        "    raise RuntimeError('at s3://AKIA:' + 's3cr' + '3t@bucket')\n"
-        "run(main, [])"
-    )
-    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "RuntimeError: at s3://***@bucket" in done.stderr
-    assert "s3cr3t" not in done.stderr
-
-
-LOUD = """
-import gc, threading, warnings
-from engine.redaction import redact_process
-
-redact_process()
-redact_process()
-secret = "s3cr" + "3t"
-
-class Fragile:
-    def __del__(self):
-        raise RuntimeError(f"unraisable at s3://AKIA:{secret}@bucket")
-
-def fail():
-    raise RuntimeError(f"in a thread at s3://AKIA:{secret}@bucket")
-
-thread = threading.Thread(target=fail, name="worker")
-thread.start()
-thread.join()
-threading.Thread(target=exit).start()
-Fragile()
-gc.collect()
-warnings.warn(f"warned: password={secret}")
-"""
-
-
-def test_what_a_process_writes_of_errors_and_warnings_says_no_secret():
-    done = subprocess.run([sys.executable, "-c", LOUD], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "Exception in thread worker:\nTraceback" in done.stderr
-    assert "RuntimeError: in a thread at s3://***@bucket" in done.stderr
-    assert "RuntimeError: unraisable at s3://***@bucket" in done.stderr
-    assert "Fragile.__del__" in done.stderr
-    assert "UserWarning: warned: password=***" in done.stderr
-    assert "SystemExit" not in done.stderr
-    assert "s3cr3t" not in done.stderr
-
-
-def test_hooks_of_others_stay():
-    words = (
-        "import sys, threading\n"
-        "from engine.redaction import redact_process\n"
-        "threading.excepthook = sys.unraisablehook = print\n"
-        "redact_process()\n"
-        "assert threading.excepthook is sys.unraisablehook is print\n"
-    )
-    assert subprocess.run([sys.executable, "-c", words]).returncode == 0
 
 
 def test_a_uri_alone_is_not_searched_for_more():
