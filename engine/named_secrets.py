@@ -34,7 +34,7 @@ _NAMED = re.compile(
 _VALUE = re.compile(r"(?:[^\s\"'`<>&;,]|[\"'`<>&;,](?=[^\s\"'`<>&;,)\]}])(?![\w.%-]*[:=]))*")
 # A quote within words is part of what is quoted, and so is a double one.
 _QUOTES = {quote: re.compile(rf"(?<!\\)(\\*){quote}(?![\w{quote}])|[\r\n]") for quote in "\"'"}
-_LINE_OF_CODE = re.compile(r'(^ *File "[^"\n]*", line \d+.*\n {4}.*$)', re.MULTILINE)
+_LINES_OF_CODE = re.compile(r'(^ *File "[^"\n]*", line \d+.*(?:\n {4}.*)+)', re.MULTILINE)
 
 # Of which one word may be said as well.
 _OFTEN_SINGLE = frozenset({"token", "credential", "credentials", "authorization"})
@@ -54,7 +54,7 @@ _BASE64 = re.compile(r"[\w+/=-]+")
 
 def without_named(text: str, *, mask: str) -> str:
     """A text whose secrets after their names are replaced by `mask`; twice changes no more."""
-    parts = _LINE_OF_CODE.split(text)  # a text and a line of code by turns
+    parts = _LINES_OF_CODE.split(text)  # a text and lines of code by turns
     parts[::2] = [_without(part, mask=mask, is_code=False) for part in parts[::2]]
     parts[1::2] = [_without(part, mask=mask, is_code=True) for part in parts[1::2]]
     return "".join(parts)
