@@ -94,8 +94,8 @@ def _end_of_secret(text: str, found: re.Match[str]) -> int:
     word = _value_at(text, first, end=first + MAX_LOOK_CHARS)
     value = word.rstrip(_CLOSING)
     after = text[first + len(word) : first + len(word) + 1]
-    is_closed = word[len(value) :].strip(".:") != "" or after in ("", *"\r\n\"'<>`;,")
-    if not _is_secret(value, found=found, is_alone=is_closed):
+    is_alone = word[len(value) :].strip(".:") != "" or after in ("", *"\r\n\"'<>`;,")
+    if not _is_secret(value, found=found, is_alone=is_alone):
         return first
     return first + len(_value_at(text, first, end=len(text)).rstrip(_CLOSING))
 
