@@ -63,6 +63,7 @@ def named(text: str) -> str:
         ('{"password": "hunter and more', '{"password": "***'),
         ('password: "hunter and\nmore", he said', 'password: "***\nmore", he said'),
         ("password='', user='bob'", "password='', user='bob'"),
+        ("Config(password='hunter', token=b'hunter')", "Config(password='***', token=b'***')"),
         ("config['password'] = 'hunter'", "config['password'] = '***'"),
         # In headers and on command lines.
         ("Authorization: Basic abcdefgh", "Authorization: Basic ***"),
@@ -75,7 +76,7 @@ def named(text: str) -> str:
 )
 def test_what_looks_like_a_secret_is_one(text: str, expected: str):
     assert named(text) == expected
-    assert redacted(text) == expected
+    assert redacted(text) == redacted(expected) == expected
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ def test_what_looks_like_a_secret_is_one(text: str, expected: str):
         "password: ***",
         "secrets: a1b2c3d4",
         "api key: https://host/docs1 says how",
-        "use bearer authentication, or Basic python3",
+        "requests must carry a bearer token; use bearer authentication, or Basic python3",
         "'token=' is missing; name it with --token or in 'a token' file",
         "usage: serve [--token TOKEN] [--token-file FILE]",
     ],
