@@ -25,7 +25,8 @@ from ray.exceptions import (
 )
 
 from engine.errors import ClipmillError
-from engine.redaction import redact_process, redacted
+from engine.process_redaction import redact_process
+from engine.redaction import redacted
 from jobs.stopping import Terminated
 from pipelines.errors import QueryError
 from pipelines.json_text import json_text

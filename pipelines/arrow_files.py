@@ -24,14 +24,14 @@ _REFUSED = "Unable to deserialize"
 
 def open_parquet(source: Any, *, buffer_size: int = 0, pre_buffer: bool = True) -> pq.ParquetFile:
     """As `pq.ParquetFile`; ArrowInvalid for a type that only a pickle describes."""
-    keep_pickles_shut()
+    _keep_pickles_shut()
     with _errors_of_arrow():
         return pq.ParquetFile(source, buffer_size=buffer_size, pre_buffer=pre_buffer)
 
 
 def read_parquet(source: Any, *, columns: list[str] | None = None) -> pa.Table:
     """As `pq.read_table`, of one file; ArrowInvalid as above."""
-    keep_pickles_shut()
+    _keep_pickles_shut()
     with _errors_of_arrow():
         return pq.read_table(source, columns=columns)
 
@@ -43,12 +43,19 @@ def parquet_columns(source: Any) -> pa.Schema:
 
 def open_arrow(source: Any) -> pa.RecordBatchFileReader:
     """As `pa.ipc.open_file`; ArrowInvalid as above."""
-    keep_pickles_shut()
+    _keep_pickles_shut()
     with _errors_of_arrow():
         return pa.ipc.open_file(source)
 
 
-def keep_pickles_shut() -> None:
+def read_stream(content: bytes | memoryview) -> pa.Table:
+    """The table of a stream that is in memory; ArrowInvalid as above."""
+    _keep_pickles_shut()
+    with _errors_of_arrow(), pa.ipc.open_stream(content) as reader:
+        return reader.read_all()
+
+
+def _keep_pickles_shut() -> None:
     """To be called before anything is opened: whoever imports Ray Data registers its types."""
     tensors: Any = sys.modules.get(_TENSOR_TYPES)
     if tensors is not None:

@@ -15,8 +15,8 @@ from multiprocessing.connection import Connection
 import pyarrow as pa
 
 from engine.errors import DeviceLostError
-from engine.redaction import redact_process
-from pipelines.arrow_files import keep_pickles_shut
+from engine.process_redaction import redact_process
+from pipelines.arrow_files import read_stream
 
 # The first byte of each answer: what follows is a table (or nothing), the text of a fault after
 # which this process is of no use, or an error, pickled.
@@ -34,13 +34,6 @@ def packed(table: pa.Table) -> memoryview:
     return memoryview(sink.getvalue())
 
 
-def unpacked(content: bytes | memoryview) -> pa.Table:
-    """The table."""
-    keep_pickles_shut()
-    with pa.ipc.open_stream(content) as reader:
-        return reader.read_all()
-
-
 def _main(pipe: Connection) -> None:
     redact_process()  # what it writes is in the log of the worker that started it
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
@@ -51,7 +44,7 @@ def _main(pipe: Connection) -> None:
         stage: StageFunction = pickle.loads(asked)()
         pipe.send_bytes(DONE)
         while (asked := _next(pipe)) is not None:
-            pipe.send_bytes(DONE + bytes(packed(stage(unpacked(asked)))))
+            pipe.send_bytes(DONE + bytes(packed(stage(read_stream(asked)))))
     except DeviceLostError as error:
         pipe.send_bytes(LOST + str(error).encode())
     except Exception as error:

@@ -26,8 +26,9 @@ from typing import Self
 import psutil
 import pyarrow as pa
 
+from pipelines.arrow_files import read_stream
 from pipelines.errors import WorkerDeathError
-from pipelines.isolated_process import DONE, LOST, StageFunction, packed, unpacked
+from pipelines.isolated_process import DONE, LOST, StageFunction, packed
 
 MAX_STARTS = 3
 # Of a row, before it is blamed.
@@ -178,7 +179,7 @@ class IsolatedStage:
             if isinstance(answer, _Death):
                 return replace(answer, was_fresh=was_fresh)
             unless_done.pop_all()
-        return unpacked(answer)
+        return read_stream(answer)
 
     def _started(self, schema: pa.Schema) -> "_Process":
         """A process that has loaded the stage and survived control rows."""

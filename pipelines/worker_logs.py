@@ -6,7 +6,7 @@ there is one for all, it may be another's, and Ray's client has none.
 
 from ray._private.worker import WORKER_MODE, global_worker
 
-from engine.redaction import redact_process
+from engine.process_redaction import redact_process
 
 
 def redact_worker() -> None:

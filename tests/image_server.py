@@ -1,6 +1,7 @@
 """An HTTP server on this machine that answers well, badly, or by leading elsewhere."""
 
 import gzip
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -10,16 +11,31 @@ from urllib.parse import unquote
 
 CONTENT = bytes(range(256)) * 400
 BIG_BYTES = 400_000
+# How an answer begins that never ends, and with what it goes on.
+ENDLESS = {
+    "body": (b"HTTP/1.1 200 OK\r\n\r\n", CONTENT),
+    "chunk": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3;a=", b"a" * 10_000),
+    "header": (b"HTTP/1.1 200 OK\r\nX-More: ", b"a" * 10_000),
+    "headers": (b"HTTP/1.1 200 OK\r\n", b"X-More: 1\r\n" * 1000),
+    "hints": (b"", b"HTTP/1.1 103 Early Hints\r\n\r\n" * 100),
+    "redirect": (b"HTTP/1.1 302 Found\r\nLocation: /missing\r\n\r\n", CONTENT),
+    "trailers": (
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n",
+        b"X-More: 1\r\n" * 1000,
+    ),
+}
 
 
 class Handler(BaseHTTPRequestHandler):
     """Answers by path; the server notes what was asked and when an endless answer ended."""
 
     server: "ImageServer"
+    protocol_version = "HTTP/1.1"  # of which connections are kept
 
     def do_GET(self) -> None:
         self.server.requests.append(self.path)
         self.server.headers.append(dict(self.headers))
+        self.server.clients.append(self.client_address)
         name = self.path.partition("?")[0].strip("/").partition("/")[0]
         getattr(self, f"send_{name}", self.send_missing)()
 
@@ -32,7 +48,7 @@ class Handler(BaseHTTPRequestHandler):
         return unquote(self.path.partition("?")[2])
 
     def send_whole(self) -> None:
-        self.start(length=len(CONTENT))
+        self.start(length=len(CONTENT), is_kept=True)
         self.wfile.write(CONTENT)
 
     def send_number(self) -> None:
@@ -56,10 +72,13 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(0.02)
 
     def send_endless(self) -> None:
-        self.start(length=None)
+        """An answer without end, of the sort that its query says."""
+        start, more = ENDLESS[self.query]
+        self.close_connection = True
         try:
+            self.wfile.write(start)
             while True:
-                self.wfile.write(CONTENT)
+                self.wfile.write(more)
         except OSError:
             self.server.stopped.set()
 
@@ -113,10 +132,12 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(302)
         self.send_header("Location", location)
         self.send_header("Set-Cookie", "visited=1")
+        self.send_header("Content-Length", "0")
         self.end_headers()
 
-    def start(self, *, length: int | None) -> None:
+    def start(self, *, length: int | None, is_kept: bool = False) -> None:
         self.send_response(200)
+        self.send_header("Connection", "keep-alive" if is_kept else "close")
         if length is not None:
             self.send_header("Content-Length", str(length))
         self.end_headers()
@@ -134,6 +155,7 @@ class ImageServer(ThreadingHTTPServer):
         self.address = address
         self.requests: list[str] = []
         self.headers: list[dict[str, str]] = []
+        self.clients: list[tuple[str, int]] = []
         self.stopped = threading.Event()
 
     def uri(self, path: str, *, host: str | None = None) -> str:
@@ -141,9 +163,13 @@ class ImageServer(ThreadingHTTPServer):
 
 
 @contextmanager
-def image_server(address: str = "127.0.0.1") -> Iterator[ImageServer]:
+def image_server(
+    address: str = "127.0.0.1", *, tls: ssl.SSLContext | None = None
+) -> Iterator[ImageServer]:
     """One that listens at an address of this machine."""
     with ImageServer(address) as server:
+        if tls is not None:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         yield server

@@ -77,7 +77,7 @@ def test_nothing_is_fetched_for_nothing():
 
 
 def test_reading_stops_one_byte_beyond_the_bound(server):
-    content = fetched(server.uri("endless"), max_bytes=150_000)
+    content = fetched(server.uri("endless?body"), max_bytes=150_000)
     assert isinstance(content, bytes)
     assert len(content) == 150_001
     assert server.stopped.wait(10), "the server still sends"
@@ -179,6 +179,9 @@ def test_an_object_that_drips_hits_the_timeout(s3_endpoint, server):
         "nope://host/image.jpg",
         "http://",
         "http://[bad/image.jpg",
+        "http://127.0.0.1:0/image.jpg",
+        "http://127.0.0.1:65536/image.jpg",
+        "http://127.0.0.1:-80/image.jpg",
         "file://\0",
         "data:",
         "github://image.jpg",

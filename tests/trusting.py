@@ -13,7 +13,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.arrow_files import open_arrow, open_parquet, parquet_columns, read_parquet
+from pipelines.arrow_files import (
+    open_arrow,
+    open_parquet,
+    parquet_columns,
+    read_parquet,
+    read_stream,
+)
 from pipelines.catalog import CatalogConfig, open_catalog
 from pipelines.errors import CatalogError
 from pipelines.indexes.carried_values import first_value
@@ -68,11 +74,13 @@ def main(folder: Path) -> None:
     write_trap(type_dir, trapped_type(Trap(type_dir)))
     write_trap(value_dir, trapped_value(Trap(value_dir)))
     parquet, arrow = type_dir / "part-0.parquet", type_dir / "rows.arrow"
+    # A file of Arrow is a stream, behind eight bytes that say so.
     refusals = {
         "parquet": refusal(open_parquet, parquet),
         "table": refusal(read_parquet, parquet),
         "columns": refusal(parquet_columns, parquet),
         "arrow": refusal(lambda path: open_arrow(pa.memory_map(str(path))), arrow),
+        "stream": refusal(lambda path: read_stream(path.read_bytes()[8:]), arrow),
         "catalog": refusal(lambda path: open_catalog(CatalogConfig(uri=str(path))), type_dir),
     }
     with open_arrow(pa.memory_map(str(value_dir / "rows.arrow"))) as reader:

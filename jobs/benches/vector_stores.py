@@ -9,11 +9,11 @@ from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import xxhash
 
 from jobs.benches.clip_like import Vectors, clip_like
 from pipelines import schema
+from pipelines.arrow_files import read_parquet
 from pipelines.schema import Modality
 from pipelines.snapshots import CatalogRecord, EngineRecord, Snapshot, StoredFile, commit
 from pipelines.store import Store
@@ -100,7 +100,7 @@ def change_store(store: Store, before: Snapshot, *, changed_share: float) -> Sna
 
 def stored_vectors(file: BinaryIO) -> Vectors:
     """The embeddings float32 [N, D] of a file."""
-    return vectors_of(pq.read_table(file, columns=[schema.EMBEDDING]))
+    return vectors_of(read_parquet(file, columns=[schema.EMBEDDING]))
 
 
 def _write(

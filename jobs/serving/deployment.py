@@ -16,7 +16,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
 from engine.errors import ClipmillError
-from engine.redaction import redact_process
+from engine.process_redaction import redact_process
 from jobs.serving.app import make_app
 from jobs.serving.options import ServiceConfig
 

@@ -205,7 +205,7 @@ def _headers() -> dict[str, str] | None:
     except json.JSONDecodeError:
         headers = None
     if not isinstance(headers, dict):
-        raise ValueError('$RAY_JOB_HEADERS must be a JSON object: {"Authorization": "Bearer ..."}')
+        raise ValueError("$RAY_JOB_HEADERS must be a JSON object: each header's name and its value")
     return headers
 
 
