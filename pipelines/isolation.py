@@ -4,10 +4,10 @@ Knows nothing of stages, of Ray, or of why the workers died.
 
 Not by halves: a process that takes the rows one by one dies once for each guilty row, a search by
 halves as often as there are halvings, and what takes the time is to start it (an engine is loaded
-each time). A row is only blamed if two processes died of it that had no other before, and by no
-signal that comes from outside: the kernel's, where something else takes the memory, says nothing of
-the row. And each process first does control rows, which are harmless: where it dies of them too, no
-row is at fault.
+each time). A row is only blamed if two processes died of it that had no other before: one may have
+been ended from outside. Of signals that come from there, as the kernel's where memory is short, it
+takes four. And each process first does control rows, which are harmless: where it dies of them too,
+no row is at fault.
 """
 
 import multiprocessing
@@ -33,8 +33,8 @@ from pipelines.isolated_process import DONE, LOST, StageFunction, packed
 MAX_STARTS = 3
 # Of a row, before it is blamed.
 FRESH_DEATHS = 2
-# At one row, from outside: so many end the run, which does not get past it.
-MAX_KILLS = 4
+# The same, of deaths that may have come from outside: memory is rarely short so often in a row.
+FRESH_KILLS = 4
 # Each by itself, and none between them that it survived.
 MAX_POISON_IN_A_ROW = 8
 POLL_SECONDS = 0.05
@@ -152,23 +152,15 @@ class IsolatedStage:
 
     def _alone(self, row: pa.Table) -> pa.Table | _Death:
         """What became of a row; a death is its own fault."""
-        num_fresh_deaths = num_kills = 0
-        while num_kills < MAX_KILLS:
+        num_deaths = num_kills = 0
+        while True:
             done = self._tried(row)
             if isinstance(done, pa.Table):
                 return done
-            if done.was_killed:
-                num_kills += 1
-                continue
-            num_fresh_deaths += done.was_fresh
-            if num_fresh_deaths == FRESH_DEATHS:
+            num_kills += done.was_fresh and done.was_killed
+            num_deaths += done.was_fresh and not done.was_killed
+            if num_deaths == FRESH_DEATHS or num_kills == FRESH_KILLS:
                 return done
-        raise WorkerDeathError(
-            f"{self._called}: its process, which had one row alone, {done.cause}, and "
-            f"{MAX_KILLS - 1} before it ended so too. That row took no more memory than a row may, "
-            "and is not blamed: the kernel ends processes where memory is short. Give the machine "
-            f"more, or less to do (fewer --num-encoders, a lower --max-image-pixels). {_WAY_OUT}"
-        )
 
     def _tried(self, table: pa.Table) -> pa.Table | _Death:
         process = self._process = self._process or self._started(table.schema)
