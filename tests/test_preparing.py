@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from engine.backends.choice import Machine, this_machine
-from pipelines import preparing
+from pipelines import engines, preparing
 from pipelines.engines import EngineChoice, Execution
 from pipelines.placement import Placement, WorkerDemand
 from pipelines.resources import Resources
@@ -26,12 +26,9 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Execution, in
     """What is chosen, and after how many looks at a card that can all."""
 
     def choose(before: Execution | None, *, num_gpus: float, **asked: Any) -> tuple[Execution, int]:
-        node = {"CPU": 0.0, "GPU": num_gpus}
-        label = {"ray.io/node-group": "head"}
-        nodes = [{"Alive": True, "Resources": node, "Labels": label}]
-        monkeypatch.setattr(ray, "nodes", lambda: nodes)
-        monkeypatch.setattr(ray, "cluster_resources", lambda: node)
-        monkeypatch.setattr("pipelines.autoscaler._is_scaled", lambda *, types: bool(types))
+        monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 0.0, "GPU": num_gpus})
+        for module in (preparing, engines):
+            monkeypatch.setattr(module, "can_grow", lambda: True)
         looked_at = []
 
         @contextmanager
