@@ -39,7 +39,7 @@ class NodeAnswer:
     fault: str | None = None
     """Why it could not look."""
     hung: str | None = None
-    """At what it began to look, and came to no end."""
+    """What came to no end, though nothing kept it waiting."""
     unseen: str | None = None
     """What it did not look at, and why that is no fault."""
 
