@@ -5,7 +5,7 @@ Knows nothing of how it is done.
 
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 
 from jobs.cluster import check_metrics_port, ray_cluster
 from jobs.command import CommandParser, print_result, run
@@ -41,17 +41,15 @@ def run_embed(
     """Embed with progress on stderr; returns the report and where its page was saved, if it was."""
     with (
         ended_by_sigterm(),
+        ExitStack() as cluster,  # left last: it waits for a scrape, and the record for nothing
         recorded_run(config.store_uri, command="embed") as journal,
         event_log("embed", run_id=journal.run_id) as context,
     ):
         say_begun(config)
         # Ray prints of its own, on stdout, where only the result belongs.
-        with (
-            redirect_stdout(sys.stderr),
-            ray_cluster(address, metrics_port=metrics_port),
-            told_run(config.store_uri) as told,
-            shown_progress() as show,
-        ):
+        cluster.enter_context(redirect_stdout(sys.stderr))
+        cluster.enter_context(ray_cluster(address, metrics_port=metrics_port))
+        with told_run(config.store_uri) as told, shown_progress() as show:
             result = embed(config, run_id=journal.run_id, on_progress=noted(show, journal))
             told.outcome = "committed" if result.committed else "unchanged"
         report = make_report(result, catalog_uri=config.catalog.uri, store_uri=config.store_uri)

@@ -6,7 +6,7 @@ Knows nothing of how it is done.
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -189,17 +189,15 @@ def _plan_text(report: PlanReport) -> str:
 def _run(config: NightlyConfig, *, address: str | None, metrics_port: int | None) -> NightReport:
     with (
         ended_by_sigterm(),
+        ExitStack() as cluster,  # left last: it waits for a scrape, and the record for nothing
         recorded_run(config.embed.store_uri, command="nightly") as journal,
         event_log("nightly", run_id=journal.run_id) as context,
     ):
         say_begun(config.embed)
         # Ray prints of its own, on stdout, where only the result belongs.
-        with (
-            redirect_stdout(sys.stderr),
-            ray_cluster(address, metrics_port=metrics_port),
-            told_run(config.embed.store_uri) as told,
-            shown_progress() as show,
-        ):
+        cluster.enter_context(redirect_stdout(sys.stderr))
+        cluster.enter_context(ray_cluster(address, metrics_port=metrics_port))
+        with told_run(config.embed.store_uri) as told, shown_progress() as show:
             result = run_night(config, run_id=journal.run_id, on_progress=noted(show, journal))
             told.outcome = "committed" if result.embedded.committed else "unchanged"
         snapshot, committed = result.embedded.snapshot, result.embedded.committed

@@ -5,10 +5,14 @@ taken away; what a process is killed by later cannot be caught.
 """
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+# By then the finalizer in which the signal was lost is left; if it is amid another, once more.
+AGAIN_SECONDS = 0.1
 
 
 class Terminated(KeyboardInterrupt):
@@ -29,6 +33,18 @@ def ended_by_sigterm() -> Iterator[None]:
         told.append(number)
         raise Terminated
 
+    def tell_again(unraisable: "sys.UnraisableHookArgs") -> None:
+        # What is raised amid a `__del__` ends that alone.
+        if not isinstance(unraisable.exc_value, Terminated):
+            show(unraisable)
+            return
+        signal.signal(signal.SIGTERM, end)
+        again = (threading.get_ident(), signal.SIGTERM)
+        timers.append(threading.Timer(AGAIN_SECONDS, signal.pthread_kill, again))
+        timers[-1].start()
+
+    timers: list[threading.Timer] = []
+    show, sys.unraisablehook = sys.unraisablehook, tell_again
     before = signal.signal(signal.SIGTERM, end)
     try:
         yield
@@ -37,7 +53,10 @@ def ended_by_sigterm() -> Iterator[None]:
             raise Terminated from error
         raise
     finally:
+        for timer in timers:
+            timer.cancel()
         signal.signal(signal.SIGTERM, before)
+        sys.unraisablehook = show
 
 
 @contextmanager

@@ -3,26 +3,22 @@
 Knows nothing of what the cluster lacks.
 
 Nodes that `ray up` or KubeRay started have types; KubeRay's have them with autoscaling off, too.
-So the head is asked what reports to it. Where nothing is to be scaled, Ray starts an autoscaler
-that only looks, and reports as others do. Version 1 writes down the types of its nodes: one that
-looks makes up a type for each node. Version 2 counts nodes by type in its metrics: one that looks
-goes by a config of Ray's own, whose only type no node has. Ray has no public call that says it;
-where these metrics cannot be had, an autoscaler that reports is taken for one that starts nodes.
+Where nothing is to be scaled, Ray starts an autoscaler that only looks, and reports to the head as
+others do. In its metrics it counts nodes by the types of a config of Ray's own, of which one is
+that of no node. Ray has no public call that says it; where these metrics cannot be had, an
+autoscaler that reports is taken for one that starts nodes.
 """
 
 import functools
 import http.client
-import json
 import re
 import time
 import urllib.request
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection
 
 import ray
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
-from ray.autoscaler.v2.schema import ClusterStatus
 from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.exceptions import RpcError
 from ray.experimental.internal_kv import _internal_kv_get
@@ -39,7 +35,6 @@ _ANSWER_SECONDS = 30
 _METRICS_SECONDS = 2.0
 # Where the metrics of the autoscaler are, among what the head keeps.
 _METRICS_KEY = "AutoscalerMetricsAddress"
-_TYPE_OF_ONE_NODE = re.compile(r"node_[0-9a-f]{56}")
 # Of the config of one that only looks; `ray up` may name its head so, but then there is one.
 _TYPE_OF_NO_NODE = "ray.head.default"
 _COUNT = re.compile(r"^autoscaler_active_nodes\{([^}]*)\}", re.MULTILINE)
@@ -48,45 +43,23 @@ _COUNT = re.compile(r"^autoscaler_active_nodes\{([^}]*)\}", re.MULTILINE)
 def can_grow() -> bool:
     """Whether an autoscaler gives the cluster its nodes; Ray must be initialized.
 
-    A cluster whose nodes have types, and whose head is new, is waited for until it is known. From
-    afar (`ray://`) types are all that is seen.
+    The head is asked once: autoscalers neither come nor go while a process works. A cluster whose
+    nodes have types, and whose head is new, is waited for until it is known. From afar (`ray://`)
+    types are all that is seen.
 
     Raises:
         ClipmillError: The head does not answer.
     """
-    nodes = [node for node in ray.nodes() if node["Alive"]]
     if client.is_connected():
-        return have_types(nodes)
+        return bool(_node_types())
+    context = ray.get_runtime_context()
     try:
-        return _is_scaled(types=frozenset(types_of(nodes)))
+        return _is_scaled(context.gcs_address, context.get_session_name())
     except RpcError as error:
         raise ClipmillError(
             f"the head of the Ray cluster does not answer ({error}); see that it runs, then run "
             "the same command again"
         ) from error
-
-
-def have_types(nodes: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether any of `ray.nodes()` was started as one of a cluster's types."""
-    return bool(types_of(nodes))
-
-
-def types_of(nodes: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Those of `ray.nodes()`."""
-    return {node["Labels"][GROUP_LABEL] for node in nodes if GROUP_LABEL in node["Labels"]}
-
-
-def starts_nodes(v1_status: bytes | None) -> bool:
-    """Whether that is what an autoscaler of version 1 writes down that starts nodes."""
-    report = json.loads(v1_status or b"{}").get("autoscaler_report") or {}
-    types = {*report.get("active_nodes", ()), *report.get("pending_launches", ())}
-    types |= set((report.get("node_type_mapping") or {}).values())  # of each node it knows
-    return any(not _TYPE_OF_ONE_NODE.fullmatch(name) for name in types)
-
-
-def reports(status: ClusterStatus) -> bool:
-    """Whether an autoscaler of version 2 reports to the head; one that only looks does, too."""
-    return int(status.stats.autoscaler_version or 0) > 0
 
 
 def only_looks(metrics: str, *, session_name: str, types: Collection[str]) -> bool | None:
@@ -104,26 +77,30 @@ def only_looks(metrics: str, *, session_name: str, types: Collection[str]) -> bo
     return is_counted and _TYPE_OF_NO_NODE not in types
 
 
-def _is_scaled(*, types: frozenset[str]) -> bool:
-    context = ray.get_runtime_context()
-    return _found(context.gcs_address, context.get_session_name(), types)
-
-
-# It is asked for all the time that a job waits; autoscalers neither come nor go meanwhile.
-@functools.lru_cache(maxsize=8)
-def _found(gcs_address: str, session_name: str, types: frozenset[str]) -> bool:
-    while True:
-        if starts_nodes(_internal_kv_get(DEBUG_AUTOSCALING_STATUS)):
-            return True
-        # Without types there is none of version 2.
-        is_there = bool(types) and reports(get_cluster_status(gcs_address, _ANSWER_SECONDS))
-        if is_there:
-            looks = only_looks(_metrics(), session_name=session_name, types=types)
-            if looks is not None:
-                return not looks
-        if not types or _head_seconds(gcs_address) > FIRST_REPORT_SECONDS:
-            return is_there
+@functools.cache
+def _is_scaled(gcs_address: str, session_name: str) -> bool:
+    types = _node_types()
+    while types:
+        looks = only_looks(_metrics(), session_name=session_name, types=types)
+        if looks is not None:
+            return not looks
+        if _head_seconds(gcs_address) > FIRST_REPORT_SECONDS:
+            return _reports(gcs_address)
         time.sleep(_PAUSE_SECONDS)
+    return False
+
+
+def _node_types() -> set[str]:
+    labels = [node["Labels"] for node in ray.nodes() if node["Alive"]]
+    return {found[GROUP_LABEL] for found in labels if GROUP_LABEL in found}
+
+
+def _reports(gcs_address: str) -> bool:
+    """Whether an autoscaler of version 1 or 2 tells the head of itself."""
+    if _internal_kv_get(DEBUG_AUTOSCALING_STATUS):
+        return True
+    status = get_cluster_status(gcs_address, _ANSWER_SECONDS)
+    return int(status.stats.autoscaler_version or 0) > 0
 
 
 def _metrics() -> str:

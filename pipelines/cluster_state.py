@@ -17,7 +17,7 @@ from ray.exceptions import GetTimeoutError, RpcError
 from ray.util.client import ray as client
 
 from engine.errors import ClipmillError
-from pipelines.autoscaler import GROUP_LABEL, can_grow, have_types
+from pipelines.autoscaler import GROUP_LABEL, can_grow
 from pipelines.placement import ClusterState, Node, Placement, PlacementWatch, WorkerDemand
 
 _log = logging.getLogger(__name__)
@@ -159,17 +159,14 @@ def _node(node: NodeInfo) -> Node:
 
 
 def _state_of_nodes(nodes: Sequence[dict[str, Any]]) -> ClusterState:
-    alive = [node for node in nodes if node["Alive"]]
-    return ClusterState(
-        nodes=tuple(
-            Node(
-                address=node["NodeManagerAddress"],
-                group=node["Labels"].get(GROUP_LABEL),
-                total=node["Resources"],
-                free=None,
-            )
-            for node in alive
-        ),
-        pending=None,
-        can_grow=have_types(alive),
+    alive = tuple(
+        Node(
+            address=node["NodeManagerAddress"],
+            group=node["Labels"].get(GROUP_LABEL),
+            total=node["Resources"],
+            free=None,
+        )
+        for node in nodes
+        if node["Alive"]
     )
+    return ClusterState(nodes=alive, pending=None, can_grow=any(node.group for node in alive))

@@ -6,24 +6,25 @@ from collections.abc import Mapping
 import pytest
 import ray
 
-# Of nodes that an autoscaler starts, and of those that are there.
-TYPED, UNTYPED = {"ray.io/node-group": "any"}, {"ray.io/node-id": "ab"}
+# That ask whether it grows.
+ASKING = ("engines", "preparing", "resources", "stages")
 
 
 def describe_cluster(
-    patch: pytest.MonkeyPatch, *nodes: Mapping[str, float], labels: Mapping[str, str] = UNTYPED
+    patch: pytest.MonkeyPatch, *nodes: Mapping[str, float], grows: bool = False
 ) -> None:
-    """Have Ray say that a cluster has these nodes, all with the same labels.
+    """Have Ray say that a cluster has these nodes.
 
     Args:
         patch: Ends it.
         nodes: Resources of each.
-        labels: With `TYPED`, an autoscaler gives the nodes.
+        grows: Whether an autoscaler gives it its nodes.
     """
-    found = [{"Alive": True, "Resources": dict(node), "Labels": labels} for node in nodes]
     total: Counter[str] = Counter()
     for node in nodes:
         total.update(node)
+    found = [{"Alive": True, "Resources": dict(node), "Labels": {}} for node in nodes]
     patch.setattr(ray, "nodes", lambda: found)
     patch.setattr(ray, "cluster_resources", lambda: total)
-    patch.setattr("pipelines.autoscaler._is_scaled", lambda *, types: bool(types))
+    for module in ASKING:
+        patch.setattr(f"pipelines.{module}.can_grow", lambda: grows)

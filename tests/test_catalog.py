@@ -71,11 +71,12 @@ def test_finds_nested_files_by_path_but_not_what_others_hide(tmp_path):
     assert catalog.num_rows == 8
 
 
-def test_reads_any_file_system(tmp_path):
+def test_reads_any_file_system_and_names_by_the_letter(tmp_path):
+    folder = f"{tmp_path.name}/cat#a?l*[o]g"
     write(tmp_path / "a.parquet")
     fs = fsspec.filesystem("memory")
-    fs.pipe_file(f"/{tmp_path.name}/catalog/a.parquet", (tmp_path / "a.parquet").read_bytes())
-    assert names(opened(f"memory://{tmp_path.name}/catalog")) == ["a.parquet"]
+    fs.pipe_file(f"/{folder}/a.parquet", (tmp_path / "a.parquet").read_bytes())
+    assert names(opened(f"memory://{folder}")) == ["a.parquet"]
 
 
 def test_an_object_store_tells_content_by_its_etag(tmp_path):
@@ -83,9 +84,9 @@ def test_an_object_store_tells_content_by_its_etag(tmp_path):
         fs = fsspec.filesystem("s3")
         for name, text in (("a", "one"), ("b", "one"), ("c", "two")):
             path = write(tmp_path / f"{name}.parquet", {"key": ["k"], "text": [text]})
-            fs.pipe_file(f"{bucket}/catalog/{name}.parquet", path.read_bytes())
-        fs.pipe_file(f"{bucket}/catalog2/d.parquet", b"of another catalog")
-        catalog = opened(f"{bucket}/catalog/")
+            fs.pipe_file(f"{bucket}/cat#a?log/{name}.parquet", path.read_bytes())
+        fs.pipe_file(f"{bucket}/cat#a?log2/d.parquet", b"of another catalog")
+        catalog = opened(f"{bucket}/cat#a?log/")
         with pytest.raises(CatalogError, match=r"no \.parquet file"):
             opened(f"{bucket}/cat")
     assert names(catalog) == ["a.parquet", "b.parquet", "c.parquet"]

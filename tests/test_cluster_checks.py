@@ -38,6 +38,15 @@ def test_a_node_that_cannot_look_stops():
     assert "--working-dir" in checks[1].mend
 
 
+def test_a_node_that_hangs_is_wrong_beside_what_else_is():
+    hung = NodeAnswer(found=(BAD,), hung="its look at its GPUs did not end within 120 s")
+    _, packages, node = ray_checks("a", nodes=lambda _: [("gpu-1: 16 CPUs, 1 GPUs", hung)])
+    assert packages.name == "packages of gpu-1"
+    assert (node.name, node.stops) == ("node gpu-1", True)
+    assert node.found.endswith("; its look at its GPUs did not end within 120 s")
+    assert "nvidia-smi" in node.mend
+
+
 def test_a_busy_node_is_not_called_wrong():
     busy = NodeAnswer(found=(BAD,), unseen="its GPUs are in use, and were not looked at")
     nodes = [("gpu-1: 16 CPUs, 1 GPUs", busy), ("gpu-1: 16 CPUs, 1 GPUs", NodeAnswer())]

@@ -288,6 +288,23 @@ def test_an_unknown_kind_of_folder_is_an_error_of_the_chosen_kind():
         Folder("nope://bucket", called="shelf", error=ShelfError)
 
 
+@pytest.mark.parametrize("char", "#?*[")
+def test_what_would_be_a_query_or_a_pattern_is_refused_in_a_uri_and_by_the_letter_in_a_path(
+    tmp_path: Path, char: str
+):
+    for uri in (f"memory://a{char}b", f"s3://bucket/a{char}b", f"file://{tmp_path}/a{char}b"):
+        with pytest.raises(ShelfError, match=r"shelf \w+://.* none of # \? \* \["):
+            Folder(uri, called="shelf", error=ShelfError)
+    here, beside = (
+        Folder(f"{tmp_path}/{name}", called="shelf", error=ShelfError)
+        for name in (f"a{char}b", "axb")
+    )
+    for folder in (here, beside):
+        folder.publish("file", b"x")
+    here.remove("file")
+    assert (here.names(""), beside.names("")) == ([], ["file"])
+
+
 def test_travels_to_workers(folder: Folder):
     folder.publish("file", b"content")
     travelled = pickle.loads(pickle.dumps(folder))

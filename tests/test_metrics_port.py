@@ -1,12 +1,19 @@
-"""A port for metrics that cannot be had is found before a run begins; no Ray is started for it."""
+"""A port for metrics that cannot be had is found before a run begins, and delays no run's record.
+
+No Ray is started.
+"""
 
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from jobs import embed, nightly
+from jobs.stopping import Terminated
+from pipelines.run_history import find_run
+from pipelines.store import Store
 from tests.commands import Done, command
 from tests.prometheus import free_port
 
@@ -68,3 +75,27 @@ def test_a_port_that_is_free_is_taken(tmp_path: Path, monkeypatch: pytest.Monkey
     port = free_port()
     assert run(nightly, tmp_path, "--metrics-port", port).code == 130
     assert asked == [port]
+
+
+@pytest.mark.parametrize(("module", "work"), [(embed, "embed"), (nightly, "run_night")])
+def test_how_a_run_ended_is_on_record_before_its_metrics_are_scraped_for_the_last_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module, work: str
+):
+    store = Store(str(tmp_path / "store"))
+    statuses = []
+
+    @contextmanager
+    def cluster(address: None, *, metrics_port: int) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            statuses.append(find_run(store, None).status)
+
+    def stopped(*_, **__) -> None:
+        statuses.append(find_run(store, None).status)
+        raise Terminated
+
+    monkeypatch.setattr(module, "ray_cluster", cluster)
+    monkeypatch.setattr(module, work, stopped)
+    assert run(module, tmp_path, "--metrics-port", free_port()).code == 143
+    assert statuses == ["running", "stopped"]

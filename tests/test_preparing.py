@@ -16,7 +16,7 @@ from pipelines.engines import EngineChoice, Execution
 from pipelines.placement import Placement, WorkerDemand
 from pipelines.resources import Resources
 from pipelines.snapshots import EngineRecord
-from tests.clusters import TYPED, describe_cluster
+from tests.clusters import describe_cluster
 from tests.stored import make_snapshot
 
 FP8 = EngineRecord(engine_id="fp8-0", checkpoint="a", revision=None)
@@ -28,7 +28,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Execution, in
     """What is chosen, and after how many looks at a card that can all."""
 
     def choose(before: Execution | None, *, num_gpus: float, **asked: Any) -> tuple[Execution, int]:
-        describe_cluster(monkeypatch, {"CPU": 0.0, "GPU": num_gpus}, labels=TYPED)
+        describe_cluster(monkeypatch, {"CPU": 0.0, "GPU": num_gpus}, grows=True)
         looked_at = []
 
         @contextmanager

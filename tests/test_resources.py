@@ -19,7 +19,7 @@ from pipelines.resources import (
 )
 from pipelines.stages import IN_FLIGHT_BYTES_PER_CPU, ray_data_settings
 from pipelines.watched_runs import PlacementCallback
-from tests.clusters import TYPED, UNTYPED, describe_cluster
+from tests.clusters import describe_cluster
 
 ON_GPUS = Execution(backend="torch", decoder="gpu")
 ON_CPUS = Execution(backend="onnxruntime", decoder="cpu")
@@ -45,13 +45,13 @@ def test_the_backlog_decides_where_nodes_may_come_or_it_is_asked_for(
     cluster, num: int | None, most: int | None, fixed: tuple, growing: tuple
 ):
     resources = Resources(num_encoders=num, placement=Placement(max_encoders=most))
-    for labels, expected in ((UNTYPED, fixed), (TYPED, growing)):
-        cluster({"CPU": 0.0}, L4, H100, labels=labels)
+    for grows, expected in ((False, fixed), (True, growing)):
+        cluster({"CPU": 0.0}, L4, H100, grows=grows)
         assert encoder_bounds(resources, execution=ON_GPUS) == expected
 
 
 def test_a_type_of_gpu_counts_only_nodes_that_have_it(cluster):
-    cluster(L4, H100, labels=UNTYPED)
+    cluster(L4, H100, grows=False)
     for name, num in (("L4", 1), ("H100", 2), ("T4", 1)):
         resources = Resources(placement=Placement(accelerator_type=name))
         assert num_workers(resources, execution=ON_GPUS)["encode"] == num
@@ -60,15 +60,15 @@ def test_a_type_of_gpu_counts_only_nodes_that_have_it(cluster):
 
 
 def test_what_may_come_is_not_missed(cluster):
-    cluster({"CPU": 0.0}, labels=TYPED)
+    cluster({"CPU": 0.0}, grows=True)
     check_room(Resources(num_encoders=8), execution=ON_GPUS)
-    cluster({"CPU": 0.0}, labels=UNTYPED)
+    cluster({"CPU": 0.0}, grows=False)
     with pytest.raises(ValueError, match="GPUs have room for 0 such encoders"):
         check_room(Resources(num_encoders=8), execution=ON_GPUS)
 
 
 def test_workers_that_could_be_there_count_for_the_report(cluster):
-    cluster(L4, L4, L4, labels=TYPED)
+    cluster(L4, L4, L4, grows=True)
     for most, num in ((None, 3), (2, 2), (8, 3)):
         resources = Resources(placement=Placement(max_encoders=most))
         assert num_workers(resources, execution=ON_GPUS)["encode"] == num
@@ -120,12 +120,12 @@ def test_fewer_at_most_than_at_least_is_a_fault():
 
 def test_what_is_in_flight_grows_with_a_cluster_that_grows(cluster):
     context = DataContext.get_current()
-    cluster({"CPU": 16.0}, labels=UNTYPED)
+    cluster({"CPU": 16.0}, grows=False)
     with ray_data_settings(modalities=["image"]):
         limits = context.execution_options.resource_limits
         assert limits.object_store_memory == 16 * IN_FLIGHT_BYTES_PER_CPU
         assert PlacementCallback in context.execution_callback_classes
-    cluster({"CPU": 0.0}, labels=TYPED)
+    cluster({"CPU": 0.0}, grows=True)
     with ray_data_settings(modalities=["image"]):
         limits = context.execution_options.resource_limits
         assert limits.object_store_memory == float("inf")

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
@@ -38,6 +39,39 @@ def test_a_block_ends_as_by_ctrl_c_and_all_is_as_before(noticed: list[int]):
     assert noticed == []
     told_to_end()
     assert noticed == [signal.SIGTERM]
+
+
+class Finalized:
+    def __init__(self, act: Callable[[], object]) -> None:
+        self._act = act
+
+    def __del__(self) -> None:
+        self._act()
+
+
+def wait() -> None:
+    threading.Event().wait(10)
+
+
+def test_what_comes_amid_a_finalizer_which_nothing_ends_is_told_again():
+    def run() -> None:
+        with ended_by_sigterm():
+            Finalized(told_to_end)
+            Finalized(wait)
+            wait()
+
+    hook = sys.unraisablehook
+    with pytest.raises(Terminated):
+        run()
+    assert sys.unraisablehook is hook
+
+
+def test_other_errors_of_finalizers_are_shown_as_before(monkeypatch: pytest.MonkeyPatch):
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: shown.append(unraisable.exc_type))
+    with ended_by_sigterm():
+        Finalized([].pop)
+    assert shown == [IndexError]
 
 
 def test_who_has_the_signal_keeps_it_though_ray_takes_it(noticed: list[int]):

@@ -11,7 +11,7 @@ from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 
 from jobs.serving.metrics import Metrics
 from pipelines.metrics import METRICS
-from tests.alert_scenes import LONG, RUN, SCENES, recalls, scene, told_twice
+from tests.alert_scenes import MINUTES, SCENES, begun, promtool_test, recalls, told_twice
 from tests.prometheus import (
     ALERTS,
     DASHBOARD,
@@ -154,22 +154,14 @@ def test_prometheus_reads_the_dashboards_queries(tmp_path: Path):
 
 
 def test_every_alert_has_a_scene():
-    assert {name.split(",")[0] for name in SCENES} == {rule["alert"] for rule in alert_rules()}
+    assert {test["name"] for test in SCENES} == {rule["alert"] for rule in alert_rules()}
 
 
-@pytest.mark.parametrize("minutes", [1, 30])
-@pytest.mark.parametrize("fires", [True, False])
-def test_alerts_fire_when_they_should(tmp_path: Path, fires: bool, minutes: int):
-    tests = []
-    for name, (steps, firing, quiet) in SCENES.items():
-        alert = name.split(",")[0]
-        if (alert in LONG) != (minutes > 1):
-            continue
-        expected = [{"labels": f'{{alertname="{alert}"}}', "value": 1}] if fires else []
-        fired = 'count by (alertname) (ALERTS{alertstate="firing"})'
-        series = firing if fires else quiet
-        tests.append(scene(series, {fired: expected}, steps=steps, minutes=minutes, name=name))
-    scenes = {"rule_files": [str(ALERTS)], "evaluation_interval": f"{minutes}m", "tests": tests}
+@pytest.mark.parametrize("is_long", [False, True])
+def test_alerts_fire_when_they_should_and_only_then(tmp_path: Path, is_long: bool):
+    tests = [test for test in SCENES if (test["name"] in MINUTES) == is_long]
+    interval = tests[0]["interval"]
+    scenes = {"rule_files": [str(ALERTS)], "evaluation_interval": interval, "tests": tests}
     done = promtool_on(tmp_path, scenes, "test", "rules")
     assert done.returncode == 0, f"{done.stdout}{done.stderr}"
 
@@ -178,9 +170,9 @@ def test_panels_show_what_the_latest_run_told(tmp_path: Path):
     panels = panel_queries()
     series = {
         **recalls(0.97, 0.93),
-        **told_twice("ray_clipmill_snapshot_rows", 'modality="image",', 900, 800),
-        **told_twice("ray_clipmill_snapshot_rejects", 'reason="null_image",', 3, 1),
-        **told_twice("ray_clipmill_snapshot_rejects", 'reason="fetch_failed",', 7, None),
+        **told_twice("snapshot_rows", 'modality="image"', 900, 800),
+        **told_twice("snapshot_rejects", 'reason="null_image"', 3, 1),
+        **told_twice("snapshot_rejects", 'reason="fetch_failed"', 7, None),
     }
     image = 'store="a",modality="image"'
     expected = {
@@ -190,9 +182,9 @@ def test_panels_show_what_the_latest_run_told(tmp_path: Path):
         "Rejects in the snapshot A": {'store="a",reason="null_image"': 1},
     }
     # A run that has told nothing yet, or that does not index, leaves what was told before.
-    begun = {RUN.format("start") + '{store="a",SessionName="3",WorkerId="01"}': "_x20 1200x20"}
+    third = begun("_x20 1200x20", 'SessionName="3",WorkerId="01"')
     scenes = [
-        scene(
+        promtool_test(
             {**series, **more},
             {
                 panels[title]: [
@@ -202,7 +194,7 @@ def test_panels_show_what_the_latest_run_told(tmp_path: Path):
             },
             steps=30,
         )
-        for more in ({}, begun)
+        for more in ({}, third)
     ]
     done = promtool_on(tmp_path, {"evaluation_interval": "1m", "tests": scenes}, "test", "rules")
     assert done.returncode == 0, f"{done.stdout}{done.stderr}"

@@ -31,6 +31,9 @@ CREATE_PAUSE_SECONDS = 0.5
 REMOVE_THREADS = 16
 # When a file was written: of disks (where `created` is something else), of S3, of memory.
 TIME_FIELDS = ("mtime", "LastModified", "created")
+# Of a URI's path: fsspec removes by pattern, of other folders too, and the names that records have
+# for a place (`public_uri`) end at a query.
+_REFUSED_CHARS = frozenset("#?*[")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +72,8 @@ class Folder:
             way_out: What to do about a file that cannot be read or written.
 
         Raises:
-            error: No such kind of file system, or the package that reads it is missing.
+            error: No such kind of file system, the package that reads it is missing, or a URI with
+                a query or a pattern.
         """
         self.uri = uri
         self._called, self._error, self._way_out = called, error, way_out
@@ -77,6 +81,11 @@ class Folder:
             self._fs, self._root = open_file_system(uri)
         except (ValueError, ImportError) as problem:
             raise error(f"{called} {uri}: {problem}") from problem
+        if "://" in uri and not _REFUSED_CHARS.isdisjoint(self._root):
+            raise error(
+                f"{called} {uri}: a folder's URI has no query, and none of # ? * [ in its path; "
+                "name another folder, or one on a disk by its path alone"
+            )
 
     @property
     def is_local(self) -> bool:

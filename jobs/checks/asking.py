@@ -23,7 +23,9 @@ from pipelines.worker_logs import redact_worker
 # For all nodes together: to start a worker that imports the project, and PyTorch where there are
 # GPUs.
 NODE_SECONDS = 120.0
-_PROBE_GPUS = 0.001
+# Of a resource: what a look at GPUs takes, and less is none.
+_SLIVER = 0.001
+_GPUS_IN_USE = "its GPUs are in use, and were not looked at"
 # The node went while it was asked, as those of an autoscaler do.
 _GONE = (NodeDiedError, TaskUnschedulableError, ActorUnschedulableError)
 
@@ -36,68 +38,84 @@ class NodeAnswer:
     """What it looked at."""
     fault: str | None = None
     """Why it could not look."""
+    hung: str | None = None
+    """What came to no end, though nothing kept it waiting."""
     unseen: str | None = None
     """What it did not look at, and why that is no fault."""
 
 
 # Each with the node in words.
 Nodes = Sequence[tuple[str, NodeAnswer]]
+# Node -> what nobody has taken of it.
+Free = Mapping[str, Mapping[str, float]]
 
 
 def nodes_of(address: str) -> Nodes:
     """Ask every node of a cluster to look at itself; ClipmillError if none answers."""
     with ray_cluster(address):
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        # From afar nobody tells what is free.
-        free = {} if client.is_connected() else available_resources_per_node()
-        looks = [_Look(node, free=free.get(node["NodeID"])) for node in nodes]
-        asked = [reference for look in looks for reference in look.references]
+        free = _free_resources()
+        looks = [_Look(node, free=free) for node in nodes]
+        asked = [reference for look in looks for reference in look.asked.values()]
         ray.wait(asked, num_returns=len(asked), timeout=NODE_SECONDS)
-        return [(node_line(look.node), look.answer()) for look in looks]
+        free = _free_resources()
+        return [(node_line(look.node), look.answer(free)) for look in looks]
+
+
+def _free_resources() -> Free:
+    """Empty from afar, where nobody tells."""
+    return {} if client.is_connected() else available_resources_per_node()
 
 
 class _Look:
-    """One node, and what it was asked."""
+    """One node, and what it was asked: resource that must not all be taken -> reference."""
 
-    def __init__(self, node: Mapping[str, Any], *, free: Mapping[str, float] | None) -> None:
+    def __init__(self, node: Mapping[str, Any], *, free: Free) -> None:
         """Ask; a look at GPUs needs a share of one, and none waits for who has them all."""
         self.node = node
-        has_gpus = bool(node["Resources"].get("GPU"))
-        self._is_in_use = has_gpus and free is not None and free.get("GPU", 0.0) < _PROBE_GPUS
-        self._own = self._ask(cpu_checks if has_gpus else node_checks, num_gpus=0.0)
-        self._of_gpus: Any = None
-        if has_gpus and not self._is_in_use:
-            self._of_gpus = self._ask(gpu_checks, num_gpus=_PROBE_GPUS)
+        self._has_gpus = bool(node["Resources"].get("GPU"))
+        checks = cpu_checks if self._has_gpus else node_checks
+        self.asked = {"CPU": _asked(node["NodeID"], checks, num_gpus=0.0)}
+        if self._has_gpus and self._is_free("GPU", free, unknown=True):
+            self.asked["GPU"] = _asked(node["NodeID"], gpu_checks, num_gpus=_SLIVER)
 
-    @property
-    def references(self) -> list[Any]:
-        """To be waited for."""
-        return [self._own] if self._of_gpus is None else [self._own, self._of_gpus]
-
-    def answer(self) -> NodeAnswer:
-        """As far as there is one."""
+    def answer(self, free: Free) -> NodeAnswer:
+        """As far as there is one, by what is free by now."""
         found: list[Check] = []
         try:
-            for reference in self.references:
-                if ray.wait([reference], timeout=0)[0]:
-                    found += ray.get(reference)
-                elif reference is self._own:
-                    unseen = f"it started nothing within {NODE_SECONDS:g} s: it may be busy"
-                    return NodeAnswer(unseen=unseen)
-                else:
-                    self._is_in_use = True
+            for resource, reference in self.asked.items():
+                if not ray.wait([reference], timeout=0)[0]:
+                    return self._late(resource, found=found, free=free)
+                found += ray.get(reference)
         except _GONE:
             return NodeAnswer(found=tuple(found), unseen="it left the cluster meanwhile")
         except RayError as error:
             lines = [line for line in str(error).splitlines() if line.strip()]
             return NodeAnswer(fault=f"{type(error).__name__}: {lines[-1].strip() if lines else ''}")
-        unseen_gpus = "its GPUs are in use, and were not looked at" if self._is_in_use else None
-        return NodeAnswer(found=tuple(found), unseen=unseen_gpus)
+        is_unseen = self._has_gpus and "GPU" not in self.asked
+        return NodeAnswer(found=tuple(found), unseen=_GPUS_IN_USE if is_unseen else None)
 
-    def _ask(self, checks: Callable[[], list[Check]], *, num_gpus: float) -> Any:
-        there = NodeAffinitySchedulingStrategy(self.node["NodeID"], soft=False)
-        task = ray.remote(num_cpus=0, num_gpus=num_gpus, max_retries=0)(_found)
-        return task.options(scheduling_strategy=there).remote(checks)
+    def _late(self, resource: str, *, found: Sequence[Check], free: Free) -> NodeAnswer:
+        """What waits for nobody hangs."""
+        if self._is_free(resource, free, unknown=False):
+            what = "its GPUs" if resource == "GPU" else "itself"
+            hung = f"its look at {what} did not end within {NODE_SECONDS:g} s, and waits for nobody"
+            return NodeAnswer(found=tuple(found), hung=hung)
+        busy = f"it did not answer within {NODE_SECONDS:g} s: it may be busy"
+        return NodeAnswer(found=tuple(found), unseen=_GPUS_IN_USE if resource == "GPU" else busy)
+
+    def _is_free(self, resource: str, free: Free, *, unknown: bool) -> bool:
+        """Whether some of it is, or the node has none; `unknown` where nobody tells."""
+        of_node = free.get(self.node["NodeID"])
+        if of_node is None:
+            return unknown
+        return not self.node["Resources"].get(resource) or of_node.get(resource, 0.0) >= _SLIVER
+
+
+def _asked(node_id: str, checks: Callable[[], list[Check]], *, num_gpus: float) -> Any:
+    there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    task = ray.remote(num_cpus=0, num_gpus=num_gpus, max_retries=0)(_found)
+    return task.options(scheduling_strategy=there).remote(checks)
 
 
 def _found(checks: Callable[[], list[Check]]) -> list[Check]:

@@ -11,7 +11,7 @@ from ray.exceptions import RayError
 
 from engine.errors import ClipmillError
 from jobs.checks.asking import NodeAnswer, Nodes, nodes_of
-from jobs.checks.check import Check
+from jobs.checks.check import Check, Verdict
 
 
 def ray_checks(address: str | None, *, nodes: Callable[[str], Nodes] = nodes_of) -> list[Check]:
@@ -48,31 +48,27 @@ def ray_checks(address: str | None, *, nodes: Callable[[str], Nodes] = nodes_of)
 def _node(line: str, answer: NodeAnswer) -> list[Check]:
     """What there is to say of a node: what is wrong there, what runs, what was not looked at."""
     name = line.partition(":")[0]
-    if answer.fault is not None:
-        return [
-            Check(
-                name=f"node {name}",
-                verdict="wrong",
-                found=f"{line}; {answer.fault}",
-                mend="start the job with `ray job submit --working-dir .`, or Ray on the nodes "
-                "where Clipmill is installed",
-                is_needed=True,
-            )
-        ]
     faults = [
         replace(check, name=f"{check.name} of {name}")
         for check in answer.found
         if check.verdict != "ok"
     ]
     told = [check.found for check in answer.found if check.name in ("gpu", "backends")]
-    if answer.unseen is not None:
-        node = Check(
-            name=f"node {name}",
-            verdict="unseen",
-            found="; ".join([line, *told, answer.unseen]),
-            mend="look again when it is idle",
+    verdict: Verdict = "wrong"
+    if answer.fault is not None:
+        mend = (
+            "start the job with `ray job submit --working-dir .`, or Ray on the nodes where "
+            "Clipmill is installed"
         )
+    elif answer.hung is not None:
+        mend = (
+            "see on that node whether `nvidia-smi` answers, and what /tmp/ray/session_latest/logs "
+            "say; then start its Ray anew"
+        )
+    elif answer.unseen is not None:
+        verdict, mend = "unseen", "look again when it is idle"
     else:
-        runs = "; ".join([line, *told])
-        node = Check(name=f"node {name}", verdict="ok", found=runs, is_needed=True)
+        verdict, mend = "ok", ""
+    found = "; ".join(filter(None, [line, *told, answer.fault or answer.hung or answer.unseen]))
+    node = Check(name=f"node {name}", verdict=verdict, found=found, mend=mend, is_needed=True)
     return [*faults, node]
