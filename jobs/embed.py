@@ -15,8 +15,8 @@ from jobs.progress import shown_progress
 from jobs.recorded_run import close_run, noted, recorded_run, say_begun
 from jobs.stopping import ended_by_sigterm
 from pipelines.embedding import EmbedConfig, embed
-from pipelines.report import RunReport, make_report, summary
-from pipelines.run_metrics import told_run
+from pipelines.runs.report import RunReport, make_report, summary
+from pipelines.runs.run_metrics import told_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:

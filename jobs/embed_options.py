@@ -14,11 +14,11 @@ from engine.registry import default_engines_uri
 from jobs.command import CommandParser
 from jobs.fetch_options import add_fetch_options, fetch_policy_from
 from pipelines.catalog import CatalogConfig
+from pipelines.cluster.placement import Placement
+from pipelines.cluster.resources import Resources
 from pipelines.decode import RowLimits
 from pipelines.embedding import EmbedConfig
 from pipelines.engines import EngineChoice
-from pipelines.placement import Placement
-from pipelines.resources import Resources
 from pipelines.schema import WANTED_DECODERS
 
 

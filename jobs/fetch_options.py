@@ -6,7 +6,7 @@ Knows nothing of how anything is fetched.
 from argparse import Namespace
 
 from jobs.command import CommandParser
-from pipelines.fetch_policy import FetchPolicy
+from pipelines.fetching.fetch_policy import FetchPolicy
 
 
 def fetch_policy_from(options: Namespace) -> FetchPolicy:

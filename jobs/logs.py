@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from pipelines.error_lines import error_line
-from pipelines.run_journal import STOPS
+from pipelines.runs.run_journal import STOPS
 
 # Of the project; what libraries say stays theirs.
 LOGGERS = ("engine", "pipelines", "jobs")

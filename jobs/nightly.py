@@ -20,12 +20,12 @@ from jobs.recorded_run import close_run, noted, recorded_run, say_begun, say_end
 from jobs.stopping import ended_by_sigterm
 from pipelines.counts import KeyCounts, plan_line
 from pipelines.dry_run import Plan
-from pipelines.guard_limits import GuardLimits
+from pipelines.guarding.guard_limits import GuardLimits
 from pipelines.indexes.manifest import IndexManifest
 from pipelines.lineage import GUARDS, Lineage, measurement_line
 from pipelines.nightly import NightlyConfig, plan_night, run_night
-from pipelines.report import RunReport, make_report, summary
-from pipelines.run_metrics import told_run
+from pipelines.runs.report import RunReport, make_report, summary
+from pipelines.runs.run_metrics import told_run
 from pipelines.schema import RETRYABLE_REASONS
 from pipelines.snapshots import is_other_engine
 

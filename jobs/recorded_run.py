@@ -15,12 +15,12 @@ from pipelines.counts import Counts
 from pipelines.embedding import EmbedConfig
 from pipelines.errors import StoreError
 from pipelines.progress import Progress
-from pipelines.report import RunReport
-from pipelines.run_history import read_history, readable
-from pipelines.run_journal import RunJournal
-from pipelines.run_records import ended_status, run_numbers
-from pipelines.run_speed import MAX_PAST_RUNS, slow_line
-from pipelines.runs import save_report
+from pipelines.runs.report import RunReport
+from pipelines.runs.run_history import read_history, readable
+from pipelines.runs.run_journal import RunJournal
+from pipelines.runs.run_records import ended_status, run_numbers
+from pipelines.runs.run_speed import MAX_PAST_RUNS, slow_line
+from pipelines.runs.saving import save_report
 from pipelines.store import Store
 
 # Enough for MAX_PAST_RUNS that are like, beside others.

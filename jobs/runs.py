@@ -11,8 +11,8 @@ from pathlib import Path
 from engine.redaction import public_uri, redacted
 from jobs.command import Actions, CommandParser, dispatch, print_result, run
 from pipelines.errors import StoreError
-from pipelines.run_history import find_run, read_history, readable, run_before
-from pipelines.run_records import RunRecord, night, read_report
+from pipelines.runs.run_history import find_run, read_history, readable, run_before
+from pipelines.runs.run_records import RunRecord, night, read_report
 from pipelines.store import Store
 
 NUM_LISTED = 30
@@ -58,7 +58,7 @@ def _list(argv: Sequence[str]) -> int:
     ]
     if options.page:
         # matplotlib, for which lists need not wait
-        from pipelines.runs_page import render_runs_page
+        from pipelines.runs.runs_page import render_runs_page
 
         page = render_runs_page(readable(history), store_uri=public_uri(options.store))
         Path(options.page).write_text(page, encoding="utf-8")

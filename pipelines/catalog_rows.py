@@ -12,8 +12,8 @@ from pipelines import schema
 from pipelines.arrow_files import open_parquet
 from pipelines.catalog import NO_COLUMN, Catalog, CatalogConfig, open_catalog
 from pipelines.errors import CatalogError
-from pipelines.fetch import FetchFailure, fetch_all
-from pipelines.fetch_policy import FetchPolicy
+from pipelines.fetching.fetch import FetchFailure, fetch_all
+from pipelines.fetching.fetch_policy import FetchPolicy
 from pipelines.indexes.key_hashes import hash_content, hash_keys, key_content
 from pipelines.reading import RowGroupRows, all_rows, read_rows
 from pipelines.snapshots import CatalogRecord

@@ -5,8 +5,8 @@ Knows nothing of how the rows came about, or of what is fit to be committed.
 
 from collections.abc import Callable, Collection
 
-from pipelines.candidate import Candidate
 from pipelines.errors import IncompleteRunError
+from pipelines.guarding.candidate import Candidate
 from pipelines.parent import same_state
 from pipelines.snapshots import Snapshot, StoredFile, commit, missing_files
 from pipelines.store import Store

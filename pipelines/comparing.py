@@ -6,14 +6,14 @@ Knows nothing of what becomes of the rows that are due.
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
+from pipelines.cluster.placement import WorkerDemand
+from pipelines.cluster.resources import Resources
+from pipelines.cluster.watched_runs import placement_watched
 from pipelines.ledger import Ledger
-from pipelines.placement import WorkerDemand
 from pipelines.planning import fill, modalities_by_content, staged_files
 from pipelines.preparing import Preparation
-from pipelines.resources import Resources
 from pipelines.snapshots import StoredFile
 from pipelines.stages import ray_data_settings
-from pipelines.watched_runs import placement_watched
 
 
 @contextmanager

@@ -22,8 +22,8 @@ from engine.images import ImageLimits, ImageRejected
 from engine.preprocess import MAX_ORDINARY_ASPECT, Preprocessing, decode_pixels
 from pipelines import schema
 from pipelines.binary_columns import binary_views, only
-from pipelines.fetch import FetchFailure, fetch_all
-from pipelines.fetch_policy import FetchPolicy
+from pipelines.fetching.fetch import FetchFailure, fetch_all
+from pipelines.fetching.fetch_policy import FetchPolicy
 from pipelines.fingerprints import row_fingerprints
 from pipelines.progress import StageMeter, metered
 from pipelines.schema import Decoder, Modality, Reason, Stage

@@ -13,24 +13,24 @@ from engine.redaction import public_uri, without_secrets
 from engine.registry import Registry
 from pipelines import schema
 from pipelines.assembly import count_rejects, next_files
-from pipelines.candidate import Candidate
 from pipelines.catalog import Catalog, CatalogConfig, check_has_rows, open_catalog
-from pipelines.cluster_nodes import node_lines
+from pipelines.cluster.cluster_nodes import node_lines
+from pipelines.cluster.resources import Resources, gpus_held, num_workers
 from pipelines.committing import Approve, commit_candidate
 from pipelines.comparing import compared
 from pipelines.counts import Counts
 from pipelines.decode import RowLimits
 from pipelines.engines import EngineChoice, Execution, chosen_engine
+from pipelines.guarding.candidate import Candidate
 from pipelines.lineage import Lineage, code_version
 from pipelines.metrics import add_built
 from pipelines.parent import ENGINE_CHANGES, EngineChange
 from pipelines.planning import catalog_record
 from pipelines.preparing import Preparation, prepare, ready_manifest
 from pipelines.progress import Progress
-from pipelines.resources import Resources, gpus_held, num_workers
 from pipelines.rounds import Written, check_rejects, write_due
-from pipelines.run_ids import new_run_id
-from pipelines.run_metrics import tell_phase, tell_plan, tell_progress, tell_snapshot
+from pipelines.runs.run_ids import new_run_id
+from pipelines.runs.run_metrics import tell_phase, tell_plan, tell_progress, tell_snapshot
 from pipelines.schema import EmbeddingDtype, Modality
 from pipelines.snapshots import EngineRecord, Snapshot, snapshot_numbers
 from pipelines.stages import Pass

@@ -28,8 +28,8 @@ from engine.manifest import Manifest, Precision
 from engine.preprocess import Preprocessing
 from engine.promotion import promoted
 from engine.registry import Engine, Registry, default_engines_uri
-from pipelines.autoscaler import can_grow
-from pipelines.gpu_probe import Look, num_gpus
+from pipelines.cluster.autoscaler import can_grow
+from pipelines.cluster.gpu_probe import Look, num_gpus
 from pipelines.schema import WANTED_DECODERS, Decoder, WantedDecoder
 from pipelines.snapshots import EngineRecord
 

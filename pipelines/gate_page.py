@@ -11,7 +11,7 @@ from engine.manifest import Manifest
 from engine.speeds import Speed
 from pipelines import drawing
 from pipelines.drawing import ACCENT, WARNING, Plot, render, svg_of
-from pipelines.report_page import size_text
+from pipelines.runs.report_page import size_text
 
 
 def render_gate_page(report: GateReport, *, manifest: Manifest) -> str:

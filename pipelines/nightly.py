@@ -8,19 +8,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from pipelines.candidate import Candidate
 from pipelines.counts import Counts
 from pipelines.dry_run import Plan, plan
 from pipelines.embedding import EmbedConfig, EmbedResult, embed
-from pipelines.guard_limits import GuardLimits
-from pipelines.guards import MIN_ROWS_TO_TRIP, check, measure, measure_index
+from pipelines.guarding.candidate import Candidate
+from pipelines.guarding.guard_limits import GuardLimits
+from pipelines.guarding.guards import MIN_ROWS_TO_TRIP, check, measure, measure_index
 from pipelines.indexes.manifest import IndexManifest, missing_indexes
 from pipelines.indexes.options import IndexOptions, recipe_for
 from pipelines.indexing import index_snapshot
 from pipelines.lineage import GUARDS, GuardName, Measurement
 from pipelines.progress import Progress
 from pipelines.rounds import has_too_many_rejects
-from pipelines.run_metrics import tell_indexes, tell_phase
+from pipelines.runs.run_metrics import tell_indexes, tell_phase
 from pipelines.schema import Modality
 from pipelines.snapshots import Snapshot
 from pipelines.store import Store

@@ -12,9 +12,13 @@ import ray
 from engine.errors import EngineError
 from engine.manifest import Manifest
 from engine.registry import Engine, Registry
-from pipelines.autoscaler import can_grow
 from pipelines.catalog import Catalog
-from pipelines.cluster_state import wait_for_place
+from pipelines.cluster.autoscaler import can_grow
+from pipelines.cluster.cluster_state import wait_for_place
+from pipelines.cluster.gpu_probe import gpu_probe, num_gpus
+from pipelines.cluster.placement import Placement, WorkerDemand
+from pipelines.cluster.resources import Resources
+from pipelines.cluster.worker_logs import redact_worker
 from pipelines.decode import RowLimits
 from pipelines.engines import (
     EngineChoice,
@@ -23,11 +27,8 @@ from pipelines.engines import (
     chosen_decoder,
     ready_engine,
 )
-from pipelines.gpu_probe import gpu_probe, num_gpus
 from pipelines.parent import EngineChange, check_parent
-from pipelines.placement import Placement, WorkerDemand
 from pipelines.planning import plan_id_of
-from pipelines.resources import Resources
 from pipelines.schema import EmbeddingDtype
 from pipelines.snapshots import (
     EngineRecord,
@@ -37,7 +38,6 @@ from pipelines.snapshots import (
     is_other_engine,
 )
 from pipelines.store import Store
-from pipelines.worker_logs import redact_worker
 
 
 @dataclass(frozen=True, kw_only=True)

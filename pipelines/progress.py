@@ -14,8 +14,8 @@ from typing import Any
 import ray
 
 from pipelines import metrics
+from pipelines.cluster.worker_logs import redact_worker
 from pipelines.metrics import Metric
-from pipelines.worker_logs import redact_worker
 
 STAGES = ("read", "decode", "encode", "write")
 # Where GPUs decode, CPUs prepare: they look at headers and decode what GPUs do not take.

@@ -19,14 +19,14 @@ from ray.data.block import BlockMetadata
 from engine.publishing.file_systems import file_system_errors, open_parts
 from pipelines import schema
 from pipelines.arrow_files import open_parquet
-from pipelines.attempts import attempted
 from pipelines.catalog import Catalog
 from pipelines.catalog_columns import ImageLayout, text_type
+from pipelines.cluster.worker_logs import redact_worker
 from pipelines.errors import CatalogError
 from pipelines.progress import StageMeter, metered
+from pipelines.resilience.attempts import attempted
 from pipelines.schema import MODALITIES, Modality
 from pipelines.versions import version_texts
-from pipelines.worker_logs import redact_worker
 
 ROWS_PER_READ = 256
 # Of a column of a row group at once; without a bound all of it, hundreds of megabytes of images.

@@ -10,7 +10,7 @@ from matplotlib.ticker import LogLocator
 from pipelines import drawing
 from pipelines.drawing import ACCENT, MUTED, WARNING, Plot, render, svg_of
 from pipelines.indexes.manifest import IndexManifest
-from pipelines.report_page import size_text
+from pipelines.runs.report_page import size_text
 
 COLORS = (ACCENT, WARNING)
 MARKERS = ("o", "s")

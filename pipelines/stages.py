@@ -17,27 +17,27 @@ from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 from engine.manifest import Manifest
 from engine.registry import Registry
 from pipelines import schema
-from pipelines.autoscaler import can_grow
 from pipelines.catalog import Catalog
-from pipelines.controls import rows_to_encode
-from pipelines.decode import RowLimits, decode_batch
-from pipelines.encode import EncodeStage, embedding_type
-from pipelines.engines import Execution
-from pipelines.ledger import DueRows
-from pipelines.progress import StageMeter
-from pipelines.reading import CatalogDatasource, RowGroupRows, num_blocks
-from pipelines.resources import (
+from pipelines.cluster.autoscaler import can_grow
+from pipelines.cluster.resources import (
     Resources,
     check_room,
     encoder_bounds,
     num_cpus,
     wanted_workers,
 )
+from pipelines.cluster.watched_runs import PlacementCallback, placement_watched
+from pipelines.decode import RowLimits, decode_batch
+from pipelines.encode import EncodeStage, embedding_type
+from pipelines.engines import Execution
+from pipelines.ledger import DueRows
+from pipelines.progress import StageMeter
+from pipelines.reading import CatalogDatasource, RowGroupRows, num_blocks
+from pipelines.resilience.controls import rows_to_encode
+from pipelines.resilience.survival import EncodeActor, decode_task
 from pipelines.snapshots import EngineRecord, StoredFile
 from pipelines.store import Store
 from pipelines.store_places import store_label
-from pipelines.survival import EncodeActor, decode_task
-from pipelines.watched_runs import PlacementCallback, placement_watched
 from pipelines.writing import stored_files, write_batch
 
 # Blocks between the stages: a task takes one block, so they are large enough that starting tasks

@@ -19,7 +19,7 @@ from typing import Literal, get_args
 from engine.publishing.folders import ListedFile
 from pipelines.errors import StoreError
 from pipelines.indexes.manifest import MANIFEST_FILE, index_dir
-from pipelines.run_ids import RUNS_DIR
+from pipelines.runs.run_ids import RUNS_DIR
 from pipelines.snapshots import (
     SNAPSHOTS_DIR,
     Snapshot,

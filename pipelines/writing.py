@@ -13,12 +13,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipelines import metrics, schema
-from pipelines.attempts import attempted
+from pipelines.cluster.worker_logs import redact_worker
 from pipelines.progress import StageMeter
+from pipelines.resilience.attempts import attempted
 from pipelines.schema import MODALITIES, Modality
 from pipelines.snapshots import Kind, StoredFile
 from pipelines.store import Store
-from pipelines.worker_logs import redact_worker
 
 # Where the rows of a file come from: an encoder, or other files of the store.
 Origin = Literal["encoded", "stored"]

@@ -7,7 +7,7 @@ import pytest
 import ray
 
 # That ask whether it grows.
-ASKING = ("engines", "preparing", "resources", "stages")
+ASKING = ("cluster.resources", "engines", "preparing", "stages")
 
 
 def describe_cluster(

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from pipelines.decode import decode_batch
 from pipelines.encode import EncodeStage
-from pipelines.survival import EncodeActor
+from pipelines.resilience.survival import EncodeActor
 from tests.deadly import act_on
 
 SLOW_SECONDS = 4.0

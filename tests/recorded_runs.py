@@ -3,8 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from pipelines.report import RunReport, StageReport
-from pipelines.run_records import RunRecord, run_numbers
+from pipelines.runs.report import RunReport, StageReport
+from pipelines.runs.run_records import RunRecord, run_numbers
 
 # Of a run of 100 s: encoders start in the first 20, then 6,000 rows a second leave them.
 REPORT = RunReport(

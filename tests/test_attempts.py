@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import ray
 
-from pipelines import attempts
-from pipelines.attempts import (
+from pipelines.errors import WorkerDeathError
+from pipelines.progress import ProgressBoard, StageMeter
+from pipelines.resilience import attempts
+from pipelines.resilience.attempts import (
     MAX_ATTEMPTS,
     MAX_DEATHS,
     MAX_LOST_NODES,
@@ -20,8 +22,6 @@ from pipelines.attempts import (
     num_attempts,
     was_restarted,
 )
-from pipelines.errors import WorkerDeathError
-from pipelines.progress import ProgressBoard, StageMeter
 from tests.meters import ListMeter
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import ray
 
-from pipelines import autoscaler
-from pipelines.autoscaler import can_grow, only_looks
+from pipelines.cluster import autoscaler
+from pipelines.cluster.autoscaler import can_grow, only_looks
 from tests.prometheus import free_port
 from tests.ray_nodes import ray_nodes
 from tests.scaled_cluster import scaled_cluster
@@ -132,7 +132,7 @@ def test_from_afar_types_are_what_is_seen(head: dict[str, Any], monkeypatch: pyt
 ASK = """
 import sys
 import ray
-from pipelines.autoscaler import can_grow
+from pipelines.cluster.autoscaler import can_grow
 
 ray.init(sys.argv[1], log_to_driver=False)
 print(can_grow())

@@ -9,7 +9,7 @@ import pytest
 from pipelines import catalog_rows
 from pipelines.catalog_rows import CatalogRows
 from pipelines.errors import CatalogError
-from pipelines.fetch_policy import FetchPolicy
+from pipelines.fetching.fetch_policy import FetchPolicy
 from pipelines.snapshots import CatalogRecord
 from tests.catalogs import write_rows
 

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from jobs.checks.asking import NODE_SECONDS
 from pipelines.metrics import RUN_END
-from pipelines.run_history import find_run
+from pipelines.runs.run_history import find_run
 from pipelines.store import Store
 from pipelines.store_places import store_label
 from tests import encoded_rows

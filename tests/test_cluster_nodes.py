@@ -1,6 +1,6 @@
-"""Tests of pipelines/cluster_nodes.py."""
+"""Tests of pipelines/cluster/cluster_nodes.py."""
 
-from pipelines.cluster_nodes import node_line
+from pipelines.cluster.cluster_nodes import node_line
 
 
 def test_a_node_is_told_by_what_ray_may_use_of_it():

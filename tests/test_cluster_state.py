@@ -11,11 +11,11 @@ from ray.autoscaler.v2.utils import ClusterStatusParser
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply, NodeStatus
 from ray.exceptions import GetTimeoutError, RpcError
 
-from pipelines import cluster_state
-from pipelines.cluster_state import Looks, state_of
+from pipelines.cluster import cluster_state
+from pipelines.cluster.cluster_state import Looks, state_of
+from pipelines.cluster.placement import ClusterState, Node, Placement, WorkerDemand
+from pipelines.cluster.watched_runs import PlacementCallback, placement_watched
 from pipelines.errors import PlacementError
-from pipelines.placement import ClusterState, Node, Placement, WorkerDemand
-from pipelines.watched_runs import PlacementCallback, placement_watched
 
 WANTED = WorkerDemand(what="an encoder", resources={"GPU": 1.0}, kind="actor", option=None)
 NO_GPU = ClusterState(

@@ -10,9 +10,9 @@ from jsonschema import ValidationError
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from jobs.cluster import IDLE_WORKERS_PER_CPU
+from pipelines.cluster.placement import Placement
+from pipelines.cluster.resources import Resources, wanted_workers
 from pipelines.engines import Execution
-from pipelines.placement import Placement
-from pipelines.resources import Resources, wanted_workers
 
 ROOT = Path(__file__).resolve().parent.parent
 ON_GPUS = Execution(backend="tensorrt", decoder="gpu")

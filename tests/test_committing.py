@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from pipelines import committing
-from pipelines.candidate import Candidate
 from pipelines.committing import Approve, commit_candidate
 from pipelines.counts import Counts
 from pipelines.errors import CommitConflictError, GuardError, IncompleteRunError
+from pipelines.guarding.candidate import Candidate
 from pipelines.snapshots import Snapshot, StoredFile, commit, current_snapshot
 from pipelines.store import Store
 from tests.stored import commit_vectors, embeddings_file, make_snapshot

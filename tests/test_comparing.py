@@ -9,16 +9,16 @@ from ray.data import DataContext
 
 from pipelines import comparing, schema
 from pipelines.catalog import CatalogConfig, open_catalog
+from pipelines.cluster.placement import WorkerDemand
+from pipelines.cluster.resources import Resources
+from pipelines.cluster.watched_runs import PlacementCallback, placement_watched
 from pipelines.comparing import compared
 from pipelines.counts import KeyCounts
 from pipelines.engines import Execution
-from pipelines.placement import WorkerDemand
 from pipelines.planning import catalog_record
 from pipelines.preparing import Preparation
-from pipelines.resources import Resources
 from pipelines.snapshots import StoredFile
 from pipelines.store import Store
-from pipelines.watched_runs import PlacementCallback, placement_watched
 from pipelines.writing import write_table
 from tests.catalogs import write_rows
 from tests.clusters import describe_cluster

@@ -11,9 +11,9 @@ from engine.checkpoint import find_checkpoint
 from engine.images import ImageLimits, rgb_image
 from engine.preprocess import Preprocessing
 from engine.registry import Registry
-from pipelines.controls import TEXT, rows_to_decode, rows_to_encode
 from pipelines.decode import RowLimits, decode_batch
 from pipelines.encode import EncodeStage
+from pipelines.resilience.controls import TEXT, rows_to_decode, rows_to_encode
 from pipelines.schema import GEOMETRY_TYPE
 from pipelines.snapshots import EngineRecord
 from tests.meters import ListMeter

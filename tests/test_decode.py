@@ -11,9 +11,10 @@ from PIL import Image
 
 from engine.images import ImageLimits
 from engine.preprocess import Preprocessing, decode_pixels
-from pipelines import decode, fetch
+from pipelines import decode
 from pipelines.decode import RowLimits, decode_batch, undecodable
-from pipelines.fetch_policy import FetchPolicy
+from pipelines.fetching import fetch
+from pipelines.fetching.fetch_policy import FetchPolicy
 from pipelines.fingerprints import row_fingerprints
 from pipelines.schema import GEOMETRY_TYPE, REASONS, Reason
 from tests import image_files

@@ -25,8 +25,8 @@ from ray.autoscaler._private.util import validate_config
 from jobs.cli import COMMANDS
 from jobs.cluster import IDLE_WORKERS_PER_CPU
 from jobs.nightly import _config_from, _parser
+from pipelines.cluster.resources import wanted_workers
 from pipelines.engines import Execution
-from pipelines.resources import wanted_workers
 from tests.kuberay_schema import MANIFEST, SCHEMA, cut_schema
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -21,6 +21,8 @@ from engine.errors import GateError
 from engine.promotion import promote, rollback
 from engine.registry import Registry
 from pipelines.catalog import CatalogConfig
+from pipelines.cluster.placement import Placement
+from pipelines.cluster.resources import Resources
 from pipelines.counts import Counts
 from pipelines.decode import RowLimits
 from pipelines.embedding import EmbedConfig, EmbedResult, embed
@@ -32,10 +34,8 @@ from pipelines.errors import (
     StoreError,
     TooManyRejectsError,
 )
-from pipelines.fetch_policy import FetchPolicy
-from pipelines.placement import Placement
-from pipelines.report import make_report
-from pipelines.resources import Resources
+from pipelines.fetching.fetch_policy import FetchPolicy
+from pipelines.runs.report import make_report
 from pipelines.schema import REASONS
 from tests import image_files
 from tests.calibrated_engines import CalibratedEngines, put_sabotaged_engine
@@ -371,8 +371,8 @@ def test_an_encoder_without_a_place_is_told_of_and_ends_the_run(
     run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     # As where an autoscaler may start nodes, and starts none that is large enough.
-    monkeypatch.setattr("pipelines.resources.can_grow", lambda: True)
-    monkeypatch.setattr("pipelines.cluster_state.LOOK_SECONDS", 0.5)
+    monkeypatch.setattr("pipelines.cluster.resources.can_grow", lambda: True)
+    monkeypatch.setattr("pipelines.cluster.cluster_state.LOOK_SECONDS", 0.5)
     catalog_dir = write_rows(tmp_path / "catalog", scene_rows(8))
     resources = Resources(
         encoder_cpus=500.0, placement=Placement(warn_seconds=1.0, fail_seconds=4.0)

@@ -1,4 +1,4 @@
-"""Tests of pipelines/fetch.py against an HTTP server and an S3 server on this machine."""
+"""Tests of pipelines/fetching/fetch.py against an HTTP server and an S3 server on this machine."""
 
 import os
 import socket
@@ -9,8 +9,8 @@ import fsspec
 import pytest
 import s3fs
 
-from pipelines.fetch import NUM_FETCHES, FetchFailure, fetch_all
-from pipelines.fetch_policy import FetchPolicy
+from pipelines.fetching.fetch import NUM_FETCHES, FetchFailure, fetch_all
+from pipelines.fetching.fetch_policy import FetchPolicy
 from tests.image_server import CONTENT, ImageServer, image_server
 from tests.object_store import s3_bucket
 

@@ -1,4 +1,4 @@
-"""Tests of pipelines/fetch_limits.py, and of what batches of fetches hold and wait for."""
+"""Tests of pipelines/fetching/fetch_limits.py, and of what batches of fetches hold and wait for."""
 
 import asyncio
 import random
@@ -12,10 +12,10 @@ import pytest
 from fsspec.registry import known_implementations
 from fsspec.spec import AbstractFileSystem
 
-from pipelines import fetch, fetch_limits, http_fetch
-from pipelines.fetch import NUM_FETCHES, FetchFailure, fetch_all
-from pipelines.fetch_limits import MAX_UNANSWERED, ByteBudget, NoRoomError, Unanswered
-from pipelines.fetch_policy import FetchPolicy
+from pipelines.fetching import fetch, fetch_limits, http_fetch
+from pipelines.fetching.fetch import NUM_FETCHES, FetchFailure, fetch_all
+from pipelines.fetching.fetch_limits import MAX_UNANSWERED, ByteBudget, NoRoomError, Unanswered
+from pipelines.fetching.fetch_policy import FetchPolicy
 from tests.image_server import BIG_BYTES, CONTENT, ImageServer, image_server
 
 MAX_BYTES = 1_000_000

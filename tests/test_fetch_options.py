@@ -9,7 +9,7 @@ from jobs.command import CommandParser
 from jobs.embed_options import add_embed_options, embed_config_from
 from jobs.engine import build_config_from
 from jobs.fetch_options import fetch_policy_from
-from pipelines.fetch_policy import FetchPolicy
+from pipelines.fetching.fetch_policy import FetchPolicy
 from tests.commands import command
 
 RUN = ["--catalog", "a", "--store", "b", "--checkpoint", "c"]

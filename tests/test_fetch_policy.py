@@ -1,10 +1,10 @@
-"""Tests of pipelines/fetch_policy.py: spelling, hosts, addresses."""
+"""Tests of pipelines/fetching/fetch_policy.py: spelling, hosts, addresses."""
 
 import pickle
 
 import pytest
 
-from pipelines.fetch_policy import FetchPolicy, FetchRefusedError, scheme_of
+from pipelines.fetching.fetch_policy import FetchPolicy, FetchRefusedError, scheme_of
 
 PUBLIC = (
     *("93.184.215.14", "8.8.8.8", "1.1.1.1", "100.128.0.1", "172.32.0.1", "192.167.255.255"),

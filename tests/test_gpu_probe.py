@@ -11,9 +11,9 @@ import pytest
 
 from engine.device import has_driver
 from engine.errors import DeviceError
-from pipelines import gpu_probe
-from pipelines.cluster_state import wait_for_place
-from pipelines.placement import Placement
+from pipelines.cluster import gpu_probe
+from pipelines.cluster.cluster_state import wait_for_place
+from pipelines.cluster.placement import Placement
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,8 +24,9 @@ def test_gpus_that_ray_counts_and_its_workers_do_not_see_are_no_reason_to_use_cp
     script = """
 import ray
 from engine.errors import ClipmillError
-from pipelines import cluster_state, engines, gpu_probe, resources
-from pipelines.placement import Placement
+from pipelines import engines
+from pipelines.cluster import cluster_state, gpu_probe, resources
+from pipelines.cluster.placement import Placement
 from pipelines.snapshots import EngineRecord
 
 ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)

@@ -1,4 +1,4 @@
-"""Tests of pipelines/guards.py and vector_guards.py, on stores whose vectors are known."""
+"""Tests of pipelines/guarding/guards.py and vector_guards.py, on stores whose vectors are known."""
 
 import dataclasses
 import json
@@ -9,11 +9,11 @@ import pyarrow as pa
 import pytest
 
 from pipelines import schema
-from pipelines.candidate import Candidate
 from pipelines.counts import Counts
 from pipelines.errors import GuardError
-from pipelines.guard_limits import GuardLimits
-from pipelines.guards import check, measure, measure_index
+from pipelines.guarding.candidate import Candidate
+from pipelines.guarding.guard_limits import GuardLimits
+from pipelines.guarding.guards import check, measure, measure_index
 from pipelines.lineage import Measurement
 from pipelines.snapshots import EngineRecord, Snapshot, StoredFile
 from pipelines.store import Store

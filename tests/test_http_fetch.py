@@ -1,4 +1,4 @@
-"""Tests of pipelines/http_fetch.py: what tries to reach another server than the policy allows.
+"""Tests of pipelines/fetching/http_fetch.py: what tries to reach a server that is not allowed.
 
 Two servers are on this machine: one at 127.0.0.1, which is forbidden, and one at 127.0.0.2.
 """
@@ -19,8 +19,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from pipelines.fetch import FetchFailure, fetch_all
-from pipelines.fetch_policy import FetchPolicy
+from pipelines.fetching.fetch import FetchFailure, fetch_all
+from pipelines.fetching.fetch_policy import FetchPolicy
 from tests.image_server import CONTENT, ImageServer, image_server
 
 ALLOW = FetchPolicy(allow=("127.0.0.2",))

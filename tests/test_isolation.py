@@ -15,10 +15,10 @@ import psutil
 import pyarrow as pa
 import pytest
 
-from pipelines import isolation
 from pipelines.errors import WorkerDeathError
-from pipelines.isolated_process import DONE, FAILED, packed
-from pipelines.isolation import Isolated, IsolatedStage
+from pipelines.resilience import isolation
+from pipelines.resilience.isolated_process import DONE, FAILED, packed
+from pipelines.resilience.isolation import Isolated, IsolatedStage
 from tests import deadly, loud
 
 DIED = f"was killed by {deadly.DEADLY_SIGNAL.name}"
@@ -90,7 +90,7 @@ def test_a_row_at_which_the_kernel_comes_each_time_is_blamed(stage: IsolatedStag
 def test_it_ends_when_the_one_who_asks_is_gone(tmp_path: Path):
     """Also in the middle of a call."""
     program = (
-        "import pyarrow as pa; from pipelines.isolation import IsolatedStage;"
+        "import pyarrow as pa; from pipelines.resilience.isolation import IsolatedStage;"
         "from tests import deadly;"
         "stage = IsolatedStage(deadly.doubled, control=deadly.control_rows, max_bytes=2**30,"
         " called='doubling');"
@@ -169,7 +169,7 @@ def test_rows_come_in_order_with_rejects_in_their_places():
 
 def test_what_its_process_writes_of_an_error_says_no_secret():
     here, there = multiprocessing.Pipe()
-    words = [sys.executable, "-m", "pipelines.isolated_process", str(there.fileno())]
+    words = [sys.executable, "-m", "pipelines.resilience.isolated_process", str(there.fileno())]
     with here, there:
         process = subprocess.Popen(
             words, pass_fds=[there.fileno()], cwd=ROOT, stderr=subprocess.PIPE, text=True

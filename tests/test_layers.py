@@ -15,7 +15,7 @@ PACKAGES = ("engine", "pipelines", "jobs")
 # Library -> the only files that may import it.
 ONLY_IN = {
     # Whatever else speaks HTTP goes by fsspec, or is asked by a test.
-    "aiohttp": ("jobs/submission/server.py", "pipelines/http_fetch.py"),
+    "aiohttp": ("jobs/submission/server.py", "pipelines/fetching/http_fetch.py"),
     "tensorrt": ("engine/plans/runtimes.py",),
     "tensorrt_rtx": ("engine/plans/runtimes.py",),
     "cuda": ("engine/device.py", "engine/decoding/nvjpeg.py"),

@@ -19,8 +19,8 @@ from pipelines.engines import EngineChoice
 from pipelines.metrics import METRICS, RUN_END, put
 from pipelines.nightly import NightlyConfig, run_night
 from pipelines.progress import STAGES
-from pipelines.report import RunReport, make_report
-from pipelines.run_metrics import told_run
+from pipelines.runs.report import RunReport, make_report
+from pipelines.runs.run_metrics import told_run
 from pipelines.store_places import store_label
 from tests.catalogs import scene_rows, write_rows
 from tests.prometheus import alert_rules, panel_queries, prometheus, selectors

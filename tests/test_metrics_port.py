@@ -12,7 +12,7 @@ import pytest
 
 from jobs import embed, nightly
 from jobs.stopping import Terminated
-from pipelines.run_history import find_run
+from pipelines.runs.run_history import find_run
 from pipelines.store import Store
 from tests.commands import Done, command
 from tests.prometheus import free_port

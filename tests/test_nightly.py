@@ -17,7 +17,7 @@ from pipelines.indexes.opening import OpenIndex
 from pipelines.indexes.queries import Part, Query
 from pipelines.lineage import code_version
 from pipelines.nightly import NightlyConfig, run_night
-from pipelines.run_history import find_run
+from pipelines.runs.run_history import find_run
 from pipelines.search import Searcher
 from pipelines.snapshots import snapshot_numbers
 from pipelines.store import Store

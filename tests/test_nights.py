@@ -42,16 +42,16 @@ from engine.images import ImageLimits
 from engine.preprocess import decode_pixels
 from engine.registry import Registry
 from pipelines.catalog import CatalogConfig
+from pipelines.cluster.resources import Resources
 from pipelines.decode import RowLimits
 from pipelines.embedding import EmbedConfig
 from pipelines.engines import EngineChoice
 from pipelines.errors import CatalogError, GuardError, StoreError, TooManyRejectsError
-from pipelines.fetch_policy import FetchPolicy
+from pipelines.fetching.fetch_policy import FetchPolicy
 from pipelines.indexes.manifest import INDEXES_DIR, index_dir
 from pipelines.indexes.opening import open_index
 from pipelines.lineage import GUARDS
 from pipelines.nightly import NightlyConfig, run_night
-from pipelines.resources import Resources
 from pipelines.schema import MODALITIES, RETRYABLE_REASONS, Modality
 from pipelines.snapshots import Snapshot, read_snapshot, rollback, snapshot_numbers
 from pipelines.store import Store

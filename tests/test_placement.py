@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.errors import PlacementError
-from pipelines.placement import (
+from pipelines.cluster.placement import (
     ClusterState,
     Node,
     Placement,
@@ -16,6 +15,7 @@ from pipelines.placement import (
     accelerator,
     waiting_text,
 )
+from pipelines.errors import PlacementError
 
 ENCODER = WorkerDemand(
     what="an encoder",

@@ -12,9 +12,9 @@ import ray
 from engine.backends.choice import Machine, this_machine
 from engine.errors import EngineError
 from pipelines import preparing
+from pipelines.cluster.placement import Placement, WorkerDemand
+from pipelines.cluster.resources import Resources
 from pipelines.engines import EngineChoice, Execution
-from pipelines.placement import Placement, WorkerDemand
-from pipelines.resources import Resources
 from pipelines.snapshots import EngineRecord
 from tests.clusters import describe_cluster
 from tests.stored import make_snapshot

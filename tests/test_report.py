@@ -1,4 +1,4 @@
-"""Tests of pipelines/report.py."""
+"""Tests of pipelines/runs/report.py."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ from pipelines.counts import Counts, KeyCounts
 from pipelines.embedding import EmbedResult
 from pipelines.engines import Execution
 from pipelines.progress import GPU_STAGES, STAGES, Progress, StageCount
-from pipelines.report import ADVICE, bottleneck_line, make_report, stage_reports, summary
+from pipelines.runs.report import ADVICE, bottleneck_line, make_report, stage_reports, summary
 from pipelines.snapshots import StoredFile
 from tests.stored import ENGINE_ID, make_snapshot
 

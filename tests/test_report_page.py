@@ -1,4 +1,4 @@
-"""Tests of pipelines/report_page.py: the page is parsed, and its pictures are decoded again."""
+"""Tests of pipelines/runs/report_page.py: the page is parsed, its pictures are decoded again."""
 
 import base64
 import dataclasses
@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from pipelines.counts import KeyCounts
-from pipelines.report import RunReport, StageReport
-from pipelines.report_page import (
+from pipelines.runs.report import RunReport, StageReport
+from pipelines.runs.report_page import (
     MAX_INLINE_BYTES,
     MAX_INTERVALS,
     Hit,

@@ -8,17 +8,17 @@ from ray.data import DataContext
 
 from jobs.command import CommandParser
 from jobs.embed_options import add_embed_options, embed_config_from
-from pipelines.engines import Execution
-from pipelines.placement import Placement
-from pipelines.resources import (
+from pipelines.cluster.placement import Placement
+from pipelines.cluster.resources import (
     Resources,
     check_room,
     encoder_bounds,
     num_workers,
     wanted_workers,
 )
+from pipelines.cluster.watched_runs import PlacementCallback
+from pipelines.engines import Execution
 from pipelines.stages import IN_FLIGHT_BYTES_PER_CPU, ray_data_settings
-from pipelines.watched_runs import PlacementCallback
 from tests.clusters import describe_cluster
 
 ON_GPUS = Execution(backend="torch", decoder="gpu")

@@ -15,13 +15,13 @@ import pytest
 
 from pipelines import rounds
 from pipelines.catalog import CatalogConfig
+from pipelines.cluster.resources import Resources
 from pipelines.copying import copy_embeddings
 from pipelines.decode import RowLimits
 from pipelines.embedding import EmbedConfig, EmbedResult, embed
 from pipelines.engines import EngineChoice
 from pipelines.errors import IncompleteRunError, TooManyRejectsError
 from pipelines.ledger import DueRows
-from pipelines.resources import Resources
 from pipelines.schema import MODALITIES
 from pipelines.snapshots import StoredFile
 from pipelines.stages import run_stages

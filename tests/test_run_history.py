@@ -1,4 +1,4 @@
-"""Tests of pipelines/run_history.py."""
+"""Tests of pipelines/runs/run_history.py."""
 
 import dataclasses
 from datetime import UTC, datetime, timedelta
@@ -6,8 +6,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from pipelines.errors import StoreError
-from pipelines.run_history import KILLED_SECONDS, find_run, read_history, readable, run_ids
-from pipelines.run_records import RunRecord, publish_record, record_path
+from pipelines.runs.run_history import KILLED_SECONDS, find_run, read_history, readable, run_ids
+from pipelines.runs.run_records import RunRecord, publish_record, record_path
 from pipelines.store import Store
 from tests.recorded_runs import record
 

@@ -1,4 +1,4 @@
-"""Tests of pipelines/run_journal.py."""
+"""Tests of pipelines/runs/run_journal.py."""
 
 import dataclasses
 import time
@@ -8,9 +8,9 @@ import pytest
 from jobs.stopping import Terminated
 from pipelines.errors import CatalogError, StoreError
 from pipelines.progress import STAGES, Progress, StageCount
-from pipelines.run_history import run_ids
-from pipelines.run_journal import RunJournal
-from pipelines.run_records import RunRecord, read_record
+from pipelines.runs.run_history import run_ids
+from pipelines.runs.run_journal import RunJournal
+from pipelines.runs.run_records import RunRecord, read_record
 from pipelines.snapshots import commit
 from pipelines.store import Store
 from tests.recorded_runs import REPORT

@@ -14,7 +14,7 @@ from pipelines.metrics import (
     SNAPSHOT_REJECTS,
 )
 from pipelines.progress import GPU_STAGES, STAGES, Progress, StageCount
-from pipelines.run_metrics import (
+from pipelines.runs.run_metrics import (
     queues,
     tell_phase,
     tell_plan,

@@ -1,4 +1,4 @@
-"""Tests of pipelines/run_records.py."""
+"""Tests of pipelines/runs/run_records.py."""
 
 import dataclasses
 import json
@@ -6,8 +6,8 @@ import json
 import pytest
 
 from pipelines.errors import StoreError
-from pipelines.run_ids import new_run_id
-from pipelines.run_records import (
+from pipelines.runs.run_ids import new_run_id
+from pipelines.runs.run_records import (
     publish_record,
     read_record,
     read_report,
@@ -15,7 +15,7 @@ from pipelines.run_records import (
     report_path,
     run_numbers,
 )
-from pipelines.runs import save_report
+from pipelines.runs.saving import save_report
 from pipelines.store import Store
 from tests.recorded_runs import REPORT, record
 

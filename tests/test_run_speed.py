@@ -1,11 +1,11 @@
-"""Tests of pipelines/run_speed.py."""
+"""Tests of pipelines/runs/run_speed.py."""
 
 import dataclasses
 
 import pytest
 
-from pipelines.run_records import RunNumbers
-from pipelines.run_speed import MAX_PAST_RUNS, slow_line
+from pipelines.runs.run_records import RunNumbers
+from pipelines.runs.run_speed import MAX_PAST_RUNS, slow_line
 from tests.recorded_runs import record
 
 # Median 6,000 rows/s; slower than 4,800 is slow.

@@ -1,12 +1,12 @@
-"""Tests of pipelines/runs.py."""
+"""Tests of pipelines/runs/saving.py."""
 
 import dataclasses
 import json
 
 import pytest
 
-from pipelines.report import RunReport
-from pipelines.runs import save_report
+from pipelines.runs.report import RunReport
+from pipelines.runs.saving import save_report
 from pipelines.store import Store
 
 REPORT = RunReport(

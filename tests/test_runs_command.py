@@ -9,9 +9,9 @@ import pytest
 from jobs import runs
 from jobs.logs import event_log
 from jobs.recorded_run import close_run
-from pipelines.run_journal import RunJournal
-from pipelines.run_records import publish_record, record_path
-from pipelines.runs import save_report
+from pipelines.runs.run_journal import RunJournal
+from pipelines.runs.run_records import publish_record, record_path
+from pipelines.runs.saving import save_report
 from pipelines.store import Store
 from tests.commands import Done, command
 from tests.recorded_runs import REPORT, record

@@ -1,10 +1,10 @@
-"""Tests of pipelines/runs_page.py: what a reader finds on it."""
+"""Tests of pipelines/runs/runs_page.py: what a reader finds on it."""
 
 import dataclasses
 import re
 
-from pipelines.run_records import night
-from pipelines.runs_page import MAX_LABELS, nights_plot, render_runs_page
+from pipelines.runs.run_records import night
+from pipelines.runs.runs_page import MAX_LABELS, nights_plot, render_runs_page
 from tests.pages import HOSTILE, Page
 from tests.recorded_runs import record
 

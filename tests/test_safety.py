@@ -41,8 +41,8 @@ from pipelines.indexes.array_files import arrays_from_bytes
 from pipelines.indexes.key_hashes import KeyHashes
 from pipelines.indexes.manifest import missing_indexes
 from pipelines.reading import all_rows, read_rows
+from pipelines.resilience.survival import decode_task
 from pipelines.store import Store
-from pipelines.survival import decode_task
 from tests import image_files, loud
 from tests.catalogs import scene_rows, stored_rows, stored_snapshot, write_rows
 from tests.checkpoints import save_clip

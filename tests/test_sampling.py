@@ -19,7 +19,7 @@ from jobs.demo.run import CHECKPOINT_DIR
 from pipelines.catalog import CatalogConfig
 from pipelines.decode import RowLimits
 from pipelines.errors import CatalogError
-from pipelines.fetch_policy import FetchPolicy
+from pipelines.fetching.fetch_policy import FetchPolicy
 from pipelines.sampling import MAX_ROW_GROUPS, MIN_HELD_OUT_ROWS, SampleConfig, draw_samples
 from pipelines.schema import MODALITIES, Modality
 from tests.catalogs import scene_rows, write_rows

@@ -14,7 +14,7 @@ from jobs.serving.options import ServiceLimits
 from jobs.serving.thumbnails import NoThumbnailError, Thumbnails
 from pipelines.catalog_rows import CatalogRows
 from pipelines.errors import CatalogError
-from pipelines.fetch_policy import FetchPolicy
+from pipelines.fetching.fetch_policy import FetchPolicy
 from tests.catalogs import write_rows
 from tests.serving import Shop, wait_until
 from tests.test_catalog_rows import record

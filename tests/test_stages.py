@@ -4,9 +4,9 @@ import pytest
 import ray
 from ray.data import DataContext
 
+from pipelines.cluster.resources import Resources, num_workers
 from pipelines.engines import Execution
 from pipelines.progress import GPU_STAGES, STAGES
-from pipelines.resources import Resources, num_workers
 from pipelines.stages import IN_FLIGHT_BYTES_PER_CPU, ray_data_settings
 
 

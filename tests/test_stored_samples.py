@@ -1,12 +1,12 @@
-"""Tests of pipelines/stored_samples.py, on files whose vectors say which row they are."""
+"""Tests of pipelines/guarding/stored_samples.py, on files whose vectors say which row they are."""
 
 import numpy as np
 import pytest
 
-from pipelines import stored_samples
+from pipelines.guarding import stored_samples
+from pipelines.guarding.stored_samples import draw_pairs, draw_sample
 from pipelines.snapshots import StoredFile
 from pipelines.store import Store
-from pipelines.stored_samples import draw_pairs, draw_sample
 from tests.stored import embeddings_file
 
 

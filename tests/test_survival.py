@@ -15,14 +15,14 @@ import ray
 
 from engine.images import ImageLimits
 from engine.preprocess import Preprocessing
-from pipelines import survival
 from pipelines.catalog import CatalogConfig
-from pipelines.controls import rows_to_encode
 from pipelines.decode import RowLimits, decode_batch
 from pipelines.embedding import EmbedConfig, EmbedResult, embed
 from pipelines.engines import EngineChoice
 from pipelines.errors import WorkerDeathError
 from pipelines.progress import ProgressBoard, StageMeter
+from pipelines.resilience import survival
+from pipelines.resilience.controls import rows_to_encode
 from pipelines.schema import GEOMETRY_TYPE
 from pipelines.stages import Resources
 from tests import image_files

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.turns import Turns
+from pipelines.resilience.turns import Turns
 
 SECONDS = 10.0
 

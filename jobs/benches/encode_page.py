@@ -10,7 +10,7 @@ from matplotlib.ticker import LogLocator
 from jobs.benches.encode_figures import EncodeFigures, Timing
 from pipelines import drawing
 from pipelines.drawing import ACCENT, INK, MUTED, WARNING, Plot, compact, render, svg_of
-from pipelines.report_page import size_text
+from pipelines.runs.report_page import size_text
 
 COLORS = (MUTED, ACCENT, WARNING, INK)
 THROUGHPUT, LATENCY = "rows/s", "p50 ms"

@@ -21,10 +21,10 @@ from engine.errors import ClipmillError
 from jobs.benches.memory import MemoryWatch
 from pipelines import schema
 from pipelines.catalog import CatalogConfig, open_catalog
+from pipelines.cluster.resources import Resources
 from pipelines.fingerprints import row_fingerprints
 from pipelines.ledger import Ledger
 from pipelines.planning import catalog_record, fill
-from pipelines.resources import Resources
 from pipelines.snapshots import EngineRecord, Snapshot, StoredFile, commit, current_snapshot
 from pipelines.store import Store
 

@@ -24,6 +24,7 @@ from engine.preprocess import Preprocessing
 from engine.registry import Registry
 from pipelines import schema
 from pipelines.catalog import CatalogConfig, check_has_rows, open_catalog
+from pipelines.cluster.resources import Resources
 from pipelines.decode import RowLimits, decode_batch
 from pipelines.encode import EncodeStage
 from pipelines.engines import EngineChoice, Execution, chosen_engine, ready_engine
@@ -31,7 +32,6 @@ from pipelines.errors import CatalogError
 from pipelines.metrics import Metric
 from pipelines.progress import StageMeter
 from pipelines.reading import CatalogDatasource, all_rows
-from pipelines.resources import Resources
 from pipelines.schema import Decoder
 from pipelines.snapshots import EngineRecord
 from pipelines.stages import CALLS_OF_GPU_ENCODER, default_batch_rows

@@ -14,10 +14,10 @@ import xxhash
 from jobs.benches.clip_like import Vectors, clip_like
 from pipelines import schema
 from pipelines.arrow_files import read_parquet
+from pipelines.guarding.stored_samples import vectors_of
 from pipelines.schema import Modality
 from pipelines.snapshots import CatalogRecord, EngineRecord, Snapshot, StoredFile, commit
 from pipelines.store import Store
-from pipelines.stored_samples import vectors_of
 from pipelines.writing import write_table
 
 NUM_FILES = 20

@@ -17,8 +17,8 @@ from jobs.checks.check import Check
 from jobs.checks.gpu import gpu_checks
 from jobs.checks.node import cpu_checks, node_checks
 from jobs.cluster import ray_cluster
-from pipelines.cluster_nodes import node_line
-from pipelines.worker_logs import redact_worker
+from pipelines.cluster.cluster_nodes import node_line
+from pipelines.cluster.worker_logs import redact_worker
 
 # For all nodes together: to start a worker that imports the project, and PyTorch where there are
 # GPUs.

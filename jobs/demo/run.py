@@ -17,10 +17,10 @@ from pipelines.embedding import EmbedConfig
 from pipelines.engines import EngineChoice
 from pipelines.indexes.queries import Part, Query
 from pipelines.indexing import IndexConfig, build_index
-from pipelines.report import RunReport, summary
-from pipelines.report_page import Hit, QuerySheet
 from pipelines.retrieval import pair_recall, recall_line
-from pipelines.runs import save_report
+from pipelines.runs.report import RunReport, summary
+from pipelines.runs.report_page import Hit, QuerySheet
+from pipelines.runs.saving import save_report
 from pipelines.search import Hit as Found
 from pipelines.search import Searcher
 

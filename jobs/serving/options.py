@@ -6,7 +6,7 @@ Knows nothing of HTTP or of Ray.
 from dataclasses import dataclass, field, fields
 
 from engine.images import ImageLimits
-from pipelines.fetch_policy import FetchPolicy
+from pipelines.fetching.fetch_policy import FetchPolicy
 from pipelines.schema import Modality
 
 

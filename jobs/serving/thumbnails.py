@@ -17,7 +17,7 @@ from PIL import Image
 from engine.errors import ClipmillError
 from engine.images import ImageLimits, ImageRejected, rgb_image
 from pipelines.catalog_rows import CatalogRows
-from pipelines.fetch import FetchFailure
+from pipelines.fetching.fetch import FetchFailure
 from pipelines.snapshots import CatalogRecord
 
 MAX_SIDE_PIXELS = 256

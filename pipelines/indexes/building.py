@@ -18,7 +18,10 @@ import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 
-from pipelines.cluster_state import wait_for_place
+from pipelines.cluster.cluster_state import wait_for_place
+from pipelines.cluster.placement import Placement, WorkerDemand
+from pipelines.cluster.worker_logs import redact_worker
+from pipelines.guarding.stored_samples import draw_sample
 from pipelines.indexes.bitmaps import Bitmap
 from pipelines.indexes.choice import Recipe
 from pipelines.indexes.index_files import IndexFiles
@@ -40,13 +43,10 @@ from pipelines.indexes.shards import (
 )
 from pipelines.indexes.training import draw_vectors, num_sample_rows, train
 from pipelines.indexes.truth import Truth
-from pipelines.placement import Placement, WorkerDemand
 from pipelines.schema import Modality
 from pipelines.snapshots import StoredFile
 from pipelines.store import Store
 from pipelines.stored_rows import read_stored
-from pipelines.stored_samples import draw_sample
-from pipelines.worker_logs import redact_worker
 
 # Queries of each kind that recall is measured with. An exact search finds all, or has a fault that
 # a few show.

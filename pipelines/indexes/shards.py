@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pipelines import schema
 from pipelines.arrow_files import open_parquet
+from pipelines.guarding.stored_samples import vectors_of
 from pipelines.indexes.frame import Frame
 from pipelines.indexes.index_files import IndexFiles
 from pipelines.indexes.key_hashes import HASHES_FILE
@@ -21,7 +22,6 @@ from pipelines.indexes.rows import ROWS_FILE, RowTable
 from pipelines.indexes.truth import Truth
 from pipelines.snapshots import StoredFile
 from pipelines.store import Store
-from pipelines.stored_samples import vectors_of
 
 SHARDS_DIR = "shards"
 TRAINED_FILE, FRAME_FILE = "index.faiss", "frame.npz"

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from pipelines import schema
 from pipelines.arrow_files import open_parquet
+from pipelines.guarding.stored_samples import vectors_of
 from pipelines.indexes.choice import Recipe
 from pipelines.indexes.frame import Frame, random_rotation
 from pipelines.snapshots import StoredFile
 from pipelines.store import Store
-from pipelines.stored_samples import vectors_of
 
 # Of the sample, for each list: k-means of FAISS wants 39 at least, and gains little from more.
 POINTS_PER_LIST = 40

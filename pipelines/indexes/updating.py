@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines import schema
+from pipelines.guarding.stored_samples import vectors_of
 from pipelines.indexes.bitmaps import Bitmap, bitmap_of
 from pipelines.indexes.building import (
     Build,
@@ -29,7 +30,6 @@ from pipelines.indexes.row_writing import update_rows
 from pipelines.indexes.rows import RowTable
 from pipelines.indexes.shards import FRAME_FILE, SHARDS_DIR, TRAINED_FILE, read_vectors, rows_of
 from pipelines.indexes.truth import Truth
-from pipelines.stored_samples import vectors_of
 
 _PART_FILE = f"{SHARDS_DIR}/update.ivf"
 

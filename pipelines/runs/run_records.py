@@ -3,7 +3,7 @@
 Knows nothing of who writes it or of how runs are compared.
 
     STORE/runs/RUN/run.json       from the run's first second on, written anew while it goes on
-    STORE/runs/RUN/report.json    see pipelines/runs.py; runs of earlier versions have only this
+    STORE/runs/RUN/report.json    see saving.py; runs of earlier versions have only this
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from pipelines.counts import KeyCounts
 from pipelines.manifests import from_record, manifest_errors
-from pipelines.report import RunReport, StageReport
-from pipelines.run_ids import RUNS_DIR
+from pipelines.runs.report import RunReport, StageReport
+from pipelines.runs.run_ids import RUNS_DIR
 from pipelines.store import Store
 
 _WAY_OUT = "remove its folder, or leave it: no run needs another's record"
@@ -89,7 +89,7 @@ class RunRecord:
     command: str
     """`embed` or `nightly`; empty if not on record."""
     status: Status
-    """As written; see `pipelines.run_history` for what a reader makes of it."""
+    """As written; see `pipelines.runs.run_history` for what a reader makes of it."""
     started_at: str
     """UTC, ISO 8601."""
     seen_at: str

@@ -1,6 +1,6 @@
 """Looks at a Ray cluster, and waits for workers that have no place yet.
 
-Knows nothing of what the workers do; `pipelines.placement` judges what is seen.
+Knows nothing of what the workers do; `pipelines.cluster.placement` judges what is seen.
 """
 
 import logging
@@ -17,8 +17,8 @@ from ray.exceptions import GetTimeoutError, RpcError
 from ray.util.client import ray as client
 
 from engine.errors import ClipmillError
-from pipelines.autoscaler import GROUP_LABEL, can_grow
-from pipelines.placement import ClusterState, Node, Placement, PlacementWatch, WorkerDemand
+from pipelines.cluster.autoscaler import GROUP_LABEL, can_grow
+from pipelines.cluster.placement import ClusterState, Node, Placement, PlacementWatch, WorkerDemand
 
 _log = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import ray
 
-from pipelines.autoscaler import can_grow
+from pipelines.cluster.autoscaler import can_grow
+from pipelines.cluster.placement import Placement, WorkerDemand, accelerator
 from pipelines.engines import Execution
-from pipelines.placement import Placement, WorkerDemand, accelerator
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

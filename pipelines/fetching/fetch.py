@@ -16,7 +16,7 @@ from typing import Literal
 from fsspec.asyn import get_loop
 
 from engine.redaction import redacted
-from pipelines.fetch_limits import (
+from pipelines.fetching.fetch_limits import (
     BATCH_LIMITS,
     FIRST_BYTES,
     MAX_AHEAD_BYTES,
@@ -26,15 +26,15 @@ from pipelines.fetch_limits import (
     NoRoomError,
     Unanswered,
 )
-from pipelines.fetch_policy import (
+from pipelines.fetching.fetch_policy import (
     HTTP_SCHEMES,
     FetchError,
     FetchPolicy,
     FetchRefusedError,
     scheme_of,
 )
-from pipelines.file_fetch import Fetch, file_fetch
-from pipelines.http_fetch import fetch_http
+from pipelines.fetching.file_fetch import Fetch, file_fetch
+from pipelines.fetching.http_fetch import fetch_http
 from pipelines.schema import Reason
 
 NUM_FETCHES = 16  # at once; a fetch waits for the network nearly all its time

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pipelines.fetch_limits import NoRoomError
-from pipelines.fetch_policy import (
+from pipelines.fetching.fetch_limits import NoRoomError
+from pipelines.fetching.fetch_policy import (
     FILE_SCHEMES,
     FetchError,
     FetchPolicy,

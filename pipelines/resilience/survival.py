@@ -28,15 +28,15 @@ from ray._common.utils import get_system_memory
 
 from engine.errors import DeviceLostError
 from pipelines import metrics, schema
-from pipelines.attempts import attempted, is_suspect, was_restarted
-from pipelines.controls import rows_to_decode
+from pipelines.cluster.worker_logs import redact_worker
 from pipelines.decode import undecodable, wanted_rows
 from pipelines.encode import EncodeStage, unencodable
-from pipelines.isolation import IsolatedStage
 from pipelines.progress import StageMeter, metered
+from pipelines.resilience.attempts import attempted, is_suspect, was_restarted
+from pipelines.resilience.controls import rows_to_decode
+from pipelines.resilience.isolation import IsolatedStage
+from pipelines.resilience.turns import Turns
 from pipelines.schema import MODALITIES, Modality
-from pipelines.turns import Turns
-from pipelines.worker_logs import redact_worker
 
 # Of a worker that lost its GPU; Ray then starts another.
 LOST_GPU_CODE = 3

@@ -19,9 +19,9 @@ import aiohttp
 from fsspec.asyn import get_loop, sync
 from yarl import URL
 
-from pipelines.fetch_limits import FIRST_BYTES, NoRoomError
-from pipelines.fetch_policy import HTTP_SCHEMES, FetchError, FetchPolicy, FetchRefusedError
-from pipelines.file_fetch import Hold
+from pipelines.fetching.fetch_limits import FIRST_BYTES, NoRoomError
+from pipelines.fetching.fetch_policy import HTTP_SCHEMES, FetchError, FetchPolicy, FetchRefusedError
+from pipelines.fetching.file_fetch import Hold
 
 # Of one image: between two pieces of it, and until a connection stands.
 READ_SECONDS = 10.0

@@ -14,7 +14,7 @@ from pipelines.counts import Counts
 from pipelines.indexes.manifest import IndexManifest
 from pipelines.metrics import put
 from pipelines.progress import Progress
-from pipelines.run_journal import STOPS
+from pipelines.runs.run_journal import STOPS
 from pipelines.snapshots import Snapshot
 from pipelines.store_places import store_label
 

@@ -9,15 +9,15 @@ snapshots lists. Vectors are judged by samples of at most 4,096 rows of at most 
 
 from collections.abc import Collection, Iterator, Sequence
 
-from pipelines.candidate import Candidate
 from pipelines.changes import find_changes
 from pipelines.errors import GuardError
-from pipelines.guard_limits import GuardLimits
+from pipelines.guarding.candidate import Candidate
+from pipelines.guarding.guard_limits import GuardLimits
+from pipelines.guarding.vector_guards import measure_vectors
 from pipelines.indexes.manifest import IndexManifest
 from pipelines.lineage import Measurement, measurement_line
 from pipelines.snapshots import Snapshot
 from pipelines.store import Store
-from pipelines.vector_guards import measure_vectors
 
 # Fewer deletions or rejects than this trip nothing: a share of a handful of rows says nothing.
 MIN_ROWS_TO_TRIP = 20

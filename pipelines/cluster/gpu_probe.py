@@ -9,9 +9,9 @@ from typing import Any
 
 import ray
 
-from pipelines.cluster_state import wait_for_place
-from pipelines.placement import SLIVER, Placement, WorkerDemand, accelerator
-from pipelines.worker_logs import redact_worker
+from pipelines.cluster.cluster_state import wait_for_place
+from pipelines.cluster.placement import SLIVER, Placement, WorkerDemand, accelerator
+from pipelines.cluster.worker_logs import redact_worker
 
 # Of a GPU: room for it is left beside most that use GPUs in part.
 _PROBE_GPUS = SLIVER

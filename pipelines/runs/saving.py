@@ -7,8 +7,8 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from pipelines.report import RunReport
-from pipelines.report_page import QuerySheet, render_page
+from pipelines.runs.report import RunReport
+from pipelines.runs.report_page import QuerySheet, render_page
 from pipelines.store import Store
 
 

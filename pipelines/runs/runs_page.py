@@ -10,8 +10,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from pipelines import drawing
 from pipelines.drawing import ACCENT, INK, MUTED, WARNING, Plot, compact, render, svg_of
-from pipelines.report_page import duration_text
-from pipelines.run_records import RunNumbers, RunRecord, night
+from pipelines.runs.report_page import duration_text
+from pipelines.runs.run_records import RunNumbers, RunRecord, night
 
 # Of engines, in the order of their first run; more than these look alike.
 COLORS = (ACCENT, INK, WARNING, MUTED)

@@ -9,9 +9,9 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 from pipelines.errors import StoreError
-from pipelines.run_ids import RUNS_DIR
-from pipelines.run_journal import BEAT_SECONDS
-from pipelines.run_records import RunRecord, read_record
+from pipelines.runs.run_ids import RUNS_DIR
+from pipelines.runs.run_journal import BEAT_SECONDS
+from pipelines.runs.run_records import RunRecord, read_record
 from pipelines.store import Store
 
 # A record that was not written for so long is of a run that was killed. Machines' clocks differ.

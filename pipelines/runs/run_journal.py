@@ -15,9 +15,9 @@ from pipelines.error_lines import error_line
 from pipelines.errors import StoreError
 from pipelines.lineage import code_version
 from pipelines.progress import Progress
-from pipelines.report import RunReport
-from pipelines.run_ids import RUNS_DIR, new_run_id
-from pipelines.run_records import RunRecord, ended_status, publish_record, run_numbers
+from pipelines.runs.report import RunReport
+from pipelines.runs.run_ids import RUNS_DIR, new_run_id
+from pipelines.runs.run_records import RunRecord, ended_status, publish_record, run_numbers
 from pipelines.snapshots import current_snapshot
 from pipelines.store import Store
 

@@ -28,7 +28,7 @@ import pyarrow as pa
 
 from pipelines.arrow_files import read_stream
 from pipelines.errors import WorkerDeathError
-from pipelines.isolated_process import DONE, LOST, StageFunction, packed
+from pipelines.resilience.isolated_process import DONE, LOST, StageFunction, packed
 
 MAX_STARTS = 3
 # Of a row, before it is blamed.
@@ -211,7 +211,12 @@ class _Process:
         here, there = multiprocessing.Pipe()
         with there:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "pipelines.isolated_process", str(there.fileno())],
+                [
+                    sys.executable,
+                    "-m",
+                    "pipelines.resilience.isolated_process",
+                    str(there.fileno()),
+                ],
                 pass_fds=[there.fileno()],
                 stdin=subprocess.DEVNULL,
                 # As a worker of Ray found the packages, in whatever folder it works.

@@ -1,6 +1,6 @@
 """Watches over Ray Data's runs, whose workers may get no place on the cluster.
 
-Knows nothing of what is run; `pipelines.placement` judges what is seen.
+Knows nothing of what is run; `pipelines.cluster.placement` judges what is seen.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -9,8 +9,8 @@ from typing import Any
 
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from pipelines.cluster_state import Looks
-from pipelines.placement import Placement, WorkerDemand
+from pipelines.cluster.cluster_state import Looks
+from pipelines.cluster.placement import Placement, WorkerDemand
 
 # Of the blocks that are under way. Ray Data makes callbacks of its own, without arguments.
 _UNDER_WAY: list[Looks] = []

@@ -1,4 +1,4 @@
-"""The process of its own that `pipelines.isolation` lets do what others died of.
+"""The process of its own that `pipelines.resilience.isolation` lets do what others died of.
 
 Knows nothing of what it does: that comes through the pipe. It ends when the other side is gone,
 also in the middle of a call, which may hold a GPU.

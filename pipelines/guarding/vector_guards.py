@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.accuracy import NEIGHBOURS, neighbour_overlap
-from pipelines.candidate import Candidate
-from pipelines.guard_limits import GuardLimits
+from pipelines.guarding.candidate import Candidate
+from pipelines.guarding.guard_limits import GuardLimits
+from pipelines.guarding.stored_samples import draw_pairs, draw_sample
 from pipelines.lineage import Measurement
 from pipelines.schema import Modality
 from pipelines.snapshots import Snapshot, is_other_engine
 from pipelines.store import Store
-from pipelines.stored_samples import draw_pairs, draw_sample
 
 Vectors = NDArray[np.float32]
 

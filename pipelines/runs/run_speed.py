@@ -9,7 +9,7 @@ of encoders, which takes seconds however much there is to do, does not count.
 import statistics
 from collections.abc import Sequence
 
-from pipelines.run_records import RunNumbers, RunRecord
+from pipelines.runs.run_records import RunNumbers, RunRecord
 
 MIN_PAST_RUNS = 3
 # Of those that are like: what a machine did a year ago says nothing of today's.

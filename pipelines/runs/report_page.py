@@ -19,7 +19,7 @@ from engine.images import ImageLimits, ImageRejected, rgb_image
 from pipelines import drawing
 from pipelines.counts import plan_line
 from pipelines.drawing import ACCENT, INK, WARNING, Plot, compact, render, svg_of
-from pipelines.report import RunReport
+from pipelines.runs.report import RunReport
 
 MAX_THUMBNAIL_PIXELS = 160
 # A picture that is small already but heavier than this (metadata, noise) is made again as JPEG.

@@ -1,0 +1,1 @@
+"""Images by URI: fetched within a policy and within bounds."""

@@ -1,0 +1,1 @@
+"""Guards of a store: is what a run would commit fit to follow what is there?"""
