@@ -163,6 +163,22 @@ SCENES = [
         firing={},
         quiet=begun("_x40 2400x60", SECOND),
     ),
+    # Another one of the same store was under way, and ended later.
+    *scene(
+        "ClipmillRunStopped",
+        130,
+        both={**ended("stopped", "_x6 360x3", SECOND)},
+        firing={},
+        quiet={**begun("60x60 stale", FIRST), **ended("committed", "_x60 3600x3", FIRST)},
+    ),
+    # Another one of the same store is under way.
+    *scene(
+        "ClipmillRunStopped",
+        70,
+        both=ended("stopped", "_x6 360x3", SECOND),
+        firing={},
+        quiet=begun("60x120", FIRST),
+    ),
     *scene(
         "ClipmillRunStuck",
         60,

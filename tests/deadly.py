@@ -16,7 +16,7 @@ DEADLY_SIGNAL = signal.SIGSYS
 _DEATHS = {
     "once": (1, DEADLY_SIGNAL),
     "twice": (2, DEADLY_SIGNAL),
-    "thrice-killed": (3, signal.SIGKILL),
+    "often-killed": (4, signal.SIGKILL),
 }
 
 
@@ -25,7 +25,7 @@ def act_on(texts: list[str | None]) -> None:
 
     `die`, `be-killed` as from outside, `exit`, `lose` the GPU, `fault` on a real one, `fail`,
     `sleep`, `fill` memory, or what ends with time: `once PATH` and `twice PATH` die so often,
-    `thrice-killed PATH` is killed so often.
+    `often-killed PATH` is killed four times.
 
     Args:
         texts: Others do nothing.

@@ -41,8 +41,8 @@ CONFIG = {
 
 
 @contextmanager
-def scaled_cluster(*, version: int) -> Iterator[str]:
-    """host:port of one; `version` is that of the autoscaler, 1 or 2."""
+def scaled_cluster() -> Iterator[str]:
+    """host:port of one; its autoscaler is of version 2, as that of `ray up`."""
     port = free_port()
     # Ray's sockets are below it, whose paths must be short.
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
@@ -62,7 +62,7 @@ def scaled_cluster(*, version: int) -> Iterator[str]:
                 "RAY_AUTH_MODE": "disabled",
                 "RAY_FAKE_CLUSTER": "1",
                 "RAY_USAGE_STATS_ENABLED": "0",
-                "RAY_enable_autoscaler_v2": str(version - 1),
+                "RAY_enable_autoscaler_v2": "1",
                 "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
                 "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
                 "RAY_NODE_TYPE_NAME": HEAD_TYPE,

@@ -56,7 +56,9 @@ def ask(monkeypatch: pytest.MonkeyPatch) -> Callable[..., NodeAnswer]:
         (WITH_GPU, WITH_GPU, {"GPU": 0.999}, [CPUS], [OF_CPUS], {"hung": hung("its GPUs")}),
         # Another one was faster.
         (WITH_GPU, WITH_GPU, {"CPU": 16.0}, [CPUS], [OF_CPUS], {"unseen": IN_USE}),
-        (WITH_GPU, WITH_GPU, {"CPU": 1.0}, [GPUS], [], {"hung": hung("itself")}),
+        (WITH_GPU, WITH_GPU, WITH_GPU, [GPUS], [], {"hung": hung("itself")}),
+        # What runs there may be what it waits for.
+        (WITH_GPU, WITH_GPU, {"CPU": 1.0}, [GPUS], [], {"unseen": BUSY}),
         (WITH_GPU, WITH_GPU, {}, [], [], {"unseen": BUSY}),
         (HEAD, {}, {}, [], [], {"hung": hung("itself")}),
         # From afar nobody knows.

@@ -117,10 +117,17 @@ def test_without_its_metrics_one_that_reports_is_taken_for_one_that_starts_nodes
     assert head["looks"] == 1, "an old head is not waited for"
 
 
-def test_nodes_without_types_are_nobodys(head: dict[str, Any]):
-    head["types"] = [None]
-    assert not can_grow()
-    assert head["looks"] == 0
+@pytest.mark.parametrize(
+    ("text", "grows"),
+    [("", False), (metrics(ray_head_default=0, local=1), False), (metrics(head=1, gpu=0), True)],
+)
+def test_of_nodes_without_types_the_head_is_asked_once(
+    head: dict[str, Any], text: str, grows: bool
+):
+    """As those of `ray start`, and of `ray up` with version 1 of the autoscaler."""
+    head.update(types=[None], metrics=text)
+    assert can_grow() is grows
+    assert (head["looks"], head["seconds"]) == (1, 0.0)
 
 
 def test_from_afar_types_are_what_is_seen(head: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
@@ -152,9 +159,8 @@ def asked(address: str) -> str:
     return done.stdout.split()[-1]
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_a_real_autoscaler_is_found(version: int):
-    with scaled_cluster(version=version) as address:
+def test_a_real_autoscaler_is_found():
+    with scaled_cluster() as address:
         assert asked(address) == "True"
 
 

@@ -18,13 +18,12 @@ from jobs.checks.gpu import gpu_checks
 from jobs.checks.node import cpu_checks, node_checks
 from jobs.cluster import ray_cluster
 from pipelines.cluster.cluster_nodes import node_line
+from pipelines.cluster.placement import SLIVER
 from pipelines.cluster.worker_logs import redact_worker
 
 # For all nodes together: to start a worker that imports the project, and PyTorch where there are
 # GPUs.
 NODE_SECONDS = 120.0
-# Of a resource: what a look at GPUs takes, and less is none.
-_SLIVER = 0.001
 _GPUS_IN_USE = "its GPUs are in use, and were not looked at"
 # The node went while it was asked, as those of an autoscaler do.
 _GONE = (NodeDiedError, TaskUnschedulableError, ActorUnschedulableError)
@@ -77,7 +76,7 @@ class _Look:
         checks = cpu_checks if self._has_gpus else node_checks
         self.asked = {"CPU": _asked(node["NodeID"], checks, num_gpus=0.0)}
         if self._has_gpus and self._is_free("GPU", free, unknown=True):
-            self.asked["GPU"] = _asked(node["NodeID"], gpu_checks, num_gpus=_SLIVER)
+            self.asked["GPU"] = _asked(node["NodeID"], gpu_checks, num_gpus=SLIVER)
 
     def answer(self, free: Free) -> NodeAnswer:
         """As far as there is one, by what is free by now."""
@@ -105,11 +104,15 @@ class _Look:
         return NodeAnswer(found=tuple(found), unseen=_GPUS_IN_USE if resource == "GPU" else busy)
 
     def _is_free(self, resource: str, free: Free, *, unknown: bool) -> bool:
-        """Whether some of it is, or the node has none; `unknown` where nobody tells."""
+        """Whether nothing is done there that a look could wait for; `unknown` where nobody tells.
+
+        A look at GPUs waits for a share of one, any other for whatever keeps the CPUs busy.
+        """
         of_node = free.get(self.node["NodeID"])
         if of_node is None:
             return unknown
-        return not self.node["Resources"].get(resource) or of_node.get(resource, 0.0) >= _SLIVER
+        total: float = self.node["Resources"].get(resource, 0.0)
+        return of_node.get(resource, 0.0) >= min(total, SLIVER if resource == "GPU" else total)
 
 
 def _asked(node_id: str, checks: Callable[[], list[Check]], *, num_gpus: float) -> Any:

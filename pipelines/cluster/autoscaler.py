@@ -2,7 +2,8 @@
 
 Knows nothing of what the cluster lacks.
 
-Nodes that `ray up` or KubeRay started have types; KubeRay's have them with autoscaling off, too.
+Nodes that `ray up` or KubeRay started have types, but for those of `ray up` with version 1 of the
+autoscaler; KubeRay's have them with autoscaling off, too.
 Where nothing is to be scaled, Ray starts an autoscaler that only looks, and reports to the head as
 others do. In its metrics it counts nodes by the types of a config of Ray's own, of which one is
 that of no node. Ray has no public call that says it; where these metrics cannot be had, an
@@ -80,14 +81,15 @@ def only_looks(metrics: str, *, session_name: str, types: Collection[str]) -> bo
 @functools.cache
 def _is_scaled(gcs_address: str, session_name: str) -> bool:
     types = _node_types()
-    while types:
+    while True:
         looks = only_looks(_metrics(), session_name=session_name, types=types)
         if looks is not None:
             return not looks
+        if not types:
+            return False
         if _head_seconds(gcs_address) > FIRST_REPORT_SECONDS:
             return _reports(gcs_address)
         time.sleep(_PAUSE_SECONDS)
-    return False
 
 
 def _node_types() -> set[str]:

@@ -5,7 +5,10 @@ and graphs are small, and built anew.
 """
 
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from threading import Thread
 
 import faiss
 import numpy as np
@@ -74,19 +77,34 @@ def update_lists(build: Build, parent: OpenIndex, changes: RowChanges) -> None:
     gone = bitmap_of(
         np.concatenate([changes.removed_ids, ids]), num_ids=max(rows.num_ids, parent.rows.num_ids)
     )
-    with ThreadPoolExecutor(1) as threads:
-        # A third of an update of 1 %, and nothing but copying.
-        copied = threads.submit(
-            _change_vectors, build, parent, num_ids=rows.num_ids, vectors=vectors, ids=ids
-        )
-        _change_lists(build, parent, gone=gone, vectors=vectors, ids=ids)
-        if not build.recipe.is_reranked:
-            write_places(work, num_ids=rows.num_ids)
-        work.write(FRAME_FILE, (parent.directory / FRAME_FILE).read_bytes())
-        work.write(TRAINED_FILE, (parent.directory / TRAINED_FILE).read_bytes())
-        truth = _changed_truth(build, parent, rows, gone=gone, vectors=vectors, ids=ids)
-        copied.result()
+    # A third of an update of 1 %, and nothing but copying.
+    copied = _begun(
+        partial(_change_vectors, build, parent, num_ids=rows.num_ids, vectors=vectors, ids=ids)
+    )
+    _change_lists(build, parent, gone=gone, vectors=vectors, ids=ids)
+    if not build.recipe.is_reranked:
+        write_places(work, num_ids=rows.num_ids)
+    work.write(FRAME_FILE, (parent.directory / FRAME_FILE).read_bytes())
+    work.write(TRAINED_FILE, (parent.directory / TRAINED_FILE).read_bytes())
+    truth = _changed_truth(build, parent, rows, gone=gone, vectors=vectors, ids=ids)
+    copied.result()
     work.write(TRUTH_FILE, truth.to_bytes())
+
+
+def _begun(work: Callable[[], None]) -> Future[None]:
+    """In a thread that nobody waits for who is told to end, unlike those of an executor."""
+    begun: Future[None] = Future()
+
+    def do() -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001, raised where the result is asked for
+            begun.set_exception(error)
+        else:
+            begun.set_result(None)
+
+    Thread(target=do, name="update", daemon=True).start()
+    return begun
 
 
 def _change_lists(

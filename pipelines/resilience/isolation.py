@@ -127,7 +127,7 @@ class IsolatedStage:
 
         Raises:
             WorkerDeathError: The process cannot be started, or dies of control rows, or of one row
-                after the other, or something else ends it again and again.
+                after the other.
         """
         whole = self._tried(table)
         if isinstance(whole, pa.Table):
