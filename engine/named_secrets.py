@@ -129,8 +129,8 @@ def _end_of_value(text: str, first: int, *, name: str, min_certain_chars: float 
     value = word.rstrip(_CLOSING)
     after = text[first + len(word) : first + len(word) + 1]
     is_alone = word[len(value) :].strip(".:") != "" or after in ("", *"\r\n\"'<>`;,")
-    if not value.strip("*") or value.lower() in _NO_VALUES:
-        return first  # hidden by others, or none
+    if value.rstrip("*")[-1:] in ("", *"\"'`") or value.lower() in _NO_VALUES:
+        return first  # hidden, or none
     if name in _SIGNATURES and not set(value).isdisjoint("[(<"):
         return first  # of a function or a model: types
     if len(value) < min_certain_chars and not _looks_secret(value, name=name, is_alone=is_alone):

@@ -310,7 +310,26 @@ def test_prose_stays_as_it_is(name: str, said: str, before: str):
         assert redacted(text) == text
 
 
-@given(st.lists(st.sampled_from((*NAMES, *BETWEEN, "a1b2c3", "x", " ", "***", "'", "(", "\n"))))
+PARTS = (
+    *(
+        *NAMES,
+        *BETWEEN,
+        "a1b2c3",
+        "x",
+        " ",
+        "***",
+        "'",
+        "(",
+        "\n",
+        "authorization",
+        "Basic ",
+        "Odd ",
+    ),
+    *("=", "&", "`", "<token>", "</token>", "-----BEGIN PRIVATE KEY-----", "-----", FRAME),
+)
+
+
+@given(st.lists(st.sampled_from(PARTS)))
 def test_twice_is_as_once(parts: list[str]):
     once = redacted("".join(parts))
     assert redacted(once) == once
