@@ -44,7 +44,8 @@ class _RedactedRecords:
         try:
             said = record.getMessage()
         except Exception:  # noqa: BLE001, whatever an argument raises: logging would show them all
-            said, record.args = str(record.msg), ()
+            said = f"{_shown(record.msg, str)} {_shown(record.args, repr)}"
+            record.msg, record.args = said, ()
         public = redacted(said)
         if public != said:  # else as it is: some formatters want the arguments apart
             record.msg, record.args = public, ()
@@ -54,6 +55,13 @@ class _RedactedRecords:
                 "".join(traceback.format_exception(*record.exc_info))
             ).rstrip()
         return record
+
+
+def _shown(thing: object, show: Callable[[object], str]) -> str:
+    try:
+        return show(thing)
+    except Exception:  # noqa: BLE001, what is logged must not raise into who logs
+        return object.__repr__(thing)
 
 
 class _RedactedWarnings:

@@ -16,8 +16,14 @@ MASK = "***"
 # A shorter value of the environment may be part of any word.
 MIN_SECRET_CHARS = 8
 
-# Before an @: all of it where there is a password, which may hold slashes; else the authority.
-_USERINFO = re.compile(r"(?<=://)([^/:]*:.*|[^/]*)@")
+# Without a user, whether with a port or not: an @ behind it is part of a path.
+_HOST = r"(?:\[[\da-fA-F:.]*\]|[^/:@]*)(?::\d{1,5})?/"
+# Before an @: all of it where there is a password, which may hold slashes; else the authority. Of
+# s3 there are no ports, and some of its secrets begin with a digit and a slash.
+_USERINFO = re.compile(
+    rf"(?<=://)(?:(?<=s3://)|(?<=s3[an]://)|(?!{_HOST}))(?:[^/:]*:.*|[^/]*)@",
+    re.IGNORECASE | re.DOTALL,
+)
 _QUERY = re.compile(r"[?#].*$", re.DOTALL)
 # What stands there before an @ is the container, which is no secret.
 _CONTAINER_SCHEMES = re.compile(r"(?:abfss?|wasbs?|az|adl)://[^/:@]*@", re.IGNORECASE)
@@ -28,7 +34,10 @@ _SENTENCE_END = ":;,.)]}"
 # What was written without a blank.
 _WORD = re.compile(r"[^\s\"'<>`]+")
 # Libraries name what they failed on without its scheme: `KEY:SECRET@bucket`.
-_BARE_USERINFO = re.compile(r"(?<![^\s\"'<>`:/=(\[{])[^\s\"'<>`:/=(\[{]+:(?!//|:)[^\s\"'<>`]+@")
+_BARE_USERINFO = re.compile(
+    rf"(?P<host>://{_HOST})"
+    r"|(?<![^\s\"'<>`:/=(\[{])[^\s\"'<>`:/=(\[{]+:(?!//|:)[^\s\"'<>`]+@"
+)
 _SECRET_OPTION = re.compile(rf"--[\w-]*{NAME}", re.IGNORECASE)
 _SECRET_VARIABLE = re.compile(
     r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|(?:ACCESS|API|ACCOUNT|PRIVATE|SECRET)_?KEY"
@@ -42,7 +51,9 @@ def public_uri(uri: str) -> str:
     if "://" not in uri:
         return uri
     if not _CONTAINER_SCHEMES.search(uri):
-        uri = _USERINFO.sub(f"{MASK}@", uri)
+        # Of what has no @ behind it, each part would be looked at from there to the end.
+        end = uri.rfind("@") + 1
+        uri = _USERINFO.sub(f"{MASK}@", uri[:end]) + uri[end:]
     return _QUERY.sub(f"?{MASK}", uri)
 
 
@@ -72,10 +83,10 @@ def _public_match(match: re.Match[str]) -> str:
 
 
 def _without_userinfo(match: re.Match[str]) -> str:
-    # Of what has no @ behind it, each part would be looked at from there to the end.
     word = match.group()
-    end = word.rfind("@") + 1
-    return _BARE_USERINFO.sub(f"{MASK}@", word[:end]) + word[end:]
+    end = word.rfind("@") + 1  # as in `public_uri`
+    public = _BARE_USERINFO.sub(lambda found: found["host"] or f"{MASK}@", word[:end])
+    return public + word[end:]
 
 
 def _environment_secrets() -> list[str]:

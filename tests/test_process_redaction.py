@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 import subprocess
 import sys
 import warnings
@@ -35,7 +36,9 @@ def test_logs_hold_no_secret(monkeypatch):
         logger.warning("s3://u:s3cr3t@b/%s and %d", "x", 7)
         logger.warning("%s %s", ["s3://u:s3cr3t@b"], b"s3://u:s3cr3t@b")
         logger.warning("%d of %s", "s3://u:s3cr3t@b")
+        logger.warning("%d rows of %s were lost", "s3://u:s3cr3t@b/a")
         logger.warning("unprintable: %s", Unprintable())
+        logger.warning(Unprintable())
         try:
             raise OSError("at https://u:s3cr3t@host/a?sig=s3cr3t")
         except OSError:
@@ -52,8 +55,10 @@ def test_logs_hold_no_secret(monkeypatch):
     assert "WARNING token=***" in said
     assert "WARNING password: ***, 7" in said
     assert "WARNING s3://***@b/x and 7" in said
-    assert "WARNING %d of %s" in said
-    assert "WARNING unprintable: %s" in said
+    assert "WARNING %d of %s ('s3://***@b',)" in said
+    assert "WARNING %d rows of %s were lost ('s3://***@b/a',)" in said
+    assert re.search("WARNING unprintable: %s .*Unprintable object at 0x", said)
+    assert re.search("WARNING <.*Unprintable object at 0x", said)
     assert "Traceback" in said
 
 

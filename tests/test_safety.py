@@ -200,6 +200,7 @@ ARROW_DOORS = {
     *(
         "ParquetFile",
         "ParquetDataset",
+        "dataset",
         "read_table",
         "read_metadata",
         "read_schema",

@@ -43,6 +43,9 @@ def test_other_places_have_other_names():
         "gs://bucket/products/vectors",
         "abfs://one@account.dfs.core.windows.net/products/vectors",
         "abfs://two@account.dfs.core.windows.net/products/vectors",
+        "hdfs://one:8020/teams/a@corp/vectors",
+        "hdfs://one:8020/teams/b@corp/vectors",
+        "hdfs://two:8020/teams/b@corp/vectors",
         "/products/vectors",
         *(f"/{'x' * 200}{number}" for number in range(2)),
     ]

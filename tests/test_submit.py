@@ -239,6 +239,17 @@ def test_a_head_that_does_not_answer_is_an_error_with_the_way_out():
     assert "ray dashboard" in done.err
 
 
+def test_neither_the_address_nor_what_the_server_says_shows_a_password(server: FakeJobServer):
+    server.coming = [ScriptedJob(ends="FAILED", exit_code=None, message="at s3://u:hush@b: no")]
+    address = server.url.replace("://", "://user:hush@")
+    done = command(submit.main, [*NIGHTLY, "--address", address])
+    (job_id,) = server.jobs
+    assert done.code == 1
+    assert f"submitted {job_id} to {server.url.replace('://', '://***@')}\n" in done.err
+    assert "failed: at s3://***@b: no" in done.err
+    assert "hush" not in done.err
+
+
 def test_ctrl_c_leaves_the_job_running(server: FakeJobServer, monkeypatch: pytest.MonkeyPatch):
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt

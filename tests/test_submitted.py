@@ -37,6 +37,8 @@ def test_jobs_are_listed_the_newest_first_without_those_of_others(server: FakeJo
     listed = jobs(server, "list", "--json").json
     assert [(job["job_id"], job["exit_code"]) for job in listed] == [(runs, None), (ended, 2)]
     assert listed[0]["store"] == "s3://b/two"
+    server.jobs["raysubmit_2"] = ScriptedJob(request={"entrypoint": "python a.py --token=hush"})
+    assert "python a.py --token=***" in jobs(server, "status", "raysubmit_2").out
 
 
 def test_the_one_that_runs_is_found_stopped_and_no_more_in_the_way(server: FakeJobServer):

@@ -19,7 +19,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from engine.errors import ClipmillError
-from engine.redaction import public_uri
+from engine.redaction import public_uri, redacted
 from jobs.submission.naming import target_of
 from jobs.submission.words import CommandWords
 
@@ -68,7 +68,7 @@ class SubmittedJob:
     exit_code: int | None
     """Of the command; None while it runs, or if it was not it that ended."""
     message: str
-    """What Ray says of the status."""
+    """What Ray says of the status, without secrets."""
 
     @property
     def is_over(self) -> bool:
@@ -228,14 +228,14 @@ def _submitted(job: JobDetails) -> SubmittedJob:
     return SubmittedJob(
         job_id=job.submission_id or "",
         status=str(job.status),
-        command=metadata.get(f"{_KEY}command", job.entrypoint),
+        command=redacted(metadata.get(f"{_KEY}command", job.entrypoint) or ""),
         target=metadata.get(f"{_KEY}target"),
         store=metadata.get(f"{_KEY}store") or None,
         catalog=metadata.get(f"{_KEY}catalog") or None,
         started_at=_time(job.start_time),
         ended_at=_time(job.end_time),
         exit_code=job.driver_exit_code,
-        message=job.message or "",
+        message=redacted(job.message or ""),
     )
 
 
