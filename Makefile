@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Commands and Ray's workers are many processes: none compiles all modules anew.
+# Modules are compiled as they are used first, and not by each of many processes anew.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check setup clean
@@ -25,7 +25,7 @@ setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
+	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e '.[test]'
 	touch $@
 
 clean:

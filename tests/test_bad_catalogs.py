@@ -20,6 +20,7 @@ from pipelines.snapshots import current_snapshot
 from pipelines.store import Store
 from tests.catalogs import scene_rows, stored_embeddings, stored_rows, write_rows
 from tests.commands import Done, command
+from tests.stages_here import use_stages_here
 
 ROWS = [
     {"key": row["key"], "text": row["text"], "version": number, "price": number}
@@ -61,6 +62,7 @@ def shop(
 ) -> Callable[..., Shop]:
     """Makes one, with its first night done by some options."""
     monkeypatch.setattr(nightly, "ray_cluster", lambda *_, **__: contextlib.nullcontext())
+    use_stages_here(monkeypatch)
     model = ("--checkpoint", str(checkpoint_dir), "--engines", str(engines_dir))
 
     def make(*options: str, rows: Sequence[dict[str, Any]] = ROWS) -> Shop:

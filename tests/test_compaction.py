@@ -18,6 +18,7 @@ from pipelines.snapshots import Kind, Snapshot, StoredFile, missing_files
 from pipelines.store import Store
 from pipelines.vacuum import Retention, vacuum
 from tests.catalogs import stored_embeddings, write_rows
+from tests.stages_here import use_stages_here
 
 _names = itertools.count()
 
@@ -180,6 +181,7 @@ def test_a_week_and_a_half_of_real_nights_and_a_kill(
     monkeypatch: pytest.MonkeyPatch,
 ):
     """One new text a night: the night that fills a tier merges it, also if it is killed first."""
+    use_stages_here(monkeypatch)
     rows = [{"key": f"k{number:02}", "text": f"text {number}"} for number in range(FAN_IN + 2)]
     config = EmbedConfig(
         catalog=CatalogConfig(uri=str(tmp_path / "catalog")),

@@ -24,9 +24,9 @@ from pipelines.errors import IncompleteRunError, TooManyRejectsError
 from pipelines.ledger import DueRows
 from pipelines.schema import MODALITIES
 from pipelines.snapshots import StoredFile
-from pipelines.stages import run_stages
 from pipelines.store import Store
 from pipelines.writing import write_table
+from tests import stages_here
 from tests.catalogs import scene_rows, stored_rows, stored_snapshot, write_rows
 
 Rows = Sequence[dict[str, Any]]
@@ -68,7 +68,7 @@ class Nights:
         num_read += sum(len(file.rows) for file in due)
         num_taken += sum(flags.sum().item() for file in due for flags in file.wanted.values())
         self.seen = num_read, num_taken
-        return run_stages(*args, due=due, **options)
+        return stages_here.run_stages(*args, due=due, **options)
 
     def bits(self) -> dict[tuple[str, Any], bytes]:
         """Modality and key -> the embedding's bytes; fails on one that is there twice."""
@@ -95,6 +95,7 @@ def nights(
     local_ray: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Nights:
+    stages_here.use_stages_here(monkeypatch)
     made = Nights(tmp_path, checkpoint_dir=checkpoint_dir, engines_dir=engines_dir)
     monkeypatch.setattr("pipelines.rounds.run_stages", made.watched_stages)
     return made
@@ -301,7 +302,7 @@ def test_rows_that_are_lost_between_stages_stop_the_run(
     first = nights(rows[:3])
 
     def losing(*args: Any, **options: Any) -> Iterator[list[StoredFile]]:
-        for files in run_stages(*args, **options):
+        for files in stages_here.run_stages(*args, **options):
             yield [file for file in files if file.modality == "text"]
 
     with monkeypatch.context() as patch:
@@ -321,7 +322,7 @@ def test_twins_in_a_file_that_is_replaced_meanwhile_stop_the_run(
     def replaced(*args: Any, **options: Any) -> Iterator[list[StoredFile]]:
         num_rounds.append(1)
         write_rows(nights.catalog_dir, [*rows[:3], *keyed(rows[3:8], "twin-{}".format)])
-        return run_stages(*args, **options)
+        return stages_here.run_stages(*args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr("pipelines.rounds.run_stages", replaced)
