@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from tests.catalogs import (
 )
 from tests.checkpoints import save_clip
 from tests.commands import Done, command
+from tests.stages_here import use_stages_here
 
 QUERIES = ["a small red circle", "three yellow triangles on a white background"]
 
@@ -89,6 +91,7 @@ def night(
     """60 texts, embedded and indexed."""
     for module in (nightly, embed):
         monkeypatch.setattr(module, "ray_cluster", lambda *_, **__: contextlib.nullcontext())
+    use_stages_here(monkeypatch)
     made = Night(tmp_path / "catalog", tmp_path / "store", checkpoint_dir, engines_dir)
     write_rows(made.catalog_dir, text_rows(60), num_files=2)
     first = made.done()
@@ -340,9 +343,9 @@ def test_rejects_are_tried_again_when_asked_for(night: Night, tmp_path: Path):
     said = night.run("--retry-rejects", *allow).out
     assert "nothing changed: 1 rejects were tried again, all in vain; snapshot 2 stays" in said
     assert current(night) == before
-    tried = find_run(Store(str(night.store_dir)), None)
+    (run_id,) = re.findall(rf"report: {night.store_dir}/runs/(.+)/report.html", said)
+    tried = find_run(Store(str(night.store_dir)), run_id)
     assert (tried.status, tried.numbers.num_rejected, tried.snapshot) == ("unchanged", 1, None)
-    assert f"report: {night.store_dir}/runs/{tried.run_id}/report.html" in said
 
 
 def test_rejects_that_stop_a_night_are_let_pass_by_the_name_of_the_guard(night: Night):
