@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import ClipmillError
-from engine.redaction import public_uri
 from jobs.command import CommandParser, run, say
 from jobs.submission.following import follow
 from jobs.submission.naming import base_name, next_id, target_of
@@ -46,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     running = _running(server, command)
     if running is None:
         job_id = _submit(server, command, env_vars=env_vars, entrypoint=entrypoint)
-        say(f"submitted {job_id} to {public_uri(server.address)}")
+        say(f"submitted {job_id} to {server.address}")
     elif options.attach:
         job_id = running.job_id
         say(f"{job_id} runs already: {running.command}")

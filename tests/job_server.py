@@ -41,6 +41,8 @@ class FakeJobServer:
         """What the next jobs do."""
         self.packages: dict[str, bytes] = {}
         self.num_log_connections = 0
+        self.authorizations: set[str | None] = set()
+        """Of all requests."""
         self.rivals: list[tuple[str, ScriptedJob]] = []
         """Others' jobs that arrive just before the next one."""
 
@@ -51,7 +53,7 @@ class FakeJobServer:
             return {name: package.read(name) for name in package.namelist()}
 
     def app(self) -> web.Application:
-        app = web.Application(client_max_size=2**26)
+        app = web.Application(client_max_size=2**26, middlewares=[self._look])
         app.add_routes(
             [
                 web.get("/api/version", self._version),
@@ -65,6 +67,12 @@ class FakeJobServer:
             ]
         )
         return app
+
+    @web.middleware
+    async def _look(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        self.authorizations.add(request.headers.get("Authorization"))
+        answer: web.StreamResponse = await handler(request)
+        return answer
 
     async def _version(self, request: web.Request) -> web.Response:
         return web.json_response({"version": "4", "ray_version": "2.60.0"})

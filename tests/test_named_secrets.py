@@ -139,7 +139,7 @@ def test_what_looks_like_a_secret_is_one(text: str, expected: str):
         "signature=image[N,224,224,3]",
         "api_key: string",
         "GET /a?token=&user=bob and Server=h;Password=;Encrypt=yes",
-        "PWD=/home/bob",
+        "PWD=/srv/bob",
         "usage: serve [--token TOKEN] [--token-file FILE]",
     ],
 )

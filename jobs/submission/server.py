@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import aiohttp
 import requests
@@ -103,8 +104,7 @@ class JobServer:
 
     def __init__(self, address: str) -> None:
         """Ask whether it is there."""
-        self.address = address.rstrip("/")
-        headers = _headers()
+        self.address, headers = _without_userinfo(address.rstrip("/"), headers=_headers())
         # It says each upload.
         for handler in logging.getLogger("ray").handlers:
             handler.setLevel(logging.WARNING)
@@ -207,6 +207,19 @@ def _headers() -> dict[str, str] | None:
     if not isinstance(headers, dict):
         raise ValueError("$RAY_JOB_HEADERS must be a JSON object: each header's name and its value")
     return headers
+
+
+def _without_userinfo(
+    address: str, *, headers: dict[str, str] | None
+) -> tuple[str, dict[str, str] | None]:
+    """An address whose user and password are a header: beside a URI's, Ray's token is refused."""
+    parts = urlsplit(address)
+    if parts.username is None:
+        return address, headers
+    user, password = unquote(parts.username), unquote(parts.password or "")
+    authority = parts.netloc.rpartition("@")[2]
+    basic = {"Authorization": aiohttp.encode_basic_auth(user, password)}
+    return urlunsplit(parts._replace(netloc=authority)), {**basic, **(headers or {})}
 
 
 @contextmanager
