@@ -167,7 +167,7 @@ SCENES = [
     *scene(
         "ClipmillRunStopped",
         130,
-        both={**ended("stopped", "_x6 360x3", SECOND)},
+        both=ended("stopped", "_x6 360x3", SECOND),
         firing={},
         quiet={**begun("60x60 stale", FIRST), **ended("committed", "_x60 3600x3", FIRST)},
     ),
