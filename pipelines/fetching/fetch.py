@@ -73,7 +73,8 @@ def fetch_all(
         for number in range(len(begun)):
             yield batch.take(number, begun.popleft())
     finally:
-        for future in begun:
+        # Those that wait for a slot first: one that holds a slot hands it to the next as it ends.
+        for future in reversed(begun):
             future.cancel()
 
 
