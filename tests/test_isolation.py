@@ -26,8 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 MAX_BYTES = 128 * 2**20
 
 
-def isolated_stage(load: Callable[[], Any] = deadly.doubled) -> IsolatedStage:
-    return IsolatedStage(load, control=deadly.control_rows, max_bytes=MAX_BYTES, called="doubling")
+def isolated_stage(
+    load: Callable[[], Any] = deadly.doubled, *, max_bytes: int = MAX_BYTES
+) -> IsolatedStage:
+    return IsolatedStage(load, control=deadly.control_rows, max_bytes=max_bytes, called="doubling")
 
 
 @pytest.fixture
@@ -109,8 +111,10 @@ def test_it_ends_when_the_one_who_asks_is_gone(tmp_path: Path):
 
 
 @pytest.mark.gpu
-def test_a_row_that_loses_a_real_gpu_is_found(stage: IsolatedStage):
-    isolated = stage(table_of(["a", "fault", "b"]))
+def test_a_row_that_loses_a_real_gpu_is_found():
+    """The row at which a process first uses a GPU also pays for its context."""
+    with isolated_stage(max_bytes=4 * 2**30) as stage:
+        isolated = stage(table_of(["a", "fault", "b"]))
     assert numbers(isolated) == [0, 4]
     assert list(isolated.poison) == [1]
     assert re.match(r"lost the GPU: GPU 0 .*CUDA error: device-side assert", isolated.poison[1])
