@@ -249,7 +249,7 @@ SCENES = [
     *scene(
         "ClipmillDiskFull",
         20,
-        firing={'ray_node_disk_utilization_percentage{NodeAddress="a"}': "95x30"},
-        quiet={'ray_node_disk_utilization_percentage{NodeAddress="a"}': "60x30"},
+        firing={'ray_node_disk_utilization_percentage{ip="a"}': "95x30"},
+        quiet={'ray_node_disk_utilization_percentage{ip="a"}': "60x30"},
     ),
 ]

@@ -1,5 +1,6 @@
 """What a night on a real Ray tells: scraped as text, and by a real Prometheus if there is one."""
 
+import re
 import time
 import urllib.request
 from collections import Counter
@@ -235,6 +236,9 @@ def test_a_real_prometheus_answers_dashboard_and_alerts(
                 if not any(name in queries[title] for name in ON_GPUS)
                 and not server.query(queries[title])
             ]
+        for title, query in queries.items():
+            for found in server.query(query):
+                assert grouped_by(query) <= found["metric"].keys(), title
         assert {rule["health"] for rule in server.rules()} == {"ok"}
         firing = [rule["name"] for rule in server.rules() if rule["state"] == "firing"]
         assert not set(firing) - {"ClipmillDiskFull"}
@@ -242,6 +246,12 @@ def test_a_real_prometheus_answers_dashboard_and_alerts(
     assert {found["metric"]["stage"]: float(found["value"][1]) for found in rows} == {
         stage.stage: stage.num_rows for stage in night.report.stages
     }
+
+
+def grouped_by(query: str) -> set[str]:
+    """Labels by which it asks for a series each; Prometheus leaves out those that are empty."""
+    outermost = re.search(r"\bby \(([^)]*)\)", query)
+    return set(outermost[1].replace(" ", "").split(",")) if outermost else set()
 
 
 def tell_again(night: ToldNight) -> None:

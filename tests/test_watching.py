@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ray._private.metrics_agent import Gauge
 from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 
 from jobs.serving.metrics import Metrics
@@ -22,20 +23,25 @@ from tests.prometheus import (
     selectors,
 )
 
-# Ray's labels, and Prometheus's own.
-RAYS_LABELS = {"NodeAddress", "GpuIndex", "GpuDeviceName", "SessionName", "WorkerId", "instance"}
-# Ray's core measures it, not its reporter.
-OF_RAYS_CORE = {"ray_object_store_used_memory"}
+# Those that Ray adds to each of ours, and Prometheus's own.
+ADDED_LABELS = {"SessionName", "WorkerId", "instance"}
+# Ray's core measures it, not its reporter, and names nodes by another label.
+OF_RAYS_CORE = {"ray_object_store_used_memory": {"NodeAddress"}}
 
 
 def declared() -> dict[str, set[str]]:
     """Every name that may be asked for -> its labels."""
     names = {f"ray_{metric.name}": set(metric.labels) for metric in METRICS}
-    names |= {f"ray_{name}": set() for name in METRICS_GAUGES}
-    names |= {name: set() for name in OF_RAYS_CORE}
+    names |= {f"ray_{name}": reported_labels(gauge) for name, gauge in METRICS_GAUGES.items()}
+    names |= OF_RAYS_CORE
     for family in Metrics().registry.collect():
         names |= {f"{family.name}{end}": set() for end in ("", "_total", "_bucket")}
     return names
+
+
+def reported_labels(gauge: Gauge) -> set[str]:
+    """Of what Ray's reporter says of a node; Ray keeps them to itself."""
+    return {str(label) for label in gauge._view.columns}
 
 
 def faults(query: str) -> list[str]:
@@ -53,7 +59,7 @@ def faults(query: str) -> list[str]:
     asked: set[str] = set()
     for group in re.findall(r"\b(?:by|on) \(([^)]*)\)", query):
         asked |= {label.strip() for label in group.split(",") if label.strip()}
-    known = RAYS_LABELS.union(*(names.get(selector.name, set()) for selector in selectors(query)))
+    known = ADDED_LABELS.union(*(names.get(selector.name, set()) for selector in selectors(query)))
     return found + [f"no label {label}" for label in asked - known]
 
 
@@ -82,6 +88,8 @@ def test_alerts_ask_for_what_is_told(rule: dict[str, Any]):
             ["ray_clipmill_stage_rows_total has no label modality"],
         ),
         ("sum by (reason) (ray_clipmill_stage_rows_total)", ["no label reason"]),
+        ("max by (NodeAddress) (ray_node_mem_used)", ["no label NodeAddress"]),
+        ("max by (GpuIndex) (ray_node_mem_used)", ["no label GpuIndex"]),
         (
             "a > on (store) (max(last_over_time(b[1h])) or -rate(c[1h:5m]))",
             ["no metric a", "no metric b", "no metric c", "no label store"],
