@@ -6,6 +6,7 @@ Knows nothing of how any of it is done.
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import fields
 
 from engine.accuracy import Thresholds
@@ -35,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _build(argv: Sequence[str]) -> int:
     parser = _build_parser()
     options = parser.parse_options(argv)
-    with event_log("engine build"), shown_steps() as on_progress:
+    # ModelOpt prints of its own, on stdout, where only the result belongs.
+    with redirect_stdout(sys.stderr), event_log("engine build"), shown_steps() as on_progress:
         result = build_engine(build_config_from(options), on_progress=on_progress)
     print_result(result, as_json=options.json, text=build_summary(result))
     return 0 if result.gate.passed else 1

@@ -8,13 +8,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
+from engine.errors import EngineError
 from engine.gate_reports import add_gate_report, last_gate
 from engine.promotion import promote, promoted
 from engine.registry import Registry
-from jobs.engine import ACTIONS
+from jobs.engine import ACTIONS, main
 from tests.calibrated_engines import CalibratedEngines, put_sabotaged_engine
 from tests.checkpoints import save_clip
 from tests.commands import clipmill_engine
@@ -133,6 +135,19 @@ def test_a_build_as_json(calibrated_engines: CalibratedEngines) -> None:
     assert made["manifest"]["precision"] == "fp8"
     assert made["manifest"]["quantization"]["num_calibration_rows"] == 512
     assert (Path(made["report_path"]) / "report.html").exists()
+
+
+def test_what_libraries_print_is_no_result(monkeypatch: pytest.MonkeyPatch, capsys):
+    def printing(*_: object, **__: object) -> NoReturn:
+        sys.stdout.write("Loading extension ...")
+        raise EngineError("no more")
+
+    monkeypatch.setattr("jobs.engine.build_engine", printing)
+    with pytest.raises(EngineError, match="no more"):
+        main(["build", "--checkpoint", "c", "--calibrate", "d", "--json"])
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "Loading extension" in printed.err
 
 
 def test_another_seed_is_another_engine_and_the_last_to_pass_is_promoted(
