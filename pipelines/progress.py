@@ -51,6 +51,9 @@ class Progress:
     """By name, in order: STAGES, or GPU_STAGES where GPUs decode."""
     samples: list[tuple[float, int]] = field(default_factory=list)
     """(seconds, rows encoded) about once a second, for the plot of the rate."""
+    spilled_bytes: int | None = None
+    """That object stores of the cluster wrote to disk meanwhile, told at the end; None before, and
+    where it is not known."""
 
 
 # Killed, it starts again from nothing: a run need not end for the sake of its counts.

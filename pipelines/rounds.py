@@ -8,13 +8,14 @@ embedded then, or rejected themselves. There is no third.
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipelines.cluster.spilling import spilled_bytes
 from pipelines.copying import copy_embeddings
 from pipelines.counts import Counts
 from pipelines.errors import IncompleteRunError, TooManyRejectsError
@@ -81,6 +82,7 @@ def write_due(
     """
     written = Written()
     board: Any = None
+    spilled_before: int | None = None
     num_rejected = ledger.num_rejected()
     shown = partial(on_progress, counts) if on_progress else None
     while any(ledger.num_due().values()):
@@ -95,7 +97,8 @@ def write_due(
         )
         encoded: list[StoredFile] = []
         if due := ledger.due():
-            board = board or _board(pass_)
+            if board is None:
+                board, spilled_before = _board(pass_), spilled_bytes()
             with (
                 polled(board, shown),
                 # Or it would go on for as long as someone holds what is raised here.
@@ -124,7 +127,9 @@ def write_due(
                 "the last snapshot lacks of the catalog as it is then"
             )
     if board:
-        written.progress = ray.get(board.progress.remote())
+        written.progress = replace(
+            ray.get(board.progress.remote()), spilled_bytes=_spilled_since(spilled_before)
+        )
         ray.kill(board)
     return written
 
@@ -160,6 +165,12 @@ def check_rejects(num_rejected: int, *, counts: Counts, max_share: float, folder
             "embedded is kept for that. Or mend the catalog: then all that the last snapshot lacks "
             "of it is embedded"
         )
+
+
+def _spilled_since(before: int | None) -> int | None:
+    now = spilled_bytes()
+    # Less than before where a node that had spilled is lost.
+    return None if now is None or before is None else max(0, now - before)
 
 
 def _board(pass_: Pass) -> Any:

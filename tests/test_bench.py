@@ -194,6 +194,7 @@ def test_a_pipeline_of_repeated_and_damaged_images_accounts_for_every_row(
     assert figures["rows_per_second"] > 0
     # Ray's own processes and an encoder take more than this, a laptop has less than that.
     assert 200 * 2**20 < figures["peak_memory_bytes"] < 16 * 2**30
+    assert figures["spilled_bytes"] == 0
 
 
 def test_images_are_repeated_and_every_tenth_is_damaged(tmp_path: Path):
@@ -251,6 +252,7 @@ def test_of_several_runs_the_one_of_median_time_counts(monkeypatch: pytest.Monke
             "num_stored": stored,
             "rejects_by_reason": {},
             "bottleneck": "",
+            "spilled_bytes": 7,
             "seconds": 2.0,
             "samples": samples,
         }
@@ -276,7 +278,7 @@ def test_of_several_runs_the_one_of_median_time_counts(monkeypatch: pytest.Monke
         f"clipmill, 4 rows, run {number} of 3" for number in (1, 2, 3)
     ]
     assert left == [False, False, False]
-    assert (figures.seconds, figures.peak_memory_bytes) == (8.0, 3)
+    assert (figures.seconds, figures.peak_memory_bytes, figures.spilled_bytes) == (8.0, 3, 7)
     assert figures.steady_rows_per_second == 6.0
     assert figures.all_seconds == (7.0, 8.0, 9.0)
     assert figures.all_steady == (5.0, 6.0, 8.0)

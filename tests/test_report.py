@@ -85,6 +85,17 @@ def test_when_all_wait_the_start_is_the_bottleneck():
     assert bottleneck(encode=10).startswith("encode-bound")
 
 
+@pytest.mark.parametrize("spilled_bytes", [0, None])
+def test_what_was_spilled_is_said_if_there_was_any(spilled_bytes: int | None):
+    reports = stage_reports(progress(), workers=WORKERS)
+    line = bottleneck_line(reports)
+    assert bottleneck_line(reports, spilled_bytes=spilled_bytes) == line
+    assert bottleneck_line(reports, spilled_bytes=3_000 * 2**20) == (
+        f"{line}; Ray wrote 3,000 MiB of its object store to disk: give it more "
+        "memory (`ray start --object-store-memory BYTES`), or less to hold (--batch-rows)"
+    )
+
+
 def test_without_stages_there_was_nothing_to_embed():
     assert bottleneck_line([]) == "nothing to embed: every row was stored already"
 

@@ -67,6 +67,8 @@ class PipelineFigures:
     """The same of every run, ascending."""
     peak_memory_bytes: int
     """Of all processes together: proportional set size, so that shared pages count once."""
+    spilled_bytes: int | None = None
+    """See `RunReport`; None for what Clipmill is compared with."""
     rejects_by_reason: dict[str, int] = field(default_factory=dict)
     """Damaged rows; every other one was embedded."""
     bottleneck: str = ""
@@ -97,7 +99,10 @@ def measure_pipeline(config: PipelineConfig, *, on_run: OnRun = _unheard) -> Pip
     if accounted != config.num_rows * len(report["num_stored"]):
         raise ClipmillError(f"{accounted} embeddings and rejects of {config.num_rows} rows")
     return replace(
-        figures, rejects_by_reason=report["rejects_by_reason"], bottleneck=report["bottleneck"]
+        figures,
+        spilled_bytes=report["spilled_bytes"],
+        rejects_by_reason=report["rejects_by_reason"],
+        bottleneck=report["bottleneck"],
     )
 
 

@@ -106,6 +106,9 @@ class RunReport:
     """Of the cluster; see `node_line`."""
     slow: str | None = None
     """One line if it was slower than earlier runs; see `slow_line`."""
+    spilled_bytes: int | None = None
+    """Written to disk meanwhile by object stores of the cluster, for other jobs too; None if it is
+    not known."""
 
 
 def make_report(result: "EmbedResult", *, catalog_uri: str, store_uri: str) -> RunReport:
@@ -113,6 +116,7 @@ def make_report(result: "EmbedResult", *, catalog_uri: str, store_uri: str) -> R
     snapshot, progress = result.snapshot, result.progress
     stages = stage_reports(progress, workers=result.workers) if progress else []
     modalities = snapshot.modalities
+    spilled_bytes = progress.spilled_bytes if progress else 0
     return RunReport(
         run_id=result.run_id,
         created_at=result.created_at,
@@ -139,10 +143,11 @@ def make_report(result: "EmbedResult", *, catalog_uri: str, store_uri: str) -> R
         seconds=progress.seconds if progress else 0.0,
         stages=stages,
         samples=progress.samples if progress else [],
-        bottleneck=bottleneck_line(stages),
+        bottleneck=bottleneck_line(stages, spilled_bytes=spilled_bytes),
         num_rejected=result.num_rejected,
         num_gpus=result.num_gpus,
         nodes=list(result.nodes),
+        spilled_bytes=spilled_bytes,
     )
 
 
@@ -170,10 +175,25 @@ def stage_reports(progress: Progress, *, workers: dict[str, int]) -> list[StageR
     return reports
 
 
-def bottleneck_line(stages: list[StageReport]) -> str:
-    """Name the stage whose workers were busiest, and what would help."""
+def bottleneck_line(stages: list[StageReport], *, spilled_bytes: int | None = 0) -> str:
+    """Name the stage whose workers were busiest, and what would help.
+
+    Args:
+        stages: Of the run.
+        spilled_bytes: See `RunReport`.
+    """
     if not stages:
         return "nothing to embed: every row was stored already"
+    line = _busiest_line(stages)
+    if not spilled_bytes:
+        return line
+    return (
+        f"{line}; Ray wrote {spilled_bytes / 2**20:,.0f} MiB of its object store to disk: give it "
+        "more memory (`ray start --object-store-memory BYTES`), or less to hold (--batch-rows)"
+    )
+
+
+def _busiest_line(stages: list[StageReport]) -> str:
     busiest = max(stages, key=lambda stage: stage.busy_share)
     rates = ", ".join(f"{stage.stage} {stage.rows_per_second:,.0f}" for stage in stages)
     share = f"its {busiest.workers} workers were busy {busiest.busy_share:.0%} of the run"
