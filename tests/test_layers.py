@@ -31,6 +31,7 @@ ONLY_IN = {
         "engine/decoding/resample.py",
     ),
     "nvidia": ("engine/decoding/gpu_decoder.py",),
+    "grpc": ("pipelines/cluster/spilling.py",),
     "autofaiss": ("jobs/benches/autofaiss_program.py",),
     "faiss": (
         "jobs/benches/autofaiss_program.py",

@@ -5,6 +5,7 @@ Knows nothing of what was in them.
 
 import logging
 
+import grpc
 import ray
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 from ray.util.client import ray as client
@@ -21,11 +22,10 @@ def spilled_bytes() -> int | None:
     """
     if client.is_connected():  # it reaches the head's client port alone
         return None
+    state = get_state_from_address(ray.get_runtime_context().gcs_address)
     try:
-        state = get_state_from_address(ray.get_runtime_context().gcs_address)
         reply = get_memory_info_reply(state, timeout_seconds=_ANSWER_SECONDS)
-    # Whatever a node answers, or Ray makes of it: no run ends for the sake of a count.
-    except Exception as error:  # noqa: BLE001
+    except grpc.RpcError as error:
         _log.debug("spilled bytes are not known: %s", error)
         return None
     return int(reply.store_stats.spilled_bytes_total)
