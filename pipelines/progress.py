@@ -8,12 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
 
 from pipelines import metrics
+from pipelines.cluster.spilling import SpillCount
 from pipelines.cluster.worker_logs import redact_worker
 from pipelines.metrics import Metric
 
@@ -52,8 +53,8 @@ class Progress:
     samples: list[tuple[float, int]] = field(default_factory=list)
     """(seconds, rows encoded) about once a second, for the plot of the rate."""
     spilled_bytes: int | None = None
-    """That object stores of the cluster wrote to disk meanwhile, told at the end; None before, and
-    where it is not known."""
+    """That object stores of the cluster wrote to disk meanwhile, for all jobs, as `SpillCount` has
+    it; None before the end."""
 
 
 # Killed, it starts again from nothing: a run need not end for the sake of its counts.
@@ -64,6 +65,7 @@ class ProgressBoard:
     def __init__(self, stages: Sequence[str] = STAGES) -> None:
         """Start the clock."""
         redact_worker()
+        self._spilling = SpillCount()
         self._started = time.monotonic()
         self._stages = {stage: StageCount() for stage in stages}
         self._samples: list[tuple[float, int]] = [(0.0, 0)]
@@ -96,6 +98,10 @@ class ProgressBoard:
         seconds = time.monotonic() - self._started
         last = (seconds, self._stages["encode"].num_rows)
         return Progress(seconds=seconds, stages=self._stages, samples=[*self._samples, last])
+
+    def final_progress(self) -> Progress:
+        """The same once the stages have ended, with what was spilled."""
+        return replace(self.progress(), spilled_bytes=self._spilling.num_bytes())
 
     def begin(self, piece: str, node_id: str) -> list[str]:
         """Note where a piece of work begins; gives the nodes where it began before without an end.

@@ -8,14 +8,13 @@ embedded then, or rejected themselves. There is no third.
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipelines.cluster.spilling import spilled_bytes
 from pipelines.copying import copy_embeddings
 from pipelines.counts import Counts
 from pipelines.errors import IncompleteRunError, TooManyRejectsError
@@ -82,7 +81,6 @@ def write_due(
     """
     written = Written()
     board: Any = None
-    spilled_before: int | None = None
     num_rejected = ledger.num_rejected()
     shown = partial(on_progress, counts) if on_progress else None
     while any(ledger.num_due().values()):
@@ -97,8 +95,7 @@ def write_due(
         )
         encoded: list[StoredFile] = []
         if due := ledger.due():
-            if board is None:
-                board, spilled_before = _board(pass_), spilled_bytes()
+            board = board or _board(pass_)
             with (
                 polled(board, shown),
                 # Or it would go on for as long as someone holds what is raised here.
@@ -127,9 +124,7 @@ def write_due(
                 "the last snapshot lacks of the catalog as it is then"
             )
     if board:
-        written.progress = replace(
-            ray.get(board.progress.remote()), spilled_bytes=_spilled_since(spilled_before)
-        )
+        written.progress = ray.get(board.final_progress.remote())
         ray.kill(board)
     return written
 
@@ -165,12 +160,6 @@ def check_rejects(num_rejected: int, *, counts: Counts, max_share: float, folder
             "embedded is kept for that. Or mend the catalog: then all that the last snapshot lacks "
             "of it is embedded"
         )
-
-
-def _spilled_since(before: int | None) -> int | None:
-    now = spilled_bytes()
-    # Less than before where a node that had spilled is lost.
-    return None if now is None or before is None else max(0, now - before)
 
 
 def _board(pass_: Pass) -> Any:

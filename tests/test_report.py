@@ -91,8 +91,9 @@ def test_what_was_spilled_is_said_if_there_was_any(spilled_bytes: int | None):
     line = bottleneck_line(reports)
     assert bottleneck_line(reports, spilled_bytes=spilled_bytes) == line
     assert bottleneck_line(reports, spilled_bytes=3_000 * 2**20) == (
-        f"{line}; Ray wrote 3,000 MiB of its object store to disk: give it more "
-        "memory (`ray start --object-store-memory BYTES`), or less to hold (--batch-rows)"
+        f"{line}; meanwhile Ray wrote 3,000 MiB from object stores to disk: give them more memory "
+        "(`ray start --object-store-memory BYTES`; where the command starts Ray, a larger "
+        "/dev/shm), or less to hold (--batch-rows)"
     )
 
 

@@ -23,15 +23,15 @@ from tests.prometheus import (
     selectors,
 )
 
-# Those that Ray adds to each of ours, and Prometheus's own.
-ADDED_LABELS = {"SessionName", "WorkerId", "instance"}
+# Those that Ray adds to each of ours.
+OF_WORKERS = {"SessionName", "WorkerId"}
 # Ray's core measures it, not its reporter, and names nodes by another label.
 OF_RAYS_CORE = {"ray_object_store_used_memory": {"NodeAddress"}}
 
 
 def declared() -> dict[str, set[str]]:
     """Every name that may be asked for -> its labels."""
-    names = {f"ray_{metric.name}": set(metric.labels) for metric in METRICS}
+    names = {f"ray_{metric.name}": {*metric.labels, *OF_WORKERS} for metric in METRICS}
     names |= {f"ray_{name}": reported_labels(gauge) for name, gauge in METRICS_GAUGES.items()}
     names |= OF_RAYS_CORE
     for family in Metrics().registry.collect():
@@ -59,7 +59,7 @@ def faults(query: str) -> list[str]:
     asked: set[str] = set()
     for group in re.findall(r"\b(?:by|on) \(([^)]*)\)", query):
         asked |= {label.strip() for label in group.split(",") if label.strip()}
-    known = ADDED_LABELS.union(*(names.get(selector.name, set()) for selector in selectors(query)))
+    known = {"instance"}.union(*(names.get(selector.name, set()) for selector in selectors(query)))
     return found + [f"no label {label}" for label in asked - known]
 
 
@@ -89,7 +89,7 @@ def test_alerts_ask_for_what_is_told(rule: dict[str, Any]):
         ),
         ("sum by (reason) (ray_clipmill_stage_rows_total)", ["no label reason"]),
         ("max by (NodeAddress) (ray_node_mem_used)", ["no label NodeAddress"]),
-        ("max by (GpuIndex) (ray_node_mem_used)", ["no label GpuIndex"]),
+        ("max by (WorkerId) (ray_node_mem_used)", ["no label WorkerId"]),
         (
             "a > on (store) (max(last_over_time(b[1h])) or -rate(c[1h:5m]))",
             ["no metric a", "no metric b", "no metric c", "no label store"],

@@ -107,8 +107,8 @@ class RunReport:
     slow: str | None = None
     """One line if it was slower than earlier runs; see `slow_line`."""
     spilled_bytes: int | None = None
-    """Written to disk meanwhile by object stores of the cluster, for other jobs too; None if it is
-    not known."""
+    """Written to disk by object stores of the cluster while the stages ran, for other jobs too; 0
+    if there was nothing to embed, None if it is not known."""
 
 
 def make_report(result: "EmbedResult", *, catalog_uri: str, store_uri: str) -> RunReport:
@@ -188,8 +188,9 @@ def bottleneck_line(stages: list[StageReport], *, spilled_bytes: int | None = 0)
     if not spilled_bytes:
         return line
     return (
-        f"{line}; Ray wrote {spilled_bytes / 2**20:,.0f} MiB of its object store to disk: give it "
-        "more memory (`ray start --object-store-memory BYTES`), or less to hold (--batch-rows)"
+        f"{line}; meanwhile Ray wrote {spilled_bytes / 2**20:,.0f} MiB from object stores to disk: "
+        "give them more memory (`ray start --object-store-memory BYTES`; where the command starts "
+        "Ray, a larger /dev/shm), or less to hold (--batch-rows)"
     )
 
 
