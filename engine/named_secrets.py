@@ -20,11 +20,12 @@ MIN_WORD_CHARS = 24
 MAX_LOOK_CHARS = 200
 
 NAME = (
-    r"(?:token|secret|passw(?:or)?d|passphrase|signature|(?<![\w-])sig|credentials?|authorization"
+    r"(?:token|secret|passw(?:or)?d|passphrase|signature|sig|credentials?|authorization"
     r"|(?:api|access|account|secret|shared|private)[ ._-]?key(?:[ _-]?id)?"
     r"|pwd(?==[^/]))"  # else the folder that a process is in
 )
-_SCHEMES = "(?:apikey|aws4-hmac-sha256|basic|bearer|digest|hawk|negotiate|ntlm|oauth|token)"
+# After these it may look like a word; after others it does not.
+_SCHEMES = "(?:apikey|basic|bearer|oauth|token)"
 # To a blank, or to what closes or goes on with something else: `a&b=`, but not the & of `a&b`.
 _VALUE_CHAR = r"(?:[^\s\"'`<>&;,]|[\"'`<>&;,](?=[^\s\"'`<>&;,)\]}])(?![\w.%-]*[:=]))"
 _VALUE = re.compile(f"{_VALUE_CHAR}*")
@@ -131,7 +132,7 @@ def _end_of_value(text: str, first: int, *, name: str, min_certain_chars: float 
     value = word.rstrip(_CLOSING)
     after = text[first + len(word) : first + len(word) + 1]
     is_alone = word[len(value) :].strip(".:") != "" or after in ("", *"\r\n\"'<>`;,")
-    if value.rstrip("*")[-1:] in ("", *"\"'`") or value.lower() in _NO_VALUES:
+    if value.strip("*") == "" or value.lower() in _NO_VALUES:
         return first  # hidden, or none
     if name in _SIGNATURES and not set(value).isdisjoint("[(<"):
         return first  # of a function or a model: types
