@@ -20,11 +20,12 @@ MIN_WORD_CHARS = 24
 MAX_LOOK_CHARS = 200
 
 NAME = (
-    r"(?:token|secret|passw(?:or)?d|passphrase|signature|(?<![\w-])sig|credentials?|authorization"
-    r"|(?:api|access|account|secret|shared|private)(?:[ _-]?access)?[ _-]?key(?:[ _-]?id)?"
-    r"|(?<![\w-])pwd(?==[^/]))"  # else the folder that a process is in
+    r"(?:token|secret|passw(?:or)?d|passphrase|signature|sig|credentials?|authorization"
+    r"|(?:api|access|account|secret|shared|private)[ ._-]?key(?:[ _-]?id)?"
+    r"|pwd(?==[^/]))"  # else the folder that a process is in
 )
-_SCHEMES = "(?:apikey|aws4-hmac-sha256|basic|bearer|digest|hawk|negotiate|ntlm|oauth|token)"
+# After these it may look like a word; after others it does not.
+_SCHEMES = "(?:apikey|basic|bearer|oauth|token)"
 # To a blank, or to what closes or goes on with something else: `a&b=`, but not the & of `a&b`.
 _VALUE_CHAR = r"(?:[^\s\"'`<>&;,]|[\"'`<>&;,](?=[^\s\"'`<>&;,)\]}])(?![\w.%-]*[:=]))"
 _VALUE = re.compile(f"{_VALUE_CHAR}*")
@@ -33,14 +34,16 @@ _VALUE = re.compile(f"{_VALUE_CHAR}*")
 _QUOTE, _BLANKS = r"\\{0,7}[\"'`]", r"[ \t]{0,40}"
 _END = rf"(?:{_QUOTE})?\]?"
 _SIGN = rf"{_BLANKS}[:=](?![:=]){_BLANKS}"
+# It has names of its own, the first of which is no value.
+_MAPPING = rf"\[?\{{{_QUOTE}[\w.-]+{_QUOTE}:"
 # From a word's first letter on: from each of a long one's, it would take a day. A literal is a name
 # in quotes with its sign (`expected 'token=', found 'a'`).
 _NAMED = re.compile(
     rf"(?P<literal>{_QUOTE})[\w-]*{NAME}=(?P=literal)(?![^\s,;:.)\]}}])"
     rf"|(?<![\w-])(?:(?P<scheme>[\w-]*authorization{_END}{_SIGN}{_SCHEMES}[ \t]+)"
-    rf"|[\w-]*(?P<name>{NAME}){_END}(?P<sign>{_SIGN}|=(?==+[^\s=]))(?:bearer[ \t]+)?"
-    rf"|(?:--[\w-]*{NAME}|bearer)[ \t]+)"
-    rf"(?:[bruf]{{0,2}}(?P<opening>{_QUOTE})(?!\s)|(?={_VALUE_CHAR}))",
+    rf"|[\w-]*(?P<name>{NAME}){_END}(?P<sign>{_SIGN}|[:=](?==+[^\s=]))(?:bearer[ \t]+)?"
+    rf"|(?:--[\w-]*{NAME}(?:{_QUOTE},)?|bearer)[ \t]+)"
+    rf"(?:[bruf]{{0,2}}(?P<opening>{_QUOTE})(?!\s)|(?!{_MAPPING})(?={_VALUE_CHAR}))",
     re.IGNORECASE,
 )
 # A quote within words is part of what is quoted, and so is a double one.
@@ -129,7 +132,7 @@ def _end_of_value(text: str, first: int, *, name: str, min_certain_chars: float 
     value = word.rstrip(_CLOSING)
     after = text[first + len(word) : first + len(word) + 1]
     is_alone = word[len(value) :].strip(".:") != "" or after in ("", *"\r\n\"'<>`;,")
-    if value.rstrip("*")[-1:] in ("", *"\"'`") or value.lower() in _NO_VALUES:
+    if value.strip("*") == "" or value.lower() in _NO_VALUES:
         return first  # hidden, or none
     if name in _SIGNATURES and not set(value).isdisjoint("[(<"):
         return first  # of a function or a model: types

@@ -101,12 +101,14 @@ def test_what_is_no_secret_stays(text: str):
 def test_the_environments_secrets_are_found_wherever_they_stand(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefgh")
     monkeypatch.setenv("PROXY_TOKEN", "hf_abcdefghij")
+    monkeypatch.setenv("PGPASSWORD", "sesame-open")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI/K7MDENG")
     monkeypatch.setenv("GIT_TOKEN_FILE", "/run/secrets/git")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "sometimes")
     monkeypatch.setenv("SHORT_TOKEN", "on")
     text = "hf_abcdefghij hf_abcdefgh xwJalrXUtnFEMI/K7MDENGx /run/secrets/git sometimes on"
     assert redacted(text) == "*** *** x***x /run/secrets/git sometimes on"
+    assert redacted("sesame-open") == "***"
 
 
 def test_errors_hold_no_secret_wherever_they_go():
