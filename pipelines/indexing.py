@@ -10,8 +10,9 @@ from functools import partial
 
 from pipelines.errors import PipelineError, RecallError
 from pipelines.indexes import recall
+from pipelines.indexes.asked_queries import asked_hash
 from pipelines.indexes.choice import Recipe, named_recipe
-from pipelines.indexes.making import Parent, asked_hash, make_index
+from pipelines.indexes.making import make_index, update_index
 from pipelines.indexes.manifest import (
     IndexManifest,
     find_index,
@@ -28,6 +29,7 @@ from pipelines.indexes.row_changes import (
     all_rows_coming,
     find_row_changes,
 )
+from pipelines.indexes.updating import Parent
 from pipelines.schema import Modality
 from pipelines.snapshots import Snapshot, is_other_engine, read_snapshot, snapshot_numbers
 from pipelines.store import Store
@@ -147,7 +149,9 @@ def _indexed(
             f"{parent.changes.num_coming:,} rows that came or changed, and without "
             f"{len(parent.changes.removed_ids):,} that went",
         )
-        manifest = make(same, parent=parent, is_update=True)
+        manifest = update_index(
+            store, snapshot, same, modality=modality, options=options, parent=parent
+        )
         if min(manifest.recall_at(recall.CHOSEN_K).values(), default=1.0) >= options.min_recall:
             return manifest
         obstacle = f"updated, it found less than {options.min_recall:g}"

@@ -1,5 +1,6 @@
 """Fixtures that many tests share: Ray, the demo checkpoint, sample catalogs."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,6 +100,37 @@ def carried_store(tmp_path_factory: pytest.TempPathFactory, engines_dir: Path) -
     from tests.searchable import searchable_store  # loads an engine, and most tests do without
 
     return searchable_store(tmp_path_factory.mktemp("carried") / "store", engines_dir=engines_dir)
+
+
+@pytest.fixture
+def night_by_ray(
+    tmp_path: Path,
+    checkpoint_dir: Path,
+    engines_dir: Path,
+    local_ray: None,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """60 texts, embedded and indexed by `clipmill nightly` (`Night`)."""
+    from jobs import embed, nightly
+    from tests.night import Night, text_rows
+
+    for module in (nightly, embed):
+        monkeypatch.setattr(module, "ray_cluster", lambda *_, **__: contextlib.nullcontext())
+    made = Night(tmp_path / "catalog", tmp_path / "store", checkpoint_dir, engines_dir)
+    write_rows(made.catalog_dir, text_rows(60), num_files=2)
+    first = made.done()
+    assert (first["outcome"], first["snapshot"], first["parent"]) == ("committed", 1, None)
+    assert (first["num_indexes_built"], first["run"]["num_embedded"]) == (1, {"text": 60})
+    return made
+
+
+@pytest.fixture
+def night(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """The same without Ray's workers, which takes a tenth of the time."""
+    from tests.stages_here import use_stages_here
+
+    use_stages_here(monkeypatch)
+    return request.getfixturevalue("night_by_ray")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

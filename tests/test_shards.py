@@ -1,6 +1,7 @@
 """Tests of pipelines/indexes/shards.py, building.py and training.py: parts, interrupted, on Ray."""
 
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import ray
 
 from pipelines.indexes import building, shards
+from pipelines.indexes.index_files import IndexFiles
 from pipelines.indexes.manifest import IndexManifest
 from pipelines.indexes.opening import open_build
 from pipelines.indexes.options import IndexOptions
@@ -123,6 +125,15 @@ def test_another_machine_goes_on_with_a_build_on_an_object_store(tmp_path, monke
     assert index.search(np.eye(DIM, dtype=np.float32), num_hits=3)[1].min() >= 0
     of_rows = [manifest.files["hashes.npy"].num_bytes for manifest in manifests]
     assert of_rows[0] == of_rows[1]
+
+
+def test_ids_go_on_where_a_file_is_read_in_parts(store):
+    num_rows = 20_000
+    files = [embeddings_file(store, {f"k{row}": [1.0, 0.0] for row in range(num_rows)})]
+    work = IndexFiles(store, "indexes", cache_dir=Path())
+    placed = list(shards.read_placed(store, work, files, first_ids=(7,)))
+    assert len(placed) > 1
+    assert np.array_equal(np.concatenate([ids for _, ids in placed]), 7 + np.arange(num_rows))
 
 
 def test_a_sample_is_of_all_files_and_of_its_seed(store):

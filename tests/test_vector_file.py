@@ -1,4 +1,4 @@
-"""Tests of pipelines/indexes/vector_file.py: rows as numpy reads them, from warm and cold files."""
+"""Tests of pipelines/indexes/vector_file.py: rows as numpy has them, from warm and cold files."""
 
 import os
 import threading
@@ -9,7 +9,7 @@ import pytest
 
 from pipelines.errors import StoreError
 from pipelines.indexes import vector_file
-from pipelines.indexes.vector_file import VectorFile
+from pipelines.indexes.vector_file import VectorFile, resize_vectors, write_at_ids
 
 NUM_ROWS, DIM = 20_000, 24
 
@@ -115,3 +115,18 @@ def test_a_cut_file_is_refused(path: Path) -> None:
     os.truncate(path, 10_000)
     with pytest.raises(ValueError, match="mmap"):
         VectorFile(path)
+
+
+def test_rows_are_written_where_their_ids_say_and_others_stay(
+    tmp_path: Path, vectors: np.ndarray
+) -> None:
+    path = tmp_path / "written.npy"
+    ids = np.array([3, 4, 5, 0, 2, 1])
+    parts = [(vectors[:4].astype(np.float32), ids[:4]), (vectors[4:6], ids[4:])]
+    write_at_ids(path, parts, first_byte=resize_vectors(path, num_ids=6, dim=DIM))
+    assert np.array_equal(VectorFile(path).rows(ids), vectors[:6])
+    first_byte = resize_vectors(path, num_ids=8, dim=DIM)
+    write_at_ids(path, [(vectors[6:8], np.array([7, 2]))], first_byte=first_byte)
+    kept = [0, 1, 2, 3, 5]
+    assert np.array_equal(VectorFile(path).rows(ids[kept]), vectors[kept])
+    assert np.array_equal(VectorFile(path).rows(np.array([7, 2])), vectors[6:8])

@@ -1,11 +1,13 @@
-"""A few named arrays as the content of one file.
+"""Arrays in files: a few named ones as the content of one, or one that is written in place.
 
 Knows nothing of what they are.
 """
 
 import io
+import os
 import zipfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,3 +28,22 @@ def arrays_from_bytes(content: bytes) -> dict[str, NDArray[Any]]:
             return dict(arrays)
     except (zipfile.BadZipFile, OSError, EOFError, KeyError, TypeError) as error:
         raise ValueError(f"no arrays can be read ({error})") from error
+
+
+def resize_array(path: Path, *, descr: str, shape: tuple[int, ...]) -> int:
+    """Make a file one array, with what it holds already in it; the place of its first byte.
+
+    Its place on the disk is taken at once: a map of a file that turns out to have none kills.
+    """
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": descr, "fortran_order": False, "shape": shape}
+    )
+    first_byte = len(header.getvalue())  # the same for all shapes: numpy leaves room in it
+    num_bytes = first_byte + np.dtype(descr).itemsize * int(np.prod(shape))
+    path.touch()
+    with path.open("r+b") as file:
+        file.write(header.getvalue())
+        file.truncate(num_bytes)
+        os.posix_fallocate(file.fileno(), 0, num_bytes)
+    return first_byte

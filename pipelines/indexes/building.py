@@ -4,10 +4,8 @@ Knows nothing of what becomes of an index whose recall is too low. Killed at any
 call goes on with the files that are whole; when that of the queries' answers is there, all are.
 """
 
-import io
 import math
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,13 +19,15 @@ from numpy.typing import NDArray
 from pipelines.cluster.cluster_state import wait_for_place
 from pipelines.cluster.placement import Placement, WorkerDemand
 from pipelines.cluster.worker_logs import redact_worker
-from pipelines.guarding.stored_samples import draw_sample
+from pipelines.indexes.array_files import resize_array
 from pipelines.indexes.bitmaps import Bitmap
 from pipelines.indexes.choice import Recipe
 from pipelines.indexes.index_files import IndexFiles
 from pipelines.indexes.key_hashes import HASHES_FILE
 from pipelines.indexes.lists import Lists, merged_lists, write_lists
+from pipelines.indexes.manifest import indexed_files
 from pipelines.indexes.opening import LISTS_FILE, PLACES_FILE, TRUTH_FILE, VECTORS_FILE
+from pipelines.indexes.options import IndexOptions
 from pipelines.indexes.row_writing import write_rows
 from pipelines.indexes.rows import ROWS_FILE
 from pipelines.indexes.shards import (
@@ -37,21 +37,18 @@ from pipelines.indexes.shards import (
     TRAINED_FILE,
     Shard,
     build_shard,
-    read_vectors,
+    read_placed,
     rows_of,
     shards_of,
 )
 from pipelines.indexes.training import draw_vectors, num_sample_rows, train
 from pipelines.indexes.truth import Truth
+from pipelines.indexes.vector_file import resize_vectors, write_at_ids
 from pipelines.schema import Modality
-from pipelines.snapshots import StoredFile
+from pipelines.snapshots import Snapshot, StoredFile
 from pipelines.store import Store
 from pipelines.stored_rows import read_stored
 
-# Queries of each kind that recall is measured with. An exact search finds all, or has a fault that
-# a few show.
-NUM_QUERIES = 512
-NUM_QUERIES_OF_EXACT = 64
 # Enough for a task of a minute, and few enough that a machine's memory holds many.
 SHARD_ROWS = 500_000
 
@@ -65,18 +62,32 @@ class Build:
 
     store: Store
     """Of the embeddings."""
-    work: IndexFiles
-    """Where its files go."""
-    files: tuple[StoredFile, ...]
-    """Of the embeddings, in the order of their rows."""
-    columns: pa.Schema
-    """Key and carried columns of the rows."""
-    embedding_dim: int
-    """D."""
+    snapshot: Snapshot
+    """Whose they are."""
+    modality: Modality
+    """Of them."""
+    options: IndexOptions
+    """What the index shall be."""
     recipe: Recipe
     """What to build."""
-    seed: int
-    """Of sample, clusters and rotation."""
+    build_id: str
+    """Names the folder of its files."""
+    work: IndexFiles
+    """Where they go."""
+    columns: pa.Schema
+    """Key and carried columns of the rows."""
+    first_ids: tuple[int, ...] | None
+    """The id of each file's first row, the others follow; None: ids are a parent's, had by key."""
+
+    @property
+    def files(self) -> tuple[StoredFile, ...]:
+        """Of the embeddings, in the order of their rows."""
+        return tuple(indexed_files(self.snapshot, modality=self.modality))
+
+    @property
+    def embedding_dim(self) -> int:
+        """D."""
+        return self.snapshot.embedding_dim
 
     @property
     def num_rows(self) -> int:
@@ -101,41 +112,7 @@ def publish_rows(work: IndexFiles) -> None:
     work.publish(HASHES_FILE)
 
 
-def draw_queries(
-    build: Build,
-    *,
-    modality: Modality,
-    files: Mapping[Modality, Sequence[StoredFile]],
-    own_queries: Vectors | None,
-) -> Truth:
-    """Queries of each kind, not answered yet.
-
-    Args:
-        build: Whose rows are written.
-        modality: Of the index: rows of it that are drawn are no answers to themselves.
-        files: Of the embeddings of each modality.
-        own_queries: float32 [N, D], unit norm: asked in place of drawn texts; None: no others.
-    """
-    rows = rows_of(build.work)
-    num_queries = NUM_QUERIES_OF_EXACT if build.recipe.kind == "exact" else NUM_QUERIES
-    queries: list[tuple[str, Vectors, Ids]] = []
-    for kind, kind_files in files.items():
-        if kind == "text" and own_queries is not None:
-            continue
-        sample = draw_sample(build.store, kind_files)
-        if sample is None:
-            continue
-        drawn = np.linspace(0, len(sample.keys) - 1, min(num_queries, len(sample.keys))).astype(int)
-        ids = np.full(len(drawn), -1, dtype=np.int64)
-        if kind == modality:
-            ids = rows.ids_of(sample.keys.take(pa.array(drawn)))
-        queries.append((kind, sample.vectors[drawn], ids))
-    if own_queries is not None:
-        queries.append(("text", own_queries, np.full(len(own_queries), -1, dtype=np.int64)))
-    return Truth.unanswered(queries, embedding_dim=build.embedding_dim)
-
-
-def build_lists(build: Build, *, are_ids_positions: bool) -> None:
+def build_lists(build: Build) -> None:
     """Train, build shards (as Ray tasks where Ray runs) and merge them.
 
     The rows and the queries that are asked are there.
@@ -150,20 +127,18 @@ def build_lists(build: Build, *, are_ids_positions: bool) -> None:
             build.files,
             num_wanted=num_sample_rows(recipe),
             embedding_dim=build.embedding_dim,
-            seed=build.seed,
+            seed=build.options.seed,
         )
-        frame, index = train(recipe, sample, seed=build.seed)
+        frame, index = train(recipe, sample, seed=build.options.seed)
         del sample
         work.write(FRAME_FILE, frame.to_bytes())
         _write_index(work, index)
-    shards = shards_of(build.files, max_rows=SHARD_ROWS, are_ids_positions=are_ids_positions)
+    shards = shards_of(build.files, first_ids=build.first_ids, max_rows=SHARD_ROWS)
     _build_shards(build, shards)
     merge_parts(work, [Lists(work.local(shard.lists_file)) for shard in shards])
     num_ids = rows_of(work).num_ids
     if recipe.is_reranked:
-        write_vectors(
-            work, _placed(build, are_ids_positions), num_ids=num_ids, dim=build.embedding_dim
-        )
+        write_vectors(work, _placed(build), num_ids=num_ids, dim=build.embedding_dim)
     else:
         write_places(work, num_ids=num_ids)
     truth = Truth.from_bytes(work.local(ASKED_FILE).read_bytes())
@@ -185,7 +160,7 @@ def write_places(work: IndexFiles, *, num_ids: int) -> None:
         return
     lists = Lists(work.local(LISTS_FILE))
     with work.writing(PLACES_FILE) as path:
-        _new_array(path, descr="<i8", shape=(num_ids,))
+        resize_array(path, descr="<i8", shape=(num_ids,))
         places = np.load(path, mmap_mode="r+")
         for number in range(len(lists.sizes)):
             ids = lists.ids(number)
@@ -203,28 +178,7 @@ def write_vectors(
         write_at_ids(path, placed, first_byte=resize_vectors(path, num_ids=num_ids, dim=dim))
 
 
-def resize_vectors(path: Path, *, num_ids: int, dim: int) -> int:
-    """Make a file one of so many vectors, those that it has first; the place of the first byte."""
-    return _new_array(path, descr="<f2", shape=(num_ids, dim))
-
-
-def write_at_ids(path: Path, placed: Iterable[tuple[Vectors, Ids]], *, first_byte: int) -> None:
-    """Write rows [N, D] of 16-bit floats into a file, each where its id says.
-
-    Not through a map: what is written that way stays in the process's memory.
-    """
-    with path.open("r+b") as file:
-        for vectors, ids in placed:
-            halves = np.ascontiguousarray(vectors, dtype=np.float16)
-            # Runs of ids that follow each other are written at once.
-            starts = np.flatnonzero(np.diff(ids, prepend=-2) != 1)
-            for run in np.split(np.arange(len(ids)), starts[1:]):
-                if len(run):
-                    file.seek(first_byte + int(ids[run[0]]) * halves.shape[1] * 2)
-                    file.write(halves[run[0] : run[-1] + 1].data)
-
-
-def build_whole(build: Build, *, are_ids_positions: bool) -> None:
+def build_whole(build: Build) -> None:
     """Build an index that is held in memory: an exact one, or a graph.
 
     Raises:
@@ -235,7 +189,7 @@ def build_whole(build: Build, *, are_ids_positions: bool) -> None:
     truth = Truth.from_bytes(work.local(ASKED_FILE).read_bytes())
     vectors = np.zeros((num_ids, build.embedding_dim), dtype=np.float32)
     is_used = np.zeros(num_ids, dtype=np.bool_)
-    for part, ids in _placed(build, are_ids_positions):
+    for part, ids in _placed(build):
         vectors[ids], is_used[ids] = part, True
         truth = truth.with_rows(part, ids)
     index = faiss.index_factory(
@@ -276,34 +230,9 @@ def _build_shard(shard: Shard, *, store: Store, work: IndexFiles) -> None:
     build_shard(shard, store=store, work=work)
 
 
-def _placed(build: Build, are_ids_positions: bool) -> Iterator[tuple[Vectors, Ids]]:
+def _placed(build: Build) -> Iterator[tuple[Vectors, Ids]]:
     """All vectors and their ids, a few at a time."""
-    rows = rows_of(build.work)
-    first = 0
-    for file in build.files:
-        for keys, vectors in read_vectors(build.store, file):
-            ids = np.arange(first, first + len(keys))
-            yield vectors, ids if are_ids_positions else rows.ids_of(keys)
-            first += len(keys)
-
-
-def _new_array(path: Path, *, descr: str, shape: tuple[int, ...]) -> int:
-    """Make a file one array, with what it holds already in it; the place of its first byte.
-
-    Its place on the disk is taken at once: a map of a file that turns out to have none kills.
-    """
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        header, {"descr": descr, "fortran_order": False, "shape": shape}
-    )
-    first_byte = len(header.getvalue())  # the same for all shapes: numpy leaves room in it
-    num_bytes = first_byte + np.dtype(descr).itemsize * int(np.prod(shape))
-    path.touch()
-    with path.open("r+b") as file:
-        file.write(header.getvalue())
-        file.truncate(num_bytes)
-        os.posix_fallocate(file.fileno(), 0, num_bytes)
-    return first_byte
+    return read_placed(build.store, build.work, build.files, first_ids=build.first_ids)
 
 
 def _write_index(work: IndexFiles, index: Any) -> None:

@@ -55,10 +55,9 @@ class Shard:
 
 
 def shards_of(
-    files: Sequence[StoredFile], *, max_rows: int, are_ids_positions: bool
+    files: Sequence[StoredFile], *, first_ids: Sequence[int] | None, max_rows: int
 ) -> list[Shard]:
     """Divide files among shards of about so many rows."""
-    first_ids = np.cumsum([0, *(file.num_rows for file in files)]).tolist()
     groups: list[list[int]] = []
     num_rows = 0
     for place, file in enumerate(files):
@@ -71,7 +70,7 @@ def shards_of(
         Shard(
             number=number,
             files=tuple(files[place] for place in group),
-            first_ids=tuple(first_ids[place] for place in group) if are_ids_positions else None,
+            first_ids=None if first_ids is None else tuple(first_ids[place] for place in group),
         )
         for number, group in enumerate(groups)
     ]
@@ -91,19 +90,9 @@ def build_shard(shard: Shard, *, store: Store, work: IndexFiles) -> None:
     frame = Frame.from_bytes(work.local(FRAME_FILE).read_bytes())
     truth = Truth.from_bytes(work.local(ASKED_FILE).read_bytes())
     index = faiss.read_index(str(work.local(TRAINED_FILE)))
-    rows = None if shard.first_ids is not None else rows_of(work)
-    for place, file in enumerate(shard.files):
-        num_before = 0
-        for keys, vectors in read_vectors(store, file):
-            if shard.first_ids is not None:
-                first = shard.first_ids[place] + num_before
-                ids = np.arange(first, first + len(vectors))
-            else:
-                assert rows is not None
-                ids = rows.ids_of(keys)
-            index.add_with_ids(frame.of_rows(vectors), ids)
-            truth = truth.with_rows(vectors, ids)
-            num_before += len(vectors)
+    for vectors, ids in read_placed(store, work, shard.files, first_ids=shard.first_ids):
+        index.add_with_ids(frame.of_rows(vectors), ids)
+        truth = truth.with_rows(vectors, ids)
     with work.writing(shard.lists_file) as path:
         write_lists(path, lists_of(index), code_size=index.code_size)
     work.write(shard.truth_file, truth.to_bytes())
@@ -114,6 +103,37 @@ def rows_of(work: IndexFiles) -> RowTable:
     for name in (ROWS_FILE, HASHES_FILE):
         work.local(name)
     return RowTable(work.directory)
+
+
+def read_placed(
+    store: Store,
+    work: IndexFiles,
+    files: Sequence[StoredFile],
+    *,
+    first_ids: Sequence[int] | None,
+) -> Iterator[tuple[Vectors, Ids]]:
+    """Embeddings float32 [N, D] of files and their ids int64 [N], a few row groups at once.
+
+    Args:
+        store: Of the embeddings.
+        work: Where the rows of the index are.
+        files: Which.
+        first_ids: The id of each file's first row, the others follow; None: ids are looked up by
+            key.
+
+    Raises:
+        StoreError: A file cannot be read.
+    """
+    if first_ids is None:
+        rows = rows_of(work)
+        for file in files:
+            for keys, vectors in read_vectors(store, file):
+                yield vectors, rows.ids_of(keys)
+        return
+    for file, next_id in zip(files, first_ids, strict=True):
+        for _, vectors in read_vectors(store, file):
+            yield vectors, np.arange(next_id, next_id + len(vectors))
+            next_id += len(vectors)
 
 
 def read_vectors(store: Store, file: StoredFile) -> Iterator[tuple[pa.Array, Vectors]]:

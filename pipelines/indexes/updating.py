@@ -7,6 +7,7 @@ and graphs are small, and built anew.
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
 from threading import Thread
 
@@ -21,8 +22,6 @@ from pipelines.indexes.building import (
     Build,
     merge_parts,
     publish_rows,
-    resize_vectors,
-    write_at_ids,
     write_places,
 )
 from pipelines.indexes.key_hashes import HASHES_FILE
@@ -31,13 +30,27 @@ from pipelines.indexes.opening import LISTS_FILE, TRUTH_FILE, VECTORS_FILE, Open
 from pipelines.indexes.row_changes import RowChanges, read_coming
 from pipelines.indexes.row_writing import update_rows
 from pipelines.indexes.rows import RowTable
-from pipelines.indexes.shards import FRAME_FILE, SHARDS_DIR, TRAINED_FILE, read_vectors, rows_of
+from pipelines.indexes.shards import FRAME_FILE, SHARDS_DIR, TRAINED_FILE, read_placed, rows_of
 from pipelines.indexes.truth import Truth
+from pipelines.indexes.vector_file import resize_vectors, write_at_ids
+from pipelines.snapshots import Snapshot
 
 _PART_FILE = f"{SHARDS_DIR}/update.ivf"
 
 Vectors = NDArray[np.float32]
 Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Parent:
+    """The index of an earlier snapshot, which keys have their ids from."""
+
+    snapshot: Snapshot
+    """Whose it is."""
+    index: OpenIndex
+    """Opened."""
+    changes: RowChanges
+    """Since then."""
 
 
 def change_rows(build: Build, parent: RowTable, changes: RowChanges) -> None:
@@ -86,7 +99,7 @@ def update_lists(build: Build, parent: OpenIndex, changes: RowChanges) -> None:
         write_places(work, num_ids=rows.num_ids)
     work.write(FRAME_FILE, (parent.directory / FRAME_FILE).read_bytes())
     work.write(TRAINED_FILE, (parent.directory / TRAINED_FILE).read_bytes())
-    truth = _changed_truth(build, parent, rows, gone=gone, vectors=vectors, ids=ids)
+    truth = _changed_truth(build, parent, gone=gone, vectors=vectors, ids=ids)
     copied.result()
     work.write(TRUTH_FILE, truth.to_bytes())
 
@@ -135,7 +148,6 @@ def _change_vectors(
 def _changed_truth(
     build: Build,
     parent: OpenIndex,
-    rows: RowTable,
     *,
     gone: Bitmap,
     vectors: Vectors,
@@ -146,7 +158,6 @@ def _changed_truth(
     if truth.is_deep_enough(build.num_rows):
         return truth
     truth = before.unanswered_again()
-    for file in build.files:
-        for keys, part in read_vectors(build.store, file):
-            truth = truth.with_rows(part, rows.ids_of(keys))
+    for part, part_ids in read_placed(build.store, build.work, build.files, first_ids=None):
+        truth = truth.with_rows(part, part_ids)
     return truth

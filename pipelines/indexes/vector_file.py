@@ -1,4 +1,4 @@
-"""Vectors of an index as 16-bit floats in a file, read by id, a row here and there.
+"""Vectors of an index as 16-bit floats in a file, written and read by id, a row here and there.
 
 Knows nothing of what they are for. They are read and not mapped: the pages of a map count as this
 process's memory, many of them around each row, and from a cold disk they come one after another.
@@ -6,12 +6,14 @@ process's memory, many of them around each row, and from a cold disk they come o
 
 import os
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.errors import StoreError
+from pipelines.indexes.array_files import resize_array
 from pipelines.indexes.manifest import WAY_OUT
 
 Vectors = NDArray[np.float32]
@@ -71,3 +73,24 @@ class VectorFile:
             return os.preadv(self._descriptor, [part], offset, os.RWF_NOWAIT) == len(part)
         except OSError:  # it is not, or this file system cannot tell
             return False
+
+
+def resize_vectors(path: Path, *, num_ids: int, dim: int) -> int:
+    """Make a file one of so many vectors, those that it has first; the place of the first byte."""
+    return resize_array(path, descr="<f2", shape=(num_ids, dim))
+
+
+def write_at_ids(path: Path, placed: Iterable[tuple[Vectors, Ids]], *, first_byte: int) -> None:
+    """Write rows [N, D] of 16-bit floats into a file, each where its id says.
+
+    Not through a map: what is written that way stays in the process's memory.
+    """
+    with path.open("r+b") as file:
+        for vectors, ids in placed:
+            halves = np.ascontiguousarray(vectors, dtype=np.float16)
+            # Runs of ids that follow each other are written at once.
+            starts = np.flatnonzero(np.diff(ids, prepend=-2) != 1)
+            for run in np.split(np.arange(len(ids)), starts[1:]):
+                if len(run):
+                    file.seek(first_byte + int(ids[run[0]]) * halves.shape[1] * 2)
+                    file.write(halves[run[0] : run[-1] + 1].data)
