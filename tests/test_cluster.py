@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -160,20 +161,26 @@ def test_a_job_that_is_stopped_ends_with_1_for_who_watches_it(cluster_of_three: 
     job_id = submitted.stdout.strip()
     watched = cluster.watched("jobs", "attach", job_id)
     wait_until(lambda: cluster.num_encoded() > before, watched=watched)
-    stopped = cluster.clipmill("jobs", "stop", job_id)
-    assert stopped.returncode == 0, stopped.stderr
-    assert stopped.stdout.startswith(f"{job_id}: STOPPED")
-    _, err = watched.communicate(timeout=60)
-    assert watched.returncode == 1
-    assert f"{job_id} was stopped" in err
-
     store = str(cluster.folder / "stopped")
+    with ThreadPoolExecutor() as scraper:
+        # From now on: what a driver tells last is forgotten soon after it has ended.
+        told = scraper.submit(
+            wait_until_told, cluster.nodes, {"store": store_label(store), "outcome": "stopped"}
+        )
+        stopped = cluster.clipmill("jobs", "stop", job_id)
+        assert stopped.returncode == 0, stopped.stderr
+        assert stopped.stdout.startswith(f"{job_id}: STOPPED")
+        _, err = watched.communicate(timeout=60)
+        assert watched.returncode == 1
+        assert f"{job_id} was stopped" in err
+        told.result()
     stopped_run = find_run(Store(store), None)
     assert (stopped_run.status, stopped_run.error) == ("stopped", "Terminated")
-    # What a driver tells last is scraped after it has ended.
-    told = {"store": store_label(store), "outcome": "stopped"}
-    deadline = time.monotonic() + 30
-    while not any(told.items() <= labels.items() for labels in ends_told(cluster.nodes)):
+
+
+def wait_until_told(nodes: RayNodes, end: dict[str, str]) -> None:
+    deadline = time.monotonic() + 120
+    while not any(end.items() <= labels.items() for labels in ends_told(nodes)):
         assert time.monotonic() < deadline, "nobody was told"
         time.sleep(0.5)
 
