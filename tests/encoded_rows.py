@@ -1,10 +1,11 @@
-"""Counts the rows that workers of a cluster begin to encode, and on which nodes."""
+"""Counts the rows that workers of a cluster begin to encode, and on which nodes, and holds them."""
 
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -56,9 +57,25 @@ def _note(stage: Any) -> None:
     def noted(self: Any, table: Any) -> Any:
         with open(os.environ[LOG], "a") as log:
             log.write(f"{table.num_rows} {os.getppid()}\n")  # that started this worker: its raylet
+        while _hold(Path(os.environ[LOG])).exists():
+            time.sleep(0.05)
         return encode(self, table)
 
     stage.__call__ = noted
+
+
+@contextmanager
+def held(log: Path) -> Iterator[None]:
+    """No batch that a worker has begun goes on before the block ends."""
+    _hold(log).touch()
+    try:
+        yield
+    finally:
+        _hold(log).unlink()
+
+
+def _hold(log: Path) -> Path:
+    return log.with_name(f"{log.name}.held")
 
 
 @contextmanager

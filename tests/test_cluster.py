@@ -10,6 +10,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,10 @@ class Cluster:
         rows = encoded_rows.rows_by_raylet(self._log)
         return [pid for pid in self.nodes.worker_pids if rows[pid]]
 
+    def held(self) -> AbstractContextManager[None]:
+        """Within it, batches that workers begin wait for its end."""
+        return encoded_rows.held(self._log)
+
     def clipmill(self, *words: str) -> subprocess.CompletedProcess[str]:
         """A command that asks the job server, from its beginning to its end."""
         return subprocess.run(
@@ -103,18 +108,17 @@ def test_a_night_is_submitted_left_and_found_again_and_a_lost_node_costs_no_key(
     cluster_of_three: Cluster,
 ):
     cluster, words = cluster_of_three, cluster_of_three.options("far")
-    left = cluster.watched("submit", "nightly", *words, "--json")
-    wait_until(lambda: cluster.num_encoded() >= 16 and cluster.encoding_pids(), watched=left)
-    left.send_signal(signal.SIGINT)
-    out, err = left.communicate(timeout=60)
-    assert (left.returncode, out) == (130, ""), err
-    (job_id,) = re.findall(r"clipmill jobs attach (\S+)", err)
-
-    os.kill(cluster.encoding_pids()[0], signal.SIGKILL)
-    assert cluster.num_encoded() < 2 * NUM_ROWS, "nothing was left to be lost"
-    refused = cluster.clipmill("submit", "nightly", *words)
-    assert refused.returncode == 1
-    assert f"{job_id} works on it already" in refused.stderr
+    with cluster.held():  # so that it is still at work however slowly this test goes on
+        left = cluster.watched("submit", "nightly", *words, "--json")
+        wait_until(lambda: len(cluster.encoding_pids()) > 0, watched=left)
+        left.send_signal(signal.SIGINT)
+        out, err = left.communicate(timeout=60)
+        assert (left.returncode, out) == (130, ""), err
+        (job_id,) = re.findall(r"clipmill jobs attach (\S+)", err)
+        os.kill(cluster.encoding_pids()[0], signal.SIGKILL)
+        refused = cluster.clipmill("submit", "nightly", *words)
+        assert refused.returncode == 1
+        assert f"{job_id} works on it already" in refused.stderr
 
     found = cluster.clipmill("jobs", "attach")
     assert found.returncode == 0, found.stderr
@@ -157,12 +161,12 @@ def test_rays_own_client_submits_it_too(cluster_of_three: Cluster):
 def test_a_job_that_is_stopped_ends_with_1_for_who_watches_it(cluster_of_three: Cluster):
     cluster, words = cluster_of_three, cluster_of_three.options("stopped")
     before = cluster.num_encoded()
-    submitted = cluster.clipmill("submit", "embed", *words, "--detach")
-    job_id = submitted.stdout.strip()
-    watched = cluster.watched("jobs", "attach", job_id)
-    wait_until(lambda: cluster.num_encoded() > before, watched=watched)
     store = str(cluster.folder / "stopped")
-    with ThreadPoolExecutor() as scraper:
+    with cluster.held(), ThreadPoolExecutor() as scraper:
+        submitted = cluster.clipmill("submit", "embed", *words, "--detach")
+        job_id = submitted.stdout.strip()
+        watched = cluster.watched("jobs", "attach", job_id)
+        wait_until(lambda: cluster.num_encoded() > before, watched=watched)
         # From now on: what a driver tells last is forgotten soon after it has ended.
         told = scraper.submit(
             wait_until_told, cluster.nodes, {"store": store_label(store), "outcome": "stopped"}
