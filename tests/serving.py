@@ -208,7 +208,7 @@ def served(app: Any) -> Iterator[str]:
         thread.join(10)
 
 
-def wait_until(condition: Any, *, seconds: float = 10.0) -> None:
+def wait_until(condition: Any, *, seconds: float = 60.0) -> None:
     """Return once a condition holds; fails after a while."""
     end = time.monotonic() + seconds
     while not condition():
