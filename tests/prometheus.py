@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import subprocess
 import time
 import urllib.parse
@@ -15,6 +14,8 @@ from typing import Any
 import promql_parser
 import pytest
 import yaml
+
+from tests.ports import free_port
 
 DEPLOY = Path(__file__).resolve().parent.parent / "jobs" / "deploy"
 ALERTS = DEPLOY / "alerts.yaml"
@@ -75,12 +76,12 @@ class Prometheus:
     def query(self, query: str) -> list[dict[str, Any]]:
         """The series that a query has now."""
         words = urllib.parse.urlencode({"query": query})
-        with urllib.request.urlopen(f"{self.url}/api/v1/query?{words}", timeout=10) as answer:
+        with urllib.request.urlopen(f"{self.url}/api/v1/query?{words}", timeout=120) as answer:
             result: list[dict[str, Any]] = json.load(answer)["data"]["result"]
         return result
 
     def rules(self) -> list[dict[str, Any]]:
-        with urllib.request.urlopen(f"{self.url}/api/v1/rules", timeout=10) as answer:
+        with urllib.request.urlopen(f"{self.url}/api/v1/rules", timeout=120) as answer:
             (group,) = json.load(answer)["data"]["groups"]
         return list(group["rules"])
 
@@ -118,11 +119,4 @@ def prometheus(folder: Path, *, targets: Sequence[str]) -> Iterator[Prometheus]:
         yield server
     finally:
         process.terminate()
-        process.wait(timeout=30)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+        process.wait(timeout=120)

@@ -6,9 +6,9 @@ that it is given (the raylet to replace by a new node), and ends when stdin clos
 
 import json
 import os
-import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,9 +18,11 @@ from typing import Any
 from ray.cluster_utils import Cluster
 from ray.job_submission import JobSubmissionClient
 
+from tests.ports import free_port
+
 ROOT = Path(__file__).resolve().parent.parent
 CPUS_PER_NODE = 1
-START_SECONDS = 60
+START_SECONDS = 300
 OBJECT_STORE_BYTES = 256 * 2**20
 NUM_START_TRIES = 5
 
@@ -88,34 +90,32 @@ def ray_nodes(
         num_gpus: That each node but the head says it has.
         environment: Variables that its processes have besides those of this one.
     """
-    process = subprocess.Popen(
-        [sys.executable, __file__, str(num_nodes), str(int(takes_jobs)), str(num_gpus)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            # A submitted job's `python` is the one with the packages, as on a real node.
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "RAY_USAGE_STATS_ENABLED": "0",
-            **(environment or {}),
-        },
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        yield RayNodes(process)
-    finally:
-        process.stdin.close()
-        process.wait(timeout=60)
-        process.stdout.close()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        process = subprocess.Popen(
+            [sys.executable, __file__, str(num_nodes), str(int(takes_jobs)), str(num_gpus)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                # A submitted job's `python` is the one with the packages, as on a real node.
+                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+                "RAY_USAGE_STATS_ENABLED": "0",
+                # A file there names the cluster that drivers of jobs are told of. Ray writes it as
+                # any head starts, and removes it as any ends.
+                "RAY_TMPDIR": folder,
+                **(environment or {}),
+            },
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            yield RayNodes(process)
+        finally:
+            process.stdin.close()
+            process.wait(timeout=60)
+            process.stdout.close()
 
 
 def _wait_until_jobs_are_taken(address: str) -> None:
@@ -135,7 +135,7 @@ def _wait_until_jobs_are_taken(address: str) -> None:
 def _serve(num_nodes: int, *, takes_jobs: bool, num_gpus: int) -> None:
     printed = os.dup(1)
     os.dup2(2, 1)  # Ray prints to stdout as it starts
-    port = _free_port()
+    port = free_port()
     cluster = Cluster()
     if takes_jobs:
         _add_node(cluster, include_dashboard=True, dashboard_port=port)
@@ -179,7 +179,7 @@ def _add_node(cluster: Cluster, **options: Any) -> None:
                 num_cpus=CPUS_PER_NODE,
                 object_store_memory=OBJECT_STORE_BYTES,
                 # The default port can be taken: by another node, or by a test's own Ray.
-                dashboard_agent_listen_port=_free_port(),
+                dashboard_agent_listen_port=free_port(),
                 **options,
             )
         except Exception as error:

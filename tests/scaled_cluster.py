@@ -16,7 +16,7 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 from ray.autoscaler._private.monitor import BASE_READONLY_CONFIG
 from ray.exceptions import RpcError
 
-from tests.prometheus import free_port
+from tests.ports import free_port
 
 START_SECONDS = 60.0
 HEAD_TYPE = "ray.head.default"  # as the provider of nodes on this machine has it

@@ -12,7 +12,7 @@ import ray
 
 from pipelines.cluster import autoscaler
 from pipelines.cluster.autoscaler import can_grow, only_looks
-from tests.prometheus import free_port
+from tests.ports import free_port
 from tests.ray_nodes import ray_nodes
 from tests.scaled_cluster import scaled_cluster
 
@@ -153,7 +153,7 @@ def asked(address: str) -> str:
         capture_output=True,
         text=True,
         check=False,
-        timeout=100,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()[-1]

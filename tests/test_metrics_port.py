@@ -15,7 +15,7 @@ from jobs.stopping import Terminated
 from pipelines.runs.run_history import find_run
 from pipelines.store import Store
 from tests.commands import Done, command
-from tests.prometheus import free_port
+from tests.ports import free_port
 
 
 @pytest.fixture(autouse=True)
