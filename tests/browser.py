@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
+# To be waited for: on a busy machine a page takes its time.
+MILLISECONDS = 120_000
 
 
 @contextmanager
@@ -20,8 +22,12 @@ def chromium() -> Iterator[Browser]:
         pytest.skip(f"no Chromium here ({', '.join(NAMES)}): apt-get install chromium")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=str(Path(path)), args=["--no-sandbox"], chromium_sandbox=False
+            executable_path=str(Path(path)),
+            args=["--no-sandbox"],
+            chromium_sandbox=False,
+            timeout=MILLISECONDS,
         )
+        expect.set_options(timeout=MILLISECONDS)
         try:
             yield browser
         finally:

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import ray
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     # Triton reads it as it is imported: kernels then run on the CPU, in its interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
     # Small towers gain nothing by more; beside other programs, threads wait for each other's cores.
     torch.set_num_threads(1)
-
 from jobs.cluster import ray_cluster
 from jobs.demo.run import CHECKPOINT_DIR
 from pipelines.catalog import CatalogConfig
@@ -22,6 +22,10 @@ from pipelines.embedding import EmbedConfig, embed
 from pipelines.engines import EngineChoice
 from pipelines.indexing import IndexConfig, build_index
 from tests.catalogs import scene_rows, write_rows
+
+# A machine may pause at any time.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -90,7 +90,7 @@ class Handler(BaseHTTPRequestHandler):
         self.start(length=len(CONTENT))
         self.wfile.write(CONTENT[:1000])
         self.wfile.flush()
-        self.server.stopped.wait(10)
+        self.server.stopped.wait()
 
     def send_drip(self) -> None:
         """A byte now and then, so that no single read takes long."""

@@ -164,7 +164,7 @@ def fake_job_server() -> Iterator[FakeJobServer]:
     try:
         yield server
     finally:
-        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(timeout=10)
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(timeout=120)
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()

@@ -362,7 +362,10 @@ class KilledNights:
             if victim is not None:
                 pid, called = victim
                 where = _where(store_dir)
-                os.kill(pid, signal.SIGKILL)
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:  # it ended meanwhile
+                    continue
                 if kind == "raylet":
                     self._nodes.replace(pid)
                 return where, called

@@ -14,7 +14,7 @@ import uvicorn
 
 from jobs.serving.app import make_app
 from jobs.serving.live import Opened
-from jobs.serving.options import ServiceConfig
+from jobs.serving.options import ServiceConfig, ServiceLimits
 from pipelines.errors import QueryError
 from pipelines.indexes.filters import Condition, UnknownColumnError
 from pipelines.indexes.manifest import IndexManifest
@@ -24,6 +24,7 @@ from pipelines.search import Answer, Hit, UnknownKeyError
 from pipelines.snapshots import CatalogRecord, Snapshot, commit
 from pipelines.store import Store
 from tests.stored import index_manifest, make_snapshot
+from tests.waiting import WAIT_SECONDS
 
 COLUMNS = {"name": "string", "price": "number", "stock": "integer", "new": "boolean"}
 COMPARE = {
@@ -34,6 +35,12 @@ COMPARE = {
     "le": lambda a, b: a <= b,
     "lt": lambda a, b: a < b,
 }
+
+
+def _set_event() -> threading.Event:
+    event = threading.Event()
+    event.set()
+    return event
 
 
 @dataclass
@@ -50,6 +57,10 @@ class WordSearcher:
         default_factory=lambda: index_manifest(image=0.97, text=0.96)
     )
     pause_seconds: float = 0.0
+    begun: threading.Event = field(default_factory=threading.Event)
+    """Set by the first search."""
+    may_end: threading.Event = field(default_factory=_set_event)
+    """What searches wait for."""
     batch_sizes: list[int] = field(default_factory=list)
 
     @property
@@ -69,7 +80,9 @@ class WordSearcher:
         self, queries: Sequence[Query], *, num_hits: int, where: Sequence[Condition] = ()
     ) -> list[Answer]:
         self.batch_sizes.append(len(queries))
+        self.begun.set()
         time.sleep(self.pause_seconds)
+        assert self.may_end.wait(WAIT_SECONDS)
         for condition in where:
             if condition.column not in self.columns:
                 raise UnknownColumnError(f"no column {shown(condition.column)}")
@@ -183,6 +196,7 @@ class Shop:
                 "store_uri": self.store.uri,
                 "engines_uri": "unused",
                 "refresh_seconds": 0.05,
+                "limits": ServiceLimits(max_seconds=WAIT_SECONDS),
                 **options,
             }
         )
@@ -205,17 +219,9 @@ def served(app: Any) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True
-        thread.join(10)
-
-
-def wait_until(condition: Any, *, seconds: float = 60.0) -> None:
-    """Return once a condition holds; fails after a while."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
+        thread.join(WAIT_SECONDS)
 
 
 def snapshot_of(url: str) -> int:
     """Which snapshot a service answers from."""
-    return int(httpx.get(f"{url}/ready").json()["snapshot"])
+    return int(httpx.get(f"{url}/ready", timeout=WAIT_SECONDS).json()["snapshot"])

@@ -163,7 +163,7 @@ def test_small_files_become_one_with_the_same_rows(any_store):
     num_nights=st.integers(1, 12),
     rows_per_file=st.sampled_from([2, 20, 64]),
 )
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_over_random_nights_every_row_stays_bit_for_bit(seed, num_nights, rows_per_file):
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as folder:

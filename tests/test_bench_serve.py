@@ -22,7 +22,7 @@ def test_a_service_is_measured_alone_and_through_snapshots(
         assert run["num_errors"] == 0
         assert run["num_requests"] > 1
         assert 0 < run["p50_ms"] <= run["p99_ms"] < 60_000
-        assert run["requests_per_second"] > 1
+        assert run["requests_per_second"] > 0
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ def test_results_come_in_the_order_of_their_values():
 
     def square(value: int) -> int:
         if value == 0:
-            assert first_may_end.wait(10)
+            assert first_may_end.wait(120)
         if value == 2:
             first_may_end.set()
         return value**2

@@ -22,7 +22,7 @@ from pipelines.metrics import RUN_END
 from pipelines.runs.run_history import find_run
 from pipelines.store import Store
 from pipelines.store_places import store_label
-from tests import encoded_rows
+from tests import encoded_rows, waiting
 from tests.catalogs import scene_rows, stored_embeddings, write_rows
 from tests.ray_nodes import RayNodes, ray_nodes
 
@@ -183,10 +183,9 @@ def test_a_job_that_is_stopped_ends_with_1_for_who_watches_it(cluster_of_three: 
 
 
 def wait_until_told(nodes: RayNodes, end: dict[str, str]) -> None:
-    deadline = time.monotonic() + 120
-    while not any(end.items() <= labels.items() for labels in ends_told(nodes)):
-        assert time.monotonic() < deadline, "nobody was told"
-        time.sleep(0.5)
+    waiting.wait_until(
+        lambda: any(end.items() <= labels.items() for labels in ends_told(nodes)), every=0.5
+    )
 
 
 def ends_told(nodes: RayNodes) -> Iterator[dict[str, str]]:

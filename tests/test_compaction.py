@@ -123,7 +123,7 @@ def test_tiers_are_few(rows_per_file: int, tiers: int):
     num_new=st.integers(0, 40),
     num_dead=st.integers(0, 40),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_over_random_nights_no_row_is_lost_and_files_stay_few(
     rows_per_file: int, seed: int, num_nights: int, num_first: int, num_new: int, num_dead: int
 ):
@@ -148,7 +148,7 @@ def test_over_random_nights_no_row_is_lost_and_files_stay_few(
     rows_per_file=st.sampled_from([3, 10, 64, 500]),
     nights=st.lists(st.integers(0, 300), min_size=1, max_size=80),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_where_no_row_goes_each_is_merged_at_most_once_for_each_tier(
     rows_per_file: int, nights: list[int]
 ):

@@ -375,7 +375,7 @@ def test_an_encoder_without_a_place_is_told_of_and_ends_the_run(
     monkeypatch.setattr("pipelines.cluster.cluster_state.LOOK_SECONDS", 0.5)
     catalog_dir = write_rows(tmp_path / "catalog", scene_rows(8))
     resources = Resources(
-        encoder_cpus=500.0, placement=Placement(warn_seconds=1.0, fail_seconds=4.0)
+        encoder_cpus=500.0, placement=Placement(warn_seconds=1.0, fail_seconds=8.0)
     )
     with pytest.raises(PlacementError, match=r"an encoder has waited \d+ s for 500 CPU; no node "):
         run(catalog_dir, tmp_path / "store", resources=resources)

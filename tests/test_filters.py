@@ -140,7 +140,7 @@ def expected(type_: pa.DataType, column: list[Any], condition: Condition) -> lis
 def test_conditions_hold_as_in_python(tmp_path_factory: pytest.TempPathFactory):
     kinds = set()
 
-    @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
     @given(asked())
     @example((pa.int64(), [2**53, 2**53 + 1], Condition(column="x", operator="gt", value=2**53)))
     @example((pa.uint8(), [255, 0, None], Condition(column="x", operator="ge", value=-5)))

@@ -350,7 +350,7 @@ def decode_or_reject(encoded: bytes) -> None:
 
 
 @given(st.binary(max_size=300))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_random_bytes_never_raise_anything_else(encoded: bytes) -> None:
     decode_or_reject(encoded)
 
@@ -359,7 +359,7 @@ SIGNATURES = [make()[:24] for make in image_files.VALID.values()]
 
 
 @given(st.sampled_from(SIGNATURES), st.binary(max_size=300))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_random_bytes_behind_a_signature_never_raise_anything_else(
     signature: bytes, rest: bytes
 ) -> None:
@@ -370,13 +370,13 @@ VALID = [make() for make in image_files.VALID.values()]
 
 
 @given(st.sampled_from(VALID), st.floats(0, 1))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_truncations_never_raise_anything_else(encoded: bytes, cut: float) -> None:
     decode_or_reject(encoded[: int(cut * len(encoded))])
 
 
 @given(st.sampled_from(VALID), image_files.PATCHES)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_damage_never_raises_anything_else(
     encoded: bytes, patches: list[tuple[int, bytes]]
 ) -> None:

@@ -432,7 +432,7 @@ def test_changed_bytes_of_a_header_never_part_the_card_from_pillow() -> None:
 
 
 @given(st.sampled_from(ENCODED), image_files.PATCHES)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_damage_never_parts_the_card_from_pillow(
     encoded: bytes, patches: Sequence[tuple[int, bytes]]
 ) -> None:
@@ -451,7 +451,7 @@ ENTRIES = st.tuples(
 
 
 @given(st.lists(ENTRIES, max_size=5), st.binary(max_size=60))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_pillow_and_the_card_turn_an_image_alike(entries: list[Entry], tail: bytes) -> None:
     encoded = with_segments(exif(tiff(*entries, tail=tail)))
     if suits(encoded):
@@ -459,7 +459,7 @@ def test_pillow_and_the_card_turn_an_image_alike(entries: list[Entry], tail: byt
 
 
 @given(st.binary(max_size=300))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_random_bytes_are_not_for_the_card(encoded: bytes) -> None:
     for start in (b"", b"\xff\xd8", b"\xff\xd8\xff\xe0\0\x10JFIF", photo_jpeg()[:200]):
         assert not suits(start + encoded)

@@ -139,7 +139,7 @@ def stores(draw: st.DrawFn) -> list[Stored]:
     trusted=st.sets(st.sampled_from("abc")),
     by_content=st.sets(st.sampled_from(MODALITIES)),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_agrees_with_a_model_in_plain_python(rows, stored, trusted, by_content):
     def is_due_again(file: Stored, key: Key) -> bool:
         """If it is to be tried again, and was not rejected for the same reason meanwhile."""

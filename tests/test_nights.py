@@ -79,7 +79,6 @@ from tests.stages_here import use_stages_here
 NUM_EXAMPLES = os.environ.get("NIGHTS_EXAMPLES")
 # A failing example is told as it is: to make it shorter takes many more nights.
 PROFILE = settings(
-    deadline=None,
     derandomize=NUM_EXAMPLES is None,
     print_blob=True,
     phases=(Phase.explicit, Phase.generate),

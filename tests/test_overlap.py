@@ -61,7 +61,7 @@ def batch(number: int, *, num_rows: int = MAX_ROWS) -> np.ndarray:
     schedule=st.sampled_from(["late", "early", "random"]),
     seed=st.integers(0, 2**16),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_results_in_order_whatever_the_gpu_does_first(
     num_rows: list[int], num_slots: int, schedule: Any, seed: int
 ) -> None:

@@ -102,7 +102,7 @@ def test_odd_outputs_are_those_of_transformers(crop: int) -> None:
 @given(
     width=st.integers(1, 700), height=st.integers(1, 700), edge=st.integers(1, 300), seed=st.just(3)
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_any_ordinary_size_gives_the_pixels_of_transformers(
     width: int, height: int, edge: int, seed: int
 ) -> None:
@@ -200,7 +200,7 @@ def test_no_resize_means_a_crop_of_the_full_image() -> None:
 
 
 @given(st.sampled_from([make() for make in image_files.VALID.values()]), image_files.PATCHES)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_damage_never_raises_anything_else(
     encoded: bytes, patches: list[tuple[int, bytes]]
 ) -> None:

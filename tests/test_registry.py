@@ -37,7 +37,7 @@ from engine.registry import Registry
 from tests.engines import FP32_ID, write_engine
 
 uri, log, caches, num_askers = sys.argv[1:]
-timing = LeaseTiming(beat_seconds=0.2, expiry_seconds=20)
+timing = LeaseTiming(beat_seconds=0.2, expiry_seconds=600)
 
 def build(directory):
     with open(log, "a") as file:
@@ -473,7 +473,7 @@ def ask(registry, start):
     found = registry.obtain(FP32_ID, build)
     return node, str(found.directory), (found.directory / "image.onnx").read_text()
 
-registry = Registry(uri, lease_timing=LeaseTiming(beat_seconds=0.2, expiry_seconds=20))
+registry = Registry(uri, lease_timing=LeaseTiming(beat_seconds=0.2, expiry_seconds=600))
 start = time.time() + 5
 for answer in ray.get([ask.remote(registry, start) for _ in range(3)]):
     print(*answer)

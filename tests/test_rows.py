@@ -68,7 +68,6 @@ def key_cases() -> st.SearchStrategy[tuple[pa.DataType, Any]]:
 
 @settings(
     max_examples=50,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())
@@ -272,7 +271,7 @@ def test_a_cut_or_missing_file_is_damaged(tmp_path: Path, name: str):
         RowTable(tmp_path)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_a_flipped_bit_never_crashes(
     tmp_path_factory: pytest.TempPathFactory, place: float, bit: int

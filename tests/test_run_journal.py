@@ -15,6 +15,7 @@ from pipelines.snapshots import commit
 from pipelines.store import Store
 from tests.recorded_runs import REPORT
 from tests.stored import make_snapshot
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -116,9 +117,7 @@ def test_a_run_without_work_leaves_nothing(store):
 def test_while_it_goes_on_it_says_how_far_it_is(store):
     with RunJournal(store, command="embed", beat_seconds=0.01) as journal:
         journal.note(progress(123))
-        deadline = time.monotonic() + 10
-        while on_record(store, journal).num_encoded != 123:
-            assert time.monotonic() < deadline
+        wait_until(lambda: on_record(store, journal).num_encoded == 123)
         assert on_record(store, journal).status == "running"
         journal.finish(REPORT)
     time.sleep(0.05)

@@ -11,7 +11,6 @@ import logging
 import pickle
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -49,6 +48,7 @@ from tests.checkpoints import save_clip
 from tests.commands import command
 from tests.serving import Shop
 from tests.traps import Trap
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = "s3cr3tPassw0rd"
@@ -432,9 +432,8 @@ def test_workers_of_ray_write_no_secret(local_ray: None):
     options = {"modalities": (), "carry_columns": (), "max_bytes": 2**30, "meter": None}
     ray.get(task.remote(rows, decode=decode, **options))
     logs_dir = Path(ray._private.worker._global_node.get_logs_dir_path())
-    deadline = time.monotonic() + 10
-    while not (said := _worker_logs(logs_dir)) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_until(lambda: _worker_logs(logs_dir), every=0.1)
+    said = _worker_logs(logs_dir)
     for what in ("a thread at", "ignored at", "a warning of", "a log of", "a logged error at"):
         assert re.search(rf"{what}.*s3://\*\*\*@bucket/a", said), said
     assert SECRET not in said

@@ -13,6 +13,7 @@ from pipelines.indexes.filters import Condition
 from pipelines.indexes.queries import Part, Query
 from tests.serving import WordSearcher, shop_rows
 from tests.stored import make_snapshot
+from tests.waiting import WAIT_SECONDS
 
 
 def searcher(**options: Any) -> WordSearcher:
@@ -36,14 +37,18 @@ def run(use: Callable[[Batcher], Awaitable[Any]]) -> Any:
 
 
 def test_what_comes_while_a_batch_is_worked_on_is_the_next_batch():
-    found = searcher(pause_seconds=0.05)
+    found = searcher()
+    found.may_end.clear()
     texts = ["red ring", "blue cup", "green lamp", "amber ring"] * 4
 
     async def use(batcher: Batcher) -> list:
         asks = [batcher.ask(asked(found, text, num_hits=1 + n % 3)) for n, text in enumerate(texts)]
         first = asyncio.ensure_future(batcher.ask(asked(found, "red cup")))
-        await asyncio.sleep(0.01)  # it is being worked on
-        return [await first, *await asyncio.gather(*asks)]
+        assert await asyncio.to_thread(found.begun.wait, WAIT_SECONDS)
+        others = asyncio.gather(*asks)
+        await asyncio.sleep(0)  # they are asked
+        found.may_end.set()
+        return [await first, *await others]
 
     answers = run(use)
     assert found.batch_sizes == [1, len(texts)]
@@ -112,40 +117,42 @@ def test_one_bad_query_spoils_no_other():
 
 
 def test_the_event_loop_runs_on_and_who_gave_up_is_not_searched_for():
-    found = searcher(pause_seconds=0.1)
+    found = searcher()
+    found.may_end.clear()
 
-    async def use(batcher: Batcher) -> int:
+    async def use(batcher: Batcher) -> None:
         first = asyncio.ensure_future(batcher.ask(asked(found, "red ring")))
         second = asyncio.ensure_future(batcher.ask(asked(found, "blue cup")))
         await asyncio.sleep(0)
         late = asyncio.ensure_future(batcher.ask(asked(found, "green lamp")))
-        ticks = 0
-        while not first.done():
-            await asyncio.sleep(0.005)
-            ticks += 1
-            late.cancel()
+        assert await asyncio.to_thread(found.begun.wait, WAIT_SECONDS)
+        late.cancel()
+        assert not first.done()
+        found.may_end.set()
+        await first
         await second
-        return ticks
 
-    assert run(use) > 5
+    run(use)
     assert sum(found.batch_sizes) == 2
 
 
 def test_closing_cancels_what_waits_and_ends_the_thread():
-    found = searcher(pause_seconds=0.05)
+    found = searcher()
+    found.may_end.clear()
 
     async def main() -> list:
         batcher = Batcher(Metrics())
         asks = [asyncio.ensure_future(batcher.ask(asked(found, "ring"))) for _ in range(40)]
-        await asyncio.sleep(0.01)
+        assert await asyncio.to_thread(found.begun.wait, WAIT_SECONDS)
         batcher.close()
+        found.may_end.set()
         return await asyncio.gather(*asks, return_exceptions=True)
 
     results = asyncio.run(main())
     assert {type(result) for result in results} == {list, asyncio.CancelledError}
     threads = [thread for thread in threading.enumerate() if thread.name.startswith("search")]
     for thread in threads:
-        thread.join(timeout=10)  # its last batch may still be under way
+        thread.join(WAIT_SECONDS)  # its last batch may still be under way
     assert not [thread for thread in threads if thread.is_alive()]
 
 

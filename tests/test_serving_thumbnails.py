@@ -16,8 +16,9 @@ from pipelines.catalog_rows import CatalogRows
 from pipelines.errors import CatalogError
 from pipelines.fetching.fetch_policy import FetchPolicy
 from tests.catalogs import write_rows
-from tests.serving import Shop, wait_until
+from tests.serving import Shop
 from tests.test_catalog_rows import record
+from tests.waiting import WAIT_SECONDS, wait_until
 
 
 def png(width: int, height: int, colour: str = "red") -> bytes:
@@ -87,7 +88,7 @@ def test_until_the_keys_are_read_pictures_are_to_be_asked_for_again(catalog: Pat
     go_on = threading.Event()
 
     def slowly(of: Any) -> CatalogRows:
-        assert go_on.wait(10)
+        assert go_on.wait(WAIT_SECONDS)
         return CatalogRows(of)
 
     shop = Shop(tmp_path, catalog=catalog)
@@ -132,7 +133,7 @@ def test_a_catalog_that_is_replaced_while_it_is_read_is_not_shown(catalog: Path,
     go_on, is_done = threading.Event(), threading.Event()
 
     def slowly(of: Any) -> CatalogRows:
-        assert go_on.wait(10)
+        assert go_on.wait(WAIT_SECONDS)
         rows = CatalogRows(of)
         is_done.set()
         return rows
@@ -141,7 +142,7 @@ def test_a_catalog_that_is_replaced_while_it_is_read_is_not_shown(catalog: Path,
     found.follow(record(catalog))
     found.follow(record(catalog, image=None))
     go_on.set()
-    assert is_done.wait(10)
+    assert is_done.wait(WAIT_SECONDS)
     found._reader.shutdown()
     assert found.state == "none"
     with pytest.raises(NoThumbnailError):

@@ -50,7 +50,7 @@ class Finalized:
 
 
 def wait() -> None:
-    threading.Event().wait(10)
+    threading.Event().wait(120)
 
 
 def test_what_comes_amid_a_finalizer_which_nothing_ends_is_told_again():

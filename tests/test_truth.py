@@ -42,7 +42,7 @@ def known(truth: Truth, rows: dict[int, np.ndarray]) -> None:
 NIGHTS = st.lists(st.tuples(st.sets(st.integers(0, 79)), st.integers(0, 15)), max_size=4)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(nights=NIGHTS, depth=st.integers(2, 30))
 def test_answers_stay_exact_over_changes(nights, depth):
     with pytest.MonkeyPatch.context() as patch:

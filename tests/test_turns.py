@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from pipelines.resilience.turns import Turns
+from tests.waiting import wait_until
 
-SECONDS = 10.0
+SECONDS = 120.0
 
 
 class Thread:
@@ -51,11 +52,13 @@ def test_who_goes_alone_waits_for_those_under_way_and_goes_before_all_others(sta
     under_way = thread(turns.together())
     assert under_way.begun.wait(SECONDS)
     alone = thread(turns.alone())
+    wait_until(lambda: turns._num_for_alone == 1)
     assert not alone.begun.wait(0.1)
     later = thread(turns.together())
     under_way.end()
     assert alone.begun.wait(SECONDS)
     also_alone = thread(turns.alone())
+    wait_until(lambda: turns._num_for_alone == 2)
     assert not also_alone.begun.wait(0.1)
     assert not later.begun.is_set()
     alone.end()

@@ -106,7 +106,7 @@ CHANGES = st.lists(
 
 
 @pytest.mark.parametrize("num_hashes", [None, 3])
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(changes=CHANGES, is_rewritten=st.booleans())
 def test_nights_of_adding_changing_and_removing(
     tmp_path_factory, num_hashes, changes, is_rewritten

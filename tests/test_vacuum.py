@@ -549,7 +549,7 @@ STEPS = st.one_of(
 
 
 @given(steps=st.lists(STEPS, min_size=5, max_size=25), last=RETENTIONS, seed=st.integers(0, 2**16))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_whatever_happens_what_is_listed_is_whole_and_the_rest_is_gone(
     steps: list[tuple[Any, ...]], last: Retention, seed: int
 ):
