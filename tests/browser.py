@@ -9,9 +9,10 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from tests.waiting import WAIT_SECONDS
+
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-# To be waited for: on a busy machine a page takes its time.
-MILLISECONDS = 120_000
+WAIT_MILLISECONDS = 1000 * WAIT_SECONDS
 
 
 @contextmanager
@@ -25,9 +26,9 @@ def chromium() -> Iterator[Browser]:
             executable_path=str(Path(path)),
             args=["--no-sandbox"],
             chromium_sandbox=False,
-            timeout=MILLISECONDS,
+            timeout=WAIT_MILLISECONDS,
         )
-        expect.set_options(timeout=MILLISECONDS)
+        expect.set_options(timeout=WAIT_MILLISECONDS)
         try:
             yield browser
         finally:

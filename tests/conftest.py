@@ -15,11 +15,13 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     # Small towers gain nothing by more; beside other programs, threads wait for each other's cores.
     torch.set_num_threads(1)
+
 from jobs.cluster import ray_cluster
 from jobs.demo.run import CHECKPOINT_DIR
 from pipelines.catalog import CatalogConfig
 from pipelines.embedding import EmbedConfig, embed
 from pipelines.engines import EngineChoice
+from pipelines.fetching import fetch
 from pipelines.indexing import IndexConfig, build_index
 from tests.catalogs import scene_rows, write_rows
 
@@ -34,6 +36,12 @@ def no_fsync() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
         yield
+
+
+@pytest.fixture
+def no_batch_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fetch that is late ends by its own limit, also on a machine that pauses meanwhile."""
+    monkeypatch.setattr(fetch, "BATCH_LIMITS", 10_000)
 
 
 @pytest.fixture(scope="session")

@@ -57,7 +57,7 @@ def _note(stage: Any) -> None:
     def noted(self: Any, table: Any) -> Any:
         with open(os.environ[LOG], "a") as log:
             log.write(f"{table.num_rows} {os.getppid()}\n")  # that started this worker: its raylet
-        while _hold(Path(os.environ[LOG])).exists():
+        while _is_held(Path(os.environ[LOG])):
             time.sleep(0.05)
         return encode(self, table)
 
@@ -65,13 +65,21 @@ def _note(stage: Any) -> None:
 
 
 @contextmanager
-def held(log: Path) -> Iterator[None]:
-    """No batch that a worker has begun goes on before the block ends."""
-    _hold(log).touch()
+def held(log: Path, *, after_rows: int) -> Iterator[None]:
+    """Once more rows than that are begun, no batch that is begun goes on before the block ends."""
+    allowed = rows_by_raylet(log).total() + after_rows
+    _hold(log).write_text(str(allowed))
     try:
         yield
     finally:
         _hold(log).unlink()
+
+
+def _is_held(log: Path) -> bool:
+    try:
+        return rows_by_raylet(log).total() > int(_hold(log).read_text())
+    except FileNotFoundError:
+        return False
 
 
 def _hold(log: Path) -> Path:

@@ -66,10 +66,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_piecemeal(self) -> None:
         self.start(length=None)
-        for first in range(0, len(CONTENT), 30_000):
-            self.wfile.write(CONTENT[first : first + 30_000])
-            self.wfile.flush()
-            time.sleep(0.02)
+        with suppress(OSError):  # who waits no more hangs up
+            for first in range(0, len(CONTENT), 30_000):
+                self.wfile.write(CONTENT[first : first + 30_000])
+                self.wfile.flush()
+                time.sleep(0.02)
 
     def send_endless(self) -> None:
         """An answer without end, of the sort that its query says."""
@@ -100,7 +101,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(b".")
                 self.wfile.flush()
         except OSError:
-            pass
+            self.server.left.append(self.path)
 
     def send_compressed(self) -> None:
         body = gzip.compress(bytes(10_000_000))
@@ -156,6 +157,8 @@ class ImageServer(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.headers: list[dict[str, str]] = []
         self.clients: list[tuple[str, int]] = []
+        self.left: list[str] = []
+        """Drips that were not waited for."""
         self.stopped = threading.Event()
 
     def uri(self, path: str, *, host: str | None = None) -> str:

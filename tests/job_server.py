@@ -12,6 +12,8 @@ from typing import Any
 
 from aiohttp import web
 
+from tests.waiting import WAIT_SECONDS
+
 STARTED_MS = 1_750_000_000_000
 
 
@@ -164,7 +166,7 @@ def fake_job_server() -> Iterator[FakeJobServer]:
     try:
         yield server
     finally:
-        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(timeout=120)
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(timeout=WAIT_SECONDS)
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()

@@ -16,13 +16,13 @@ import pytest
 import yaml
 
 from tests.ports import free_port
+from tests.waiting import WAIT_SECONDS
 
 DEPLOY = Path(__file__).resolve().parent.parent / "jobs" / "deploy"
 ALERTS = DEPLOY / "alerts.yaml"
 DASHBOARD = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
 # What Grafana puts in the place of its variables.
 VARIABLES = {"$__rate_interval": "1m", "$store": ".*"}
-START_SECONDS = 30.0
 
 
 def alert_rules() -> list[dict[str, Any]]:
@@ -76,12 +76,13 @@ class Prometheus:
     def query(self, query: str) -> list[dict[str, Any]]:
         """The series that a query has now."""
         words = urllib.parse.urlencode({"query": query})
-        with urllib.request.urlopen(f"{self.url}/api/v1/query?{words}", timeout=120) as answer:
+        url = f"{self.url}/api/v1/query?{words}"
+        with urllib.request.urlopen(url, timeout=WAIT_SECONDS) as answer:
             result: list[dict[str, Any]] = json.load(answer)["data"]["result"]
         return result
 
     def rules(self) -> list[dict[str, Any]]:
-        with urllib.request.urlopen(f"{self.url}/api/v1/rules", timeout=120) as answer:
+        with urllib.request.urlopen(f"{self.url}/api/v1/rules", timeout=WAIT_SECONDS) as answer:
             (group,) = json.load(answer)["data"]["groups"]
         return list(group["rules"])
 
@@ -107,7 +108,7 @@ def prometheus(folder: Path, *, targets: Sequence[str]) -> Iterator[Prometheus]:
     )
     try:
         server = Prometheus(f"http://127.0.0.1:{port}")
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + WAIT_SECONDS
         while True:
             try:
                 server.query("up")
@@ -119,4 +120,4 @@ def prometheus(folder: Path, *, targets: Sequence[str]) -> Iterator[Prometheus]:
         yield server
     finally:
         process.terminate()
-        process.wait(timeout=120)
+        process.wait(timeout=WAIT_SECONDS)

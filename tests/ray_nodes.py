@@ -19,6 +19,7 @@ from ray.cluster_utils import Cluster
 from ray.job_submission import JobSubmissionClient
 
 from tests.ports import free_port
+from tests.waiting import WAIT_SECONDS
 
 ROOT = Path(__file__).resolve().parent.parent
 CPUS_PER_NODE = 1
@@ -114,7 +115,7 @@ def ray_nodes(
             yield RayNodes(process)
         finally:
             process.stdin.close()
-            process.wait(timeout=60)
+            process.wait(timeout=WAIT_SECONDS)
             process.stdout.close()
 
 

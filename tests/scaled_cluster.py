@@ -17,6 +17,7 @@ from ray.autoscaler._private.monitor import BASE_READONLY_CONFIG
 from ray.exceptions import RpcError
 
 from tests.ports import free_port
+from tests.waiting import WAIT_SECONDS
 
 START_SECONDS = 60.0
 HEAD_TYPE = "ray.head.default"  # as the provider of nodes on this machine has it
@@ -76,7 +77,7 @@ def scaled_cluster() -> Iterator[str]:
             yield f"127.0.0.1:{port}"
         finally:
             _kill_session(process.pid)
-            process.wait(timeout=30)
+            process.wait(timeout=WAIT_SECONDS)
 
 
 def _wait_until_there(address: str, process: "subprocess.Popen[bytes]") -> None:

@@ -56,7 +56,6 @@ class WordSearcher:
     index_manifest: IndexManifest = field(
         default_factory=lambda: index_manifest(image=0.97, text=0.96)
     )
-    pause_seconds: float = 0.0
     begun: threading.Event = field(default_factory=threading.Event)
     """Set by the first search."""
     may_end: threading.Event = field(default_factory=_set_event)
@@ -81,7 +80,6 @@ class WordSearcher:
     ) -> list[Answer]:
         self.batch_sizes.append(len(queries))
         self.begun.set()
-        time.sleep(self.pause_seconds)
         assert self.may_end.wait(WAIT_SECONDS)
         for condition in where:
             if condition.column not in self.columns:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from pipelines.bounded_map import bounded_map
+from tests.waiting import WAIT_SECONDS
 
 
 def test_results_come_in_the_order_of_their_values():
@@ -13,7 +14,7 @@ def test_results_come_in_the_order_of_their_values():
 
     def square(value: int) -> int:
         if value == 0:
-            assert first_may_end.wait(120)
+            assert first_may_end.wait(WAIT_SECONDS)
         if value == 2:
             first_may_end.set()
         return value**2

@@ -22,9 +22,10 @@ from pipelines.metrics import RUN_END
 from pipelines.runs.run_history import find_run
 from pipelines.store import Store
 from pipelines.store_places import store_label
-from tests import encoded_rows, waiting
+from tests import encoded_rows
 from tests.catalogs import scene_rows, stored_embeddings, write_rows
 from tests.ray_nodes import RayNodes, ray_nodes
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,9 +62,9 @@ class Cluster:
         rows = encoded_rows.rows_by_raylet(self._log)
         return [pid for pid in self.nodes.worker_pids if rows[pid]]
 
-    def held(self) -> AbstractContextManager[None]:
-        """Within it, batches that workers begin wait for its end."""
-        return encoded_rows.held(self._log)
+    def held(self, *, after_rows: int) -> AbstractContextManager[None]:
+        """Within it, batches that workers begin after so many rows wait for its end."""
+        return encoded_rows.held(self._log, after_rows=after_rows)
 
     def clipmill(self, *words: str) -> subprocess.CompletedProcess[str]:
         """A command that asks the job server, from its beginning to its end."""
@@ -108,9 +109,12 @@ def test_a_night_is_submitted_left_and_found_again_and_a_lost_node_costs_no_key(
     cluster_of_three: Cluster,
 ):
     cluster, words = cluster_of_three, cluster_of_three.options("far")
-    with cluster.held():  # so that it is still at work however slowly this test goes on
+    # At half of them, so that there is work to lose and to do, however slowly this test goes on.
+    with cluster.held(after_rows=NUM_ROWS):
         left = cluster.watched("submit", "nightly", *words, "--json")
-        wait_until(lambda: len(cluster.encoding_pids()) > 0, watched=left)
+        wait_while_running(
+            lambda: cluster.num_encoded() > NUM_ROWS and len(cluster.encoding_pids()) > 0, left
+        )
         left.send_signal(signal.SIGINT)
         out, err = left.communicate(timeout=60)
         assert (left.returncode, out) == (130, ""), err
@@ -162,11 +166,11 @@ def test_a_job_that_is_stopped_ends_with_1_for_who_watches_it(cluster_of_three: 
     cluster, words = cluster_of_three, cluster_of_three.options("stopped")
     before = cluster.num_encoded()
     store = str(cluster.folder / "stopped")
-    with cluster.held(), ThreadPoolExecutor() as scraper:
+    with cluster.held(after_rows=0), ThreadPoolExecutor() as scraper:
         submitted = cluster.clipmill("submit", "embed", *words, "--detach")
         job_id = submitted.stdout.strip()
         watched = cluster.watched("jobs", "attach", job_id)
-        wait_until(lambda: cluster.num_encoded() > before, watched=watched)
+        wait_while_running(lambda: cluster.num_encoded() > before, watched)
         # From now on: what a driver tells last is forgotten soon after it has ended.
         told = scraper.submit(
             wait_until_told, cluster.nodes, {"store": store_label(store), "outcome": "stopped"}
@@ -183,9 +187,7 @@ def test_a_job_that_is_stopped_ends_with_1_for_who_watches_it(cluster_of_three: 
 
 
 def wait_until_told(nodes: RayNodes, end: dict[str, str]) -> None:
-    waiting.wait_until(
-        lambda: any(end.items() <= labels.items() for labels in ends_told(nodes)), every=0.5
-    )
+    wait_until(lambda: any(end.items() <= labels.items() for labels in ends_told(nodes)), every=0.5)
 
 
 def ends_told(nodes: RayNodes) -> Iterator[dict[str, str]]:
@@ -201,7 +203,7 @@ def ends_told(nodes: RayNodes) -> Iterator[dict[str, str]]:
                 yield from (sample.labels for sample in family.samples)
 
 
-def wait_until(condition: Callable[[], bool], *, watched: subprocess.Popen[str]) -> None:
+def wait_while_running(condition: Callable[[], bool], watched: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 180
     while not condition():
         if watched.poll() is not None or time.monotonic() > deadline:

@@ -12,6 +12,7 @@ from pipelines.fetching.fetch import NUM_FETCHES, FetchFailure, fetch_all
 from pipelines.fetching.fetch_policy import FetchPolicy
 from tests.image_server import CONTENT, ImageServer, image_server
 from tests.object_store import s3_bucket
+from tests.waiting import WAIT_SECONDS
 
 MAX_BYTES = 1_000_000
 # The servers are on this machine, and so are files.
@@ -79,7 +80,7 @@ def test_reading_stops_one_byte_beyond_the_bound(server):
     content = fetched(server.uri("endless?body"), max_bytes=150_000)
     assert isinstance(content, bytes)
     assert len(content) == 150_001
-    assert server.stopped.wait(120), "the server still sends"
+    assert server.stopped.wait(WAIT_SECONDS), "the server still sends"
 
 
 @pytest.mark.parametrize(("excess", "num_bytes"), [(0, len(CONTENT)), (-1, len(CONTENT))])
@@ -105,7 +106,7 @@ def test_nobody_listening_is_a_failure():
 
 
 @pytest.mark.parametrize("path", ["slow", "drip"])
-def test_a_slow_server_hits_the_timeout(server, path):
+def test_a_slow_server_hits_the_timeout(server, path, no_batch_limit):
     policy = FetchPolicy(allow=("127.0.0.1",), max_seconds=0.3)
     assert failure(server.uri(path), policy=policy) == "timeout: not there after 0.3 seconds"
 
@@ -149,7 +150,7 @@ def s3_endpoint(monkeypatch) -> Iterator[Callable[[str], None]]:
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-def test_an_object_store_that_is_silent_hits_the_timeout(s3_endpoint):
+def test_an_object_store_that_is_silent_hits_the_timeout(s3_endpoint, no_batch_limit):
     policy = FetchPolicy(allow=("s3:",), max_seconds=0.5)
     with socket.socket() as silent:  # who connects is not answered
         silent.bind(("127.0.0.1", 0))
@@ -159,7 +160,7 @@ def test_an_object_store_that_is_silent_hits_the_timeout(s3_endpoint):
     assert found == "timeout: not there after 0.5 seconds"
 
 
-def test_an_object_that_drips_hits_the_timeout(s3_endpoint, server):
+def test_an_object_that_drips_hits_the_timeout(s3_endpoint, server, no_batch_limit):
     s3_endpoint(server.uri(""))
     policy = FetchPolicy(allow=("s3:",), max_seconds=1.5)
     for _ in range(20):

@@ -15,6 +15,7 @@ from engine.errors import DeviceError
 from pipelines.cluster import gpu_probe
 from pipelines.cluster.cluster_state import wait_for_place
 from pipelines.cluster.placement import Placement
+from tests.waiting import WAIT_SECONDS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -94,5 +95,5 @@ def test_one_worker_is_asked_again_and_then_ends(
     # A worker whose node is gone needs another place: each look waits with a message and an end.
     assert len(watched) == 3
     with suppress(psutil.NoSuchProcess):
-        psutil.Process(pid).wait(120)
+        psutil.Process(pid).wait(WAIT_SECONDS)
     assert not psutil.pid_exists(pid)

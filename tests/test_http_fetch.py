@@ -22,6 +22,7 @@ from cryptography.x509.oid import NameOID
 from pipelines.fetching.fetch import FetchFailure, fetch_all
 from pipelines.fetching.fetch_policy import FetchPolicy
 from tests.image_server import CONTENT, ImageServer, image_server
+from tests.waiting import WAIT_SECONDS
 
 ALLOW = FetchPolicy(allow=("127.0.0.2",))
 GETADDRINFO = socket.getaddrinfo
@@ -212,11 +213,13 @@ def test_what_grows_when_it_is_unpacked_is_not_unpacked(allowed: ImageServer):
         ("trailers", "Too many headers"),
     ],
 )
-def test_no_part_of_an_answer_goes_on_for_ever(allowed: ImageServer, sort: str, says: str):
+def test_no_part_of_an_answer_goes_on_for_ever(
+    allowed: ImageServer, no_batch_limit: None, sort: str, says: str
+):
     seconds = 0.5 if says.startswith("timeout") else 60.0
     policy = FetchPolicy(allow=("127.0.0.2",), max_seconds=seconds)
     assert says in reason(allowed.uri(f"endless?{sort}"), policy)
-    assert allowed.stopped.wait(120), "the server still sends"
+    assert allowed.stopped.wait(WAIT_SECONDS), "the server still sends"
 
 
 @pytest.mark.parametrize("more", ["\r\nX-More: 1\r\n", "%0d%0aX-More:%201", " HTTP/1.1\nX-More: 1"])

@@ -26,7 +26,6 @@ from pipelines.store_places import store_label
 from tests.catalogs import scene_rows, write_rows
 from tests.prometheus import alert_rules, panel_queries, prometheus, selectors
 from tests.stored import index_manifest
-from tests.waiting import wait_until
 
 # An export every ten seconds, and a scrape; on a busy machine, several.
 TOLD_SECONDS = 120.0
@@ -129,14 +128,14 @@ def night(tmp_path_factory: pytest.TempPathFactory, checkpoint_dir: Path, target
         during=during,
         after={},
     )
-    # Each process exports in its own time.
+    # Each process exports in its own time; what is never told, the tests say.
     num_rows = sum(stage.num_rows for stage in told_night.report.stages)
-
-    def all_rows_are_told() -> bool:
+    deadline = time.monotonic() + TOLD_SECONDS
+    is_told = False
+    while not is_told and time.monotonic() < deadline:
         told_night.after = scraped_with(target, f"ray_{RUN_END.name}", store=store)
-        return sum(told_night.of("clipmill_stage_rows_total").values()) >= num_rows
-
-    wait_until(all_rows_are_told, every=0.5)
+        is_told = sum(told_night.of("clipmill_stage_rows_total").values()) >= num_rows
+        time.sleep(0.5)
     return told_night
 
 
@@ -254,14 +253,15 @@ def test_a_real_prometheus_answers_dashboard_and_alerts(
         assert {rule["health"] for rule in server.rules()} == {"ok"}
         firing = [rule["name"] for rule in server.rules() if rule["state"] == "firing"]
         assert not set(firing) - {"ClipmillDiskFull"}
-        rows = f'sum by (stage) (ray_clipmill_stage_rows_total{{store="{store}"}})'
-        wait_until(
-            lambda: (
-                {found["metric"]["stage"]: float(found["value"][1]) for found in server.query(rows)}
-                == {stage.stage: stage.num_rows for stage in night.report.stages}
-            ),
-            every=0.5,
-        )
+        expected = {stage.stage: stage.num_rows for stage in night.report.stages}
+        told: dict[str, float] = {}
+        while told != expected and time.monotonic() < deadline:
+            time.sleep(0.5)
+            rows = f'sum by (stage) (ray_clipmill_stage_rows_total{{store="{store}"}})'
+            told = {
+                found["metric"]["stage"]: float(found["value"][1]) for found in server.query(rows)
+            }
+        assert told == expected
 
 
 def grouped_by(query: str) -> set[str]:

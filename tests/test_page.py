@@ -7,7 +7,7 @@ import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 
 from jobs.demo.catalog import sample_rows
-from tests.browser import MILLISECONDS, chromium, serious_findings
+from tests.browser import WAIT_MILLISECONDS, chromium, serious_findings
 from tests.catalogs import write_rows
 from tests.serving import Shop, served
 
@@ -42,7 +42,7 @@ def url(shop: Shop) -> Iterator[str]:
 def page(browser: Browser, url: str) -> Iterator[Page]:
     context = browser.new_context(viewport={"width": 1200, "height": 800}, locale="en-GB")
     found = context.new_page()
-    found.set_default_timeout(MILLISECONDS)
+    found.set_default_timeout(WAIT_MILLISECONDS)
     faults: list[str] = []
     found.on("pageerror", lambda error: faults.append(str(error)))
     # A refused script, style or request is a message; an answer of 4xx is one too, and no fault.

@@ -157,7 +157,7 @@ def test_new_snapshots_and_a_rollback_cost_no_request(service: Service):
         wait_until(lambda: 2 in found.snapshots)
         # One that is not indexed is not taken up, and what comes after it is.
         commit(store, dataclasses.replace(first, number=3, parent=2, files=images[:0]))
-        time.sleep(1.0)
+        wait_until(lambda: CLIENT.get(f"{service.url}/ready").json()["failure"] is not None)
         rollback(store, 1)
         wait_until(lambda: 4 in found.snapshots)
 
@@ -171,14 +171,13 @@ def test_new_snapshots_and_a_rollback_cost_no_request(service: Service):
 def test_a_killed_replica_costs_what_was_in_flight_and_comes_back(service: Service):
     before = service.replicas()
     assert len(before) == 2
-    num_answers: list[int] = []
 
     def kill(found: Load) -> None:
         wait_until(lambda: found.statuses[200] > 20)
         time.sleep(0.3)  # amid a part of the load
         os.kill(before[0].pid, signal.SIGKILL)
-        num_answers.append(found.statuses[200])
-        wait_until(lambda: found.statuses[200] > num_answers[0] + 20)
+        num_answers = found.statuses[200]
+        wait_until(lambda: found.statuses[200] > num_answers + 20)
 
     found = during_load(service, kill)
     assert len(found.errors) <= NUM_CLIENTS

@@ -313,8 +313,9 @@ def test_a_slow_answer_is_a_504_and_others_go_on(tmp_path: Path):
 def test_more_requests_than_may_be_are_asked_to_come_again(tmp_path: Path):
     shop = Shop(tmp_path)
     shop.searchers[1].may_end.clear()
+    limits = ServiceLimits(max_concurrent=2, max_seconds=WAIT_SECONDS)
     with (
-        TestClient(shop.app(limits=ServiceLimits(max_concurrent=2))) as client,
+        TestClient(shop.app(limits=limits)) as client,
         ThreadPoolExecutor(6) as threads,
     ):
         asked = [threads.submit(client.post, "/search", json=RING) for _ in range(6)]

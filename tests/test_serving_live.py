@@ -27,7 +27,8 @@ def metric(client: TestClient, name: str) -> float:
 
 
 def test_newer_snapshots_are_taken_up_without_a_failed_request(shop: Shop):
-    shop.searchers[1].pause_seconds = 0.02
+    first = shop.searchers[1]
+    first.may_end.clear()
     with TestClient(shop.app()) as client, ThreadPoolExecutor(4) as threads:
         stop = False
         seen: list[tuple[int, int, str]] = []
@@ -44,18 +45,23 @@ def test_newer_snapshots_are_taken_up_without_a_failed_request(shop: Shop):
 
         asking = [threads.submit(ask) for _ in range(3)]
         try:
-            wait_until(lambda: answers_from(1))
-            for number in (2, 3, 4):
+            wait_until(first.begun.is_set)
+            shop.commit(shop_rows(12, first=24))
+            wait_until(lambda: snapshot(client) == 2)
+            first.may_end.set()  # a search that began in the snapshot before
+            for number in (3, 4):
+                wait_until(lambda number=number: answers_from(number - 1))
                 assert shop.commit(shop_rows(12, first=12 * number)) == number
-                wait_until(lambda number=number: answers_from(number))
+            wait_until(lambda: answers_from(4))
         finally:
+            first.may_end.set()
             stop = True
         for future in asking:
             future.result()
     assert {status for status, _, _ in seen} == {200}
     # Each answer is of one snapshot: its number and its rows belong together.
     first_of = {1: "k0000", 2: "k0024", 3: "k0036", 4: "k0048"}
-    assert {(number, key) for _, number, key in seen} <= set(first_of.items())
+    assert {(number, key) for _, number, key in seen} == set(first_of.items())
 
 
 def test_a_snapshot_that_cannot_be_opened_leaves_the_one_before(shop: Shop, caplog):

@@ -11,6 +11,7 @@ import pytest
 
 from jobs.stopping import Terminated, ended_by_sigterm, sigterm_kept
 from tests.commands import command
+from tests.waiting import WAIT_SECONDS
 
 
 def told_to_end() -> None:
@@ -50,7 +51,7 @@ class Finalized:
 
 
 def wait() -> None:
-    threading.Event().wait(120)
+    threading.Event().wait(WAIT_SECONDS)
 
 
 def test_what_comes_amid_a_finalizer_which_nothing_ends_is_told_again():

@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 
 from pipelines.resilience.turns import Turns
-from tests.waiting import wait_until
-
-SECONDS = 120.0
+from tests.waiting import WAIT_SECONDS, wait_until
 
 
 class Thread:
@@ -23,11 +21,11 @@ class Thread:
     def _go(self, turn: AbstractContextManager[None]) -> None:
         with turn:
             self.begun.set()
-            assert self.let_go.wait(SECONDS)
+            assert self.let_go.wait(WAIT_SECONDS)
 
     def end(self) -> None:
         self.let_go.set()
-        self._done.result(SECONDS)
+        self._done.result(WAIT_SECONDS)
 
 
 @pytest.fixture
@@ -42,7 +40,7 @@ def test_many_go_together(start: Any):
     turns, thread = start
     both = [thread(turns.together()) for _ in range(2)]
     for one in both:
-        assert one.begun.wait(SECONDS)
+        assert one.begun.wait(WAIT_SECONDS)
     for one in both:
         one.end()
 
@@ -50,22 +48,22 @@ def test_many_go_together(start: Any):
 def test_who_goes_alone_waits_for_those_under_way_and_goes_before_all_others(start: Any):
     turns, thread = start
     under_way = thread(turns.together())
-    assert under_way.begun.wait(SECONDS)
+    assert under_way.begun.wait(WAIT_SECONDS)
     alone = thread(turns.alone())
     wait_until(lambda: turns._num_for_alone == 1)
     assert not alone.begun.wait(0.1)
     later = thread(turns.together())
     under_way.end()
-    assert alone.begun.wait(SECONDS)
+    assert alone.begun.wait(WAIT_SECONDS)
     also_alone = thread(turns.alone())
     wait_until(lambda: turns._num_for_alone == 2)
     assert not also_alone.begun.wait(0.1)
     assert not later.begun.is_set()
     alone.end()
-    assert also_alone.begun.wait(SECONDS)
+    assert also_alone.begun.wait(WAIT_SECONDS)
     assert not later.begun.wait(0.1)
     also_alone.end()
-    assert later.begun.wait(SECONDS)
+    assert later.begun.wait(WAIT_SECONDS)
     later.end()
 
 
@@ -76,5 +74,5 @@ def test_a_turn_that_fails_is_over(start: Any, first: str, second: str):
     with pytest.raises(ValueError, match="no"), getattr(turns, first)():
         raise ValueError("no")
     after = thread(getattr(turns, second)())
-    assert after.begun.wait(SECONDS)
+    assert after.begun.wait(WAIT_SECONDS)
     after.end()
