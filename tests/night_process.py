@@ -18,6 +18,7 @@ from typing import Any
 from jobs import nightly
 from jobs.cluster import ray_cluster
 from tests.commands import Done, command
+from tests.waiting import WAIT_SECONDS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,7 +75,7 @@ def night_process(
         yield NightProcess(process)
     finally:
         process.stdin.close()
-        process.wait(timeout=60)
+        process.wait(timeout=WAIT_SECONDS)
         process.stdout.close()
 
 

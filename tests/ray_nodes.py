@@ -23,7 +23,6 @@ from tests.waiting import WAIT_SECONDS
 
 ROOT = Path(__file__).resolve().parent.parent
 CPUS_PER_NODE = 1
-START_SECONDS = 300
 OBJECT_STORE_BYTES = 256 * 2**20
 NUM_START_TRIES = 5
 
@@ -121,7 +120,7 @@ def ray_nodes(
 
 def _wait_until_jobs_are_taken(address: str) -> None:
     """The agent that starts jobs comes up some seconds after the node."""
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + WAIT_SECONDS
     while True:
         try:
             JobSubmissionClient(address).submit_job(entrypoint="true")

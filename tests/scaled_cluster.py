@@ -19,7 +19,6 @@ from ray.exceptions import RpcError
 from tests.ports import free_port
 from tests.waiting import WAIT_SECONDS
 
-START_SECONDS = 60.0
 HEAD_TYPE = "ray.head.default"  # as the provider of nodes on this machine has it
 CONFIG = {
     **BASE_READONLY_CONFIG,  # all that there must be
@@ -81,7 +80,7 @@ def scaled_cluster() -> Iterator[str]:
 
 
 def _wait_until_there(address: str, process: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + WAIT_SECONDS
     while True:
         try:
             if GcsClient(address).get_all_node_info(timeout=5):

@@ -25,7 +25,7 @@ from pipelines.store_places import store_label
 from tests import encoded_rows
 from tests.catalogs import scene_rows, stored_embeddings, write_rows
 from tests.ray_nodes import RayNodes, ray_nodes
-from tests.waiting import wait_until
+from tests.waiting import WAIT_SECONDS, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -116,7 +116,7 @@ def test_a_night_is_submitted_left_and_found_again_and_a_lost_node_costs_no_key(
             lambda: cluster.num_encoded() > NUM_ROWS and len(cluster.encoding_pids()) > 0, left
         )
         left.send_signal(signal.SIGINT)
-        out, err = left.communicate(timeout=60)
+        out, err = left.communicate(timeout=WAIT_SECONDS)
         assert (left.returncode, out) == (130, ""), err
         (job_id,) = re.findall(r"clipmill jobs attach (\S+)", err)
         os.kill(cluster.encoding_pids()[0], signal.SIGKILL)
@@ -178,7 +178,7 @@ def test_a_job_that_is_stopped_ends_with_1_for_who_watches_it(cluster_of_three: 
         stopped = cluster.clipmill("jobs", "stop", job_id)
         assert stopped.returncode == 0, stopped.stderr
         assert stopped.stdout.startswith(f"{job_id}: STOPPED")
-        _, err = watched.communicate(timeout=60)
+        _, err = watched.communicate(timeout=WAIT_SECONDS)
         assert watched.returncode == 1
         assert f"{job_id} was stopped" in err
         told.result()
@@ -204,7 +204,7 @@ def ends_told(nodes: RayNodes) -> Iterator[dict[str, str]]:
 
 
 def wait_while_running(condition: Callable[[], bool], watched: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + WAIT_SECONDS
     while not condition():
         if watched.poll() is not None or time.monotonic() > deadline:
             watched.kill()

@@ -20,6 +20,7 @@ from pipelines.resilience import isolation
 from pipelines.resilience.isolated_process import DONE, FAILED, packed
 from pipelines.resilience.isolation import Isolated, IsolatedStage
 from tests import deadly, loud
+from tests.waiting import WAIT_SECONDS
 
 DIED = f"was killed by {deadly.DEADLY_SIGNAL.name}"
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,7 +108,7 @@ def test_it_ends_when_the_one_who_asks_is_gone(tmp_path: Path):
         assert asking.stdout is not None
         process = psutil.Process(int(asking.stdout.readline()))
         asking.kill()
-    process.wait(timeout=30)
+    process.wait(timeout=WAIT_SECONDS)
 
 
 @pytest.mark.gpu

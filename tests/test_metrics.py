@@ -26,9 +26,8 @@ from pipelines.store_places import store_label
 from tests.catalogs import scene_rows, write_rows
 from tests.prometheus import alert_rules, panel_queries, prometheus, selectors
 from tests.stored import index_manifest
+from tests.waiting import WAIT_SECONDS
 
-# An export every ten seconds, and a scrape; on a busy machine, several.
-TOLD_SECONDS = 120.0
 BAD_ROWS = [
     {"key": "b1", "image": b"no image", "text": "a red bicycle"},
     {"key": "b2", "image": b"", "text": " "},
@@ -60,7 +59,7 @@ class ToldNight:
 
 def scraped(target: str) -> dict[str, dict[frozenset, float]]:
     """Name of a sample -> its labels -> value."""
-    with urllib.request.urlopen(f"http://{target}/metrics", timeout=TOLD_SECONDS) as answer:
+    with urllib.request.urlopen(f"http://{target}/metrics", timeout=WAIT_SECONDS) as answer:
         text = answer.read().decode()
     found: dict[str, dict[frozenset, float]] = {}
     for family in text_string_to_metric_families(text):
@@ -71,7 +70,7 @@ def scraped(target: str) -> dict[str, dict[frozenset, float]]:
 
 def scraped_with(target: str, *names: str, store: str) -> dict[str, dict[frozenset, float]]:
     """The same, once samples of these names and this store are there."""
-    deadline = time.monotonic() + TOLD_SECONDS
+    deadline = time.monotonic() + WAIT_SECONDS
     while True:
         found = scraped(target)
         lacking = [
@@ -130,7 +129,7 @@ def night(tmp_path_factory: pytest.TempPathFactory, checkpoint_dir: Path, target
     )
     # Each process exports in its own time; what is never told, the tests say.
     num_rows = sum(stage.num_rows for stage in told_night.report.stages)
-    deadline = time.monotonic() + TOLD_SECONDS
+    deadline = time.monotonic() + WAIT_SECONDS
     is_told = False
     while not is_told and time.monotonic() < deadline:
         told_night.after = scraped_with(target, f"ray_{RUN_END.name}", store=store)
@@ -235,7 +234,7 @@ def test_a_real_prometheus_answers_dashboard_and_alerts(
     store = night.store
     with prometheus(tmp_path, targets=[target, service]) as server, told_run(night.store_uri):
         tell_again(night)
-        deadline = time.monotonic() + TOLD_SECONDS
+        deadline = time.monotonic() + WAIT_SECONDS
         empty = list(queries)
         while empty:
             assert time.monotonic() < deadline, f"no series: {empty}"

@@ -31,7 +31,6 @@ from tests.serving import snapshot_of
 from tests.waiting import WAIT_SECONDS, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
-START_SECONDS = 120
 NUM_CLIENTS = 6
 # A connection each, since those of a replica that died are lost.
 CLIENT = httpx.Client(timeout=WAIT_SECONDS, limits=httpx.Limits(max_keepalive_connections=0))
@@ -70,23 +69,18 @@ def service(
         *("--replicas", "2", "--refresh-seconds", "0.3", "--json"),
         *("--max-seconds", str(WAIT_SECONDS)),
     ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jobs.serve", *words],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
-    )
-    assert process.stdout is not None
-    watchdog = threading.Timer(START_SECONDS, process.kill)
-    watchdog.start()
-    line = process.stdout.readline()
-    watchdog.cancel()
-    if not line:
-        pytest.fail(f"the service did not start: {process.communicate()[1]}")
-    yield Service(json.loads(line)["url"], store_dir, process)
-    if process.poll() is None:
+    command_line = [sys.executable, "-m", "jobs.serve", *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with subprocess.Popen(command_line, cwd=ROOT, env=env, **pipes) as process:
+        assert process.stdout is not None
+        watchdog = threading.Timer(WAIT_SECONDS, process.kill)
+        watchdog.start()
+        line = process.stdout.readline()
+        watchdog.cancel()
+        if not line:
+            pytest.fail(f"the service did not start: {process.communicate()[1]}")
+        yield Service(json.loads(line)["url"], store_dir, process)
         process.kill()
 
 

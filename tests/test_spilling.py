@@ -9,6 +9,7 @@ import pytest
 
 from pipelines.cluster import spilling
 from pipelines.cluster.spilling import SpillCount
+from tests.waiting import WAIT_SECONDS
 
 PROGRAM = """
 import numpy as np
@@ -28,7 +29,11 @@ print(count.num_bytes())
 
 def test_what_has_no_room_is_counted_from_its_making_on():
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", PROGRAM],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=WAIT_SECONDS,
     )
     counts, without_ray = done.stdout.splitlines()[-2:]
     before, after, from_now = map(int, counts.split())

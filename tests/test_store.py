@@ -20,6 +20,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pipelines.errors import CommitConflictError, StoreError
 from pipelines.store import Store
 from tests.object_store import s3_bucket, unreliable_bucket
+from tests.waiting import WAIT_SECONDS
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,7 +52,7 @@ def python(script: str, *arguments: str, before: tuple[str, ...] = ()) -> str:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=WAIT_SECONDS,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -1,7 +1,6 @@
 """Runs on a real Ray whose workers die: of rows, of nothing in particular, of their engine."""
 
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -38,6 +37,7 @@ from tests.deadly_stages import (
     deadly_decode_batch,
 )
 from tests.meters import ListMeter
+from tests.waiting import wait_until
 
 Run = Callable[[], EmbedResult]
 NUM_ROWS = 48
@@ -189,13 +189,12 @@ def decoded_texts(texts: Sequence[str], *, encoded: Sequence[bytes | None] | Non
 
 def wait_for_deaths(log: Path, actor: Any) -> None:
     """Until a row was the end of two workers, and the next is there."""
-    last = time.monotonic() + 60
-    while True:
+
+    def is_over() -> bool:
         pids = log.read_text().split() if log.exists() else []
-        if len(pids) >= 2 and str(ray.get(actor.pid.remote())) not in pids:
-            return
-        assert time.monotonic() < last
-        time.sleep(0.05)
+        return len(pids) >= 2 and str(ray.get(actor.pid.remote())) not in pids
+
+    wait_until(is_over, every=0.05)
 
 
 def test_a_batch_does_not_answer_for_what_others_do_to_its_worker(local_ray: None, tmp_path: Path):

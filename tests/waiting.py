@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 # For what comes at once on a machine that is not busy.
-WAIT_SECONDS = 120.0
+WAIT_SECONDS = 300.0
 
 
 def wait_until(condition: Callable[[], object], *, every: float = 0.01) -> None:
