@@ -20,6 +20,8 @@ from engine.publishing.folders import Folder
 from jobs.snapshots import main
 from pipelines.errors import StoreError
 from pipelines.indexes.manifest import find_index, index_dir
+from pipelines.indexes.options import IndexOptions
+from pipelines.indexing import index_snapshot
 from pipelines.snapshots import (
     Snapshot,
     StoredFile,
@@ -467,7 +469,10 @@ class World:
             folder = index_dir(current, modality="image")
             if find_index(self.store, current, modality="image") is None:
                 self.written[folder] = self.hours
-            indexed(self.store, current)
+            # Of many commits vectors hardly differ: what is found of them is not asked here.
+            index_snapshot(
+                self.store, current, options=IndexOptions(), promote=lambda manifest: None
+            )
 
     def note(self, snapshot: Snapshot) -> None:
         self.committed[snapshot.number] = self.hours
