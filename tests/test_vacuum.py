@@ -1,6 +1,7 @@
 """What a vacuum removes and what it must not, against a model; killed at any point, too."""
 
 import dataclasses
+import itertools
 import os
 import random
 import tempfile
@@ -20,8 +21,6 @@ from engine.publishing.folders import Folder
 from jobs.snapshots import main
 from pipelines.errors import StoreError
 from pipelines.indexes.manifest import find_index, index_dir
-from pipelines.indexes.options import IndexOptions
-from pipelines.indexing import index_snapshot
 from pipelines.snapshots import (
     Snapshot,
     StoredFile,
@@ -431,13 +430,14 @@ class World:
     def __init__(self, folder: str) -> None:
         self.store = Store(folder)
         self.hours = 0.0
+        self.seeds = itertools.count()  # so that a snapshot has each key once
         self.written: dict[str, float] = {}  # path, or folder of an index -> when
         self.content: dict[str, bytes] = {}
         self.committed: dict[int, float] = {}
         self.listed: dict[int, Snapshot] = {}
 
     def write(self, plan: str, kind: str) -> StoredFile:
-        seed = len(self.written)
+        seed = next(self.seeds)
         file = (
             write(self.store, plan, seed=seed)
             if kind == "embeddings"
@@ -469,10 +469,7 @@ class World:
             folder = index_dir(current, modality="image")
             if find_index(self.store, current, modality="image") is None:
                 self.written[folder] = self.hours
-            # Of many commits vectors hardly differ: what is found of them is not asked here.
-            index_snapshot(
-                self.store, current, options=IndexOptions(), promote=lambda manifest: None
-            )
+            indexed(self.store, current)
 
     def note(self, snapshot: Snapshot) -> None:
         self.committed[snapshot.number] = self.hours
