@@ -50,6 +50,12 @@ def committed(config: EmbedConfig, *, engine_id: str | None = None) -> Snapshot:
     return snapshot
 
 
+def written(folder: Path) -> dict[Path, tuple[int, int, int]]:
+    """All that a folder holds: path -> inode, bytes and time of the last write."""
+    stats = {path: path.stat() for path in folder.rglob("*")}
+    return {path: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
+
+
 def test_of_an_empty_store_by_an_engine_that_is_not_built(config: EmbedConfig, tmp_path: Path):
     found = plan(config)
     assert found.parent is None
@@ -61,12 +67,12 @@ def test_of_an_empty_store_by_an_engine_that_is_not_built(config: EmbedConfig, t
 
 def test_beside_a_snapshot(config: EmbedConfig, tmp_path: Path):
     snapshot = committed(config)
-    before = {path: path.stat() for path in tmp_path.rglob("*")}
+    before = written(tmp_path)
     found = plan(config)
     assert (found.parent, found.engine) == (snapshot, snapshot.engine)
     keys = found.counts.keys["text"]
     assert (keys.num_new, keys.num_unchanged) == (2, 1)
-    assert {path: path.stat() for path in tmp_path.rglob("*")} == before
+    assert written(tmp_path) == before
 
 
 def test_what_a_run_would_refuse_is_refused_and_what_it_may_do_anew_is_planned(config: EmbedConfig):
