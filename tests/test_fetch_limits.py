@@ -60,7 +60,7 @@ def test_what_has_no_room_waits_until_others_are_taken():
         await asyncio.sleep(0.01)
         assert not waiting.done()
         await asyncio.to_thread(budget.take, 1)
-        await asyncio.wait_for(waiting, 1)
+        await asyncio.wait_for(waiting, WAIT_SECONDS)
         budget.keep(1, num_bytes=0)
         with pytest.raises(NoRoomError):
             budget.hold(1, num_bytes=1)  # of a thread that was left behind

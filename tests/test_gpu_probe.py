@@ -41,7 +41,7 @@ for wait in (False, True):
         while ray.available_resources().get("GPU", 0) > 0:
             pass
     try:
-        patience = Placement(warn_seconds=1, fail_seconds=8 if wait else 60)
+        patience = Placement(warn_seconds=1, fail_seconds=8 if wait else 300)
         with gpu_probe.gpu_probe(patience) as look:
             print(engines.chosen_backend("auto", engine=engine, look=look))
     except ClipmillError as error:

@@ -134,7 +134,7 @@ def test_progress_is_handed_over_from_another_thread_and_at_the_end(board):
 
     with polled(board, on_progress):
         ray.get(board.add.remote("encode", 7, 0, 0.1))
-        time.sleep(0.8)
+        wait_until(lambda: seen)
     assert seen[0][0] == "progress"
     assert seen[-1] == ("MainThread", 7)
     with polled(board, None):
