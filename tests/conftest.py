@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import ray
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     # Triton reads it as it is imported: kernels then run on the CPU, in its interpreter.
@@ -26,8 +26,11 @@ from pipelines.indexing import IndexConfig, build_index
 from tests.catalogs import scene_rows, write_rows
 
 # A machine may pause at any time.
-settings.register_profile("any machine", deadline=None)
-settings.load_profile("any machine")
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# The same examples for the same code; others each time by `pytest --hypothesis-profile explore`.
+settings.register_profile("repeatable", PATIENT, derandomize=True)
+settings.register_profile("explore", PATIENT, derandomize=False, print_blob=True)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session", autouse=True)
