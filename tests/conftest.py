@@ -27,7 +27,8 @@ from tests.catalogs import scene_rows, write_rows
 
 # A machine may pause at any time.
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-# The same examples for the same code; others each time by `pytest --hypothesis-profile explore`.
+# The same examples for the same code. `pytest --hypothesis-profile explore` tries others each time,
+# and tells how to repeat one that fails.
 settings.register_profile("repeatable", PATIENT, derandomize=True)
 settings.register_profile("explore", PATIENT, derandomize=False, print_blob=True)
 settings.load_profile("repeatable")

@@ -151,13 +151,12 @@ def check_condition(
 
 
 @pytest.mark.parametrize("type_", CASES, ids=str)
-def test_conditions_hold_as_in_python(type_: pa.DataType, tmp_path_factory: pytest.TempPathFactory):
-    @settings(max_examples=60)
-    @given(asked(type_))
-    def check(case: tuple[list[Any], Condition]) -> None:
-        check_condition(tmp_path_factory.mktemp("rows"), type_, *case)
-
-    check()
+@given(data=st.data())
+@settings(max_examples=60)
+def test_conditions_hold_as_in_python(
+    tmp_path_factory: pytest.TempPathFactory, type_: pa.DataType, data: st.DataObject
+):
+    check_condition(tmp_path_factory.mktemp("rows"), type_, *data.draw(asked(type_)))
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ Drawn are catalogs and their changes, engines, retries, guards that trip and are
 any operation on the store, rollbacks, vacuums, and catalogs of earlier days. In most examples the
 stages' own functions run in this process, one after the other; a few short ones have a real Ray.
 
-    pytest tests/test_nights.py                        # some seconds of it, the same each time
-    NIGHTS_EXAMPLES=200 pytest tests/test_nights.py    # others each time; a failure can be repeated
+    pytest tests/test_nights.py    # some seconds of it, the same each time
+    NIGHTS_EXAMPLES=200 pytest --hypothesis-profile explore tests/test_nights.py
 """
 
 import contextlib
@@ -76,11 +76,8 @@ from tests.nightly_model import (
 )
 from tests.stages_here import use_stages_here
 
-NUM_EXAMPLES = os.environ.get("NIGHTS_EXAMPLES")
 # A failing example is told as it is: to make it shorter takes many more nights.
 PROFILE = settings(
-    derandomize=NUM_EXAMPLES is None,
-    print_blob=True,
     phases=(Phase.explicit, Phase.generate),
     suppress_health_check=list(HealthCheck),
 )
@@ -473,14 +470,14 @@ def test_whatever_the_nights_every_key_is_there_once_and_right(
     nights: type[Nights], monkeypatch: pytest.MonkeyPatch
 ):
     use_stages_here(monkeypatch)
-    num_examples = int(NUM_EXAMPLES or 5)
+    num_examples = int(os.environ.get("NIGHTS_EXAMPLES", "5"))
     run_state_machine_as_test(
         nights, settings=settings(PROFILE, max_examples=num_examples, stateful_step_count=20)
     )
 
 
 def test_so_it_is_with_a_real_ray(nights: type[Nights]):
-    num_examples = -(-int(NUM_EXAMPLES or 1) // 50)
+    num_examples = -(-int(os.environ.get("NIGHTS_EXAMPLES", "1")) // 50)
     run_state_machine_as_test(
         nights, settings=settings(PROFILE, max_examples=num_examples, stateful_step_count=8)
     )

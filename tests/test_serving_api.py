@@ -53,8 +53,6 @@ def test_every_answer_is_what_the_document_says(api: Any, path: str, method: str
     @given(case=strategies[0] | strategies[1])
     @settings(
         max_examples=40 if method == "POST" else 10,
-        derandomize=True,
-        database=None,
         phases=[Phase.explicit, Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
