@@ -8,7 +8,7 @@ that enters a product passes a `QuantizationPoint`, so that quantization can see
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -151,7 +151,15 @@ class BlockShape:
     """Added to the variance in LayerNorm."""
 
 
-class PreNormBlock(nn.Module):
+class Block(nn.Module):
+    """What both kinds of transformer blocks share."""
+
+    def output_at(self, position: int | Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """One token of each row of the block's output, which `token_at` tells of."""
+        return token_at(position, self(x, bias))
+
+
+class PreNormBlock(Block):
     """A block whose LayerNorms come before attention and feed-forward (CLIP, ViT)."""
 
     def __init__(self, shape: BlockShape) -> None:
@@ -168,7 +176,7 @@ class PreNormBlock(nn.Module):
         return x + self.feed_forward(self.norm2(x))
 
 
-class PostNormBlock(nn.Module):
+class PostNormBlock(Block):
     """A block whose LayerNorms come after each sum (BERT, RoBERTa)."""
 
     def __init__(self, shape: BlockShape) -> None:
@@ -183,6 +191,28 @@ class PostNormBlock(nn.Module):
         """Map float [N, T, width] to the same shape."""
         x = self.norm1(x + self.attention(x, bias))
         return self.norm2(x + self.feed_forward(x))
+
+
+def token_at(position: int | Tensor, x: Tensor) -> Tensor:
+    """[N, T, width] -> [N, width]: the same position of all rows, or int64 [N] of each."""
+    if isinstance(position, int):
+        return x[:, position]
+    return x.gather(1, position[:, None, None].expand(-1, 1, x.shape[2]))[:, 0]
+
+
+def pooled(
+    blocks: nn.ModuleList, position: int | Tensor, x: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """One token of each row after all blocks, which `token_at` tells of: [N, width].
+
+    The last block has the choice not to compute the others.
+    """
+    before: list[Any] = list(blocks)
+    last = before.pop()
+    for block in before:
+        x = block(x, bias)
+    output: Tensor = last.output_at(position, x, bias)
+    return output
 
 
 class Normalize(nn.Module):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.backends.attention_kernel import HeadFactors, attend
+from engine.quantization.fp8 import quantized
 
 DEVICE = torch.device("cuda", 0)
 
@@ -85,14 +86,19 @@ def attentions() -> dict[str, Any]:
     ):
         qkv = torch.randn(num_rows * length, 3 * 64 * num_heads, device=DEVICE).half()
         split = qkv.view(num_rows, length, 3, num_heads, 64).permute(2, 0, 3, 1, 4)
-        rounding = HeadFactors(
-            is_rounded=True, query=64.0, key=64.0, value=64.0, scores=2.0**-15, mixed=2.0**-6
-        )
+        fp8 = quantized(qkv, 2.0**-6)
+        factors = HeadFactors(scores=2.0**-15, mixed=2.0**-6)
         for label, call in (
             (
                 "ours",
-                lambda q=qkv, n=num_rows, h=num_heads, f=rounding: attend(
-                    q, num_rows=n, num_heads=h, factors=f, bias=None, scale=2.0**-6
+                lambda q=fp8, n=num_rows, h=num_heads, f=factors: attend(
+                    q,
+                    num_rows=n,
+                    num_heads=h,
+                    factors=f,
+                    bias=None,
+                    scale=2.0**-6,
+                    dtype=torch.half,
                 ),
             ),
             ("PyTorch's", lambda s=split: nn.functional.scaled_dot_product_attention(*s)),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.backends.attention_tiling import Tiling, rounding, tiling
+from engine.backends.attention_tiling import Tiling, tiling
 from engine.quantization.fp8 import FP8, dequantized, quantized
 from engine.towers import MASKED
 from tests.triton_device import DEVICE, interpreter, tl
@@ -21,18 +21,10 @@ from engine.backends import attention_kernel  # isort: skip
 from engine.backends.attention_kernel import HeadFactors, attend  # isort: skip
 
 NUM_ROWS, NUM_HEADS = 2, 3
-PLAIN = HeadFactors(is_rounded=False, query=1.0, key=1.0, value=1.0, scores=0.25, mixed=1.0)
-# The product left queries half as large as they are, and values an eighth.
-LEFT = (2.0, 1.0, 8.0)
-POINTS = (2.0**-9, 2.0**-7, 2.0**-5)
-ROUNDED = HeadFactors(
-    is_rounded=True,
-    query=0.125 * LEFT[0] / POINTS[0],
-    key=LEFT[1] / POINTS[1],
-    value=LEFT[2] / POINTS[2],
-    scores=POINTS[0] * POINTS[1],
-    mixed=POINTS[2],
-)
+PLAIN = HeadFactors(scores=0.25, mixed=1.0)
+# Of queries, keys and values in FP8.
+SCALE = 2.0**-6
+ROUNDED = HeadFactors(scores=0.25 * SCALE**2, mixed=SCALE)
 # The general kernel with room in its tile, without, and with more tiles; the resident one without
 # a tail, with one, and with the most of both.
 ONE_TILE, FULL_TILE, TWO_TILES, NO_TAIL, TAIL, LARGEST = 50, 64, 90, 128, 197, 272
@@ -63,23 +55,28 @@ def by_sdpa(qkv: Tensor, *, mask: Tensor | None = None, num_rows: int = NUM_ROWS
 
 
 def by_sdpa_of_rounded(qkv: Tensor) -> Tensor:
-    query, key, value = (
-        dequantized(quantized(x * factor, point), point, torch.float32)
-        for x, factor, point in zip(heads(qkv), (0.125 * LEFT[0], *LEFT[1:]), POINTS, strict=True)
-    )
-    return joined(functional.scaled_dot_product_attention(query, key, value, scale=1.0))
+    return by_sdpa(dequantized(quantized(qkv.float(), SCALE), SCALE, torch.float32))
 
 
 def attended(
     qkv: Tensor,
     *,
-    factors: HeadFactors = PLAIN,
+    is_rounded: bool = False,
     bias: Tensor | None = None,
     num_rows: int = NUM_ROWS,
+    scale: float | None = None,
 ) -> Tensor:
-    return attend(
-        qkv, num_rows=num_rows, num_heads=NUM_HEADS, factors=factors, bias=bias, scale=None
-    ).float()
+    """Of 16 bit, or of FP8 made of it; as 16 bit, or as FP8 of `scale`: float32."""
+    found = attend(
+        quantized(qkv, SCALE) if is_rounded else qkv,
+        num_rows=num_rows,
+        num_heads=NUM_HEADS,
+        factors=ROUNDED if is_rounded else PLAIN,
+        bias=bias,
+        scale=scale,
+        dtype=qkv.dtype,
+    )
+    return found.float() if scale is None else dequantized(found, scale, torch.float32)
 
 
 # Below a tile, a whole one, two, one more, and head widths that are no power of two.
@@ -127,16 +124,16 @@ def test_a_row_that_is_all_padding_sees_all_of_it(length: int) -> None:
     torch.testing.assert_close(attended(qkv, bias=bias), by_sdpa(qkv), rtol=2e-3, atol=2e-2)
 
 
-@pytest.mark.parametrize("factors", [PLAIN, ROUNDED])
+@pytest.mark.parametrize("is_rounded", [False, True])
 @pytest.mark.parametrize("length", [20, TWO_TILES, TAIL])
-def test_rows_do_not_see_each_other(length: int, factors: HeadFactors) -> None:
+def test_rows_do_not_see_each_other(length: int, is_rounded: bool) -> None:
     qkv = projections(length, head_width=64)
     changed = qkv.clone()
     changed[length:] += 1
-    found, found_changed = attended(qkv, factors=factors), attended(changed, factors=factors)
+    found, found_changed = (attended(x, is_rounded=is_rounded) for x in (qkv, changed))
     torch.testing.assert_close(found_changed[:length], found[:length], rtol=0, atol=0)
     assert not torch.allclose(found_changed[length:], found[length:])
-    alone = attended(qkv[:length], factors=factors, num_rows=1)
+    alone = attended(qkv[:length], is_rounded=is_rounded, num_rows=1)
     torch.testing.assert_close(alone, found[:length], rtol=0, atol=0)
 
 
@@ -144,8 +141,8 @@ def test_rows_do_not_see_each_other(length: int, factors: HeadFactors) -> None:
 def test_nothing_is_written_beyond_the_result(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     qkv = projections(length, head_width=64)
     room = torch.full((len(qkv) + 64, NUM_HEADS * 64), 7.0, dtype=qkv.dtype, device=DEVICE)
-    monkeypatch.setattr(attention_kernel, "product_input", lambda x, scale: room[: len(x)])
-    attended(qkv, factors=ROUNDED)
+    monkeypatch.setattr(attention_kernel, "product_input", lambda x, scale, dtype: room[: len(x)])
+    attended(qkv, is_rounded=True)
     assert (room[: len(qkv)] != 7.0).any(dim=1).all()
     assert (room[len(qkv) :] == 7.0).all()
 
@@ -162,21 +159,15 @@ def test_rounding_of_queries_keys_and_values_and_of_the_result(
 ) -> None:
     # A few are beyond FP8's range. On a GPU, sums of FP8 products have about 14 bits.
     qkv = 1.5 * projections(length, head_width=64)
-    found = attend(
-        qkv, num_rows=NUM_ROWS, num_heads=NUM_HEADS, factors=ROUNDED, bias=None, scale=scale
-    )
-    expected = by_sdpa_of_rounded(qkv)
-    if scale is None:
-        torch.testing.assert_close(found.float(), expected, rtol=2e-3, atol=5e-2)
-    else:
-        found = dequantized(found, scale, torch.float32)
-        torch.testing.assert_close(found, expected, rtol=0.07, atol=5e-2)
+    found = attended(qkv, is_rounded=True, scale=scale)
+    rtol = 2e-3 if scale is None else 0.07
+    torch.testing.assert_close(found, by_sdpa_of_rounded(qkv), rtol=rtol, atol=5e-2)
 
 
 @pytest.mark.parametrize("head_width", [8, 24])
 def test_rounding_where_heads_are_narrow(head_width: int) -> None:
     qkv = projections(20, head_width=head_width)
-    found = attended(qkv, factors=ROUNDED)
+    found = attended(qkv, is_rounded=True)
     torch.testing.assert_close(found, by_sdpa_of_rounded(qkv), rtol=2e-3, atol=5e-2)
 
 
@@ -185,20 +176,20 @@ def test_both_kernels_compute_the_same(length: int) -> None:
     qkv = projections(length, head_width=64)
     # Only the general kernel adds a bias.
     bias = torch.zeros(1, 1, length, length, dtype=torch.float16, device=DEVICE)
-    found = attended(qkv, factors=ROUNDED)
-    expected = attended(qkv, factors=ROUNDED, bias=bias)
+    found = attended(qkv, is_rounded=True)
+    expected = attended(qkv, is_rounded=True, bias=bias)
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=5e-2)
 
 
-@pytest.mark.parametrize("factors", [PLAIN, ROUNDED])
-def test_one_tile_computes_what_more_tiles_do(factors: HeadFactors) -> None:
+@pytest.mark.parametrize("is_rounded", [False, True])
+def test_one_tile_computes_what_more_tiles_do(is_rounded: bool) -> None:
     qkv = projections(ONE_TILE, head_width=64)
     longer = functional.pad(qkv.view(NUM_ROWS, ONE_TILE, -1), (0, 0, 0, 50), value=1.0)
     is_padding = torch.arange(ONE_TILE + 50, device=DEVICE) >= ONE_TILE
     bias = is_padding.half().view(1, 1, 1, -1) * MASKED
-    expected = attended(longer.flatten(0, 1), factors=factors, bias=bias)
+    expected = attended(longer.flatten(0, 1), is_rounded=is_rounded, bias=bias)
     expected = expected.view(NUM_ROWS, ONE_TILE + 50, -1)[:, :ONE_TILE].flatten(0, 1)
-    torch.testing.assert_close(attended(qkv, factors=factors), expected, rtol=2e-3, atol=5e-2)
+    torch.testing.assert_close(attended(qkv, is_rounded=is_rounded), expected, rtol=2e-3, atol=5e-2)
 
 
 @pytest.fixture
@@ -218,9 +209,9 @@ def interpreter_keeps_nan(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("interpreter_keeps_nan")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of NaN, in the interpreter
-@pytest.mark.parametrize("factors", [PLAIN, ROUNDED])
+@pytest.mark.parametrize("is_rounded", [False, True])
 @pytest.mark.parametrize("length", [ONE_TILE, TWO_TILES, TAIL])
-def test_nan_stays_nan_and_in_its_head(length: int, factors: HeadFactors) -> None:
+def test_nan_stays_nan_and_in_its_head(length: int, is_rounded: bool) -> None:
     qkv = projections(length, head_width=64)
     query, key, value = qkv.view(NUM_ROWS, length, 3, NUM_HEADS, 64).unbind(2)
     query[0, -1, 0, 5] = float("nan")
@@ -230,7 +221,7 @@ def test_nan_stays_nan_and_in_its_head(length: int, factors: HeadFactors) -> Non
     expected[0, -1, 0] = True
     expected[0, :, 1] = True
     expected[1, :, 2, 5] = True
-    found = attended(qkv, factors=factors)
+    found = attended(qkv, is_rounded=is_rounded)
     assert torch.equal(found.isnan().view_as(expected), expected)
 
 
@@ -240,7 +231,7 @@ def test_infinity_becomes_the_largest_fp8_number(length: int) -> None:
     qkv[4, ::50] = float("inf")
     expected = by_sdpa_of_rounded(qkv)
     assert expected.isfinite().all()
-    torch.testing.assert_close(attended(qkv, factors=ROUNDED), expected, rtol=2e-3, atol=5e-2)
+    torch.testing.assert_close(attended(qkv, is_rounded=True), expected, rtol=2e-3, atol=5e-2)
 
 
 @pytest.mark.gpu
@@ -248,7 +239,7 @@ def test_infinity_becomes_the_largest_fp8_number(length: int) -> None:
 def test_rounding_of_bfloat16(length: int) -> None:
     # Triton's interpreter does not multiply bfloat16.
     qkv = projections(length, head_width=64).bfloat16()
-    found = attended(qkv, factors=ROUNDED)
+    found = attended(qkv, is_rounded=True)
     torch.testing.assert_close(found, by_sdpa_of_rounded(qkv), rtol=2e-2, atol=0.1)
 
 
@@ -268,14 +259,16 @@ def general(num_tiles: int, *, tile: int) -> Tiling:
         (32, general(1, tile=32)),
         (50, general(1, tile=64)),
         (64, general(1, tile=64)),
-        (65, resident(1, tail=16)),
+        (65, resident(1, tail=8)),
+        (72, resident(1, tail=8)),
+        (73, resident(1, tail=16)),
         (80, resident(1, tail=16)),
         (81, general(2, tile=64)),
         (128, resident(2, tail=0)),
-        (196, resident(3, tail=16)),
-        (197, resident(3, tail=16)),
+        (196, resident(3, tail=8)),
+        (197, resident(3, tail=8)),
         (256, resident(4, tail=0)),
-        (257, resident(4, tail=16)),
+        (257, resident(4, tail=8)),
         (272, resident(4, tail=16)),
         (273, general(5, tile=64)),
         (320, general(5, tile=64)),
@@ -283,58 +276,18 @@ def general(num_tiles: int, *, tile: int) -> Tiling:
     ],
 )
 def test_tiling_of_heads_of_64_channels(length: int, expected: Tiling) -> None:
-    found = tiling(length, head_width=64, has_bias=False, is_rounded=True, is_hopper=True)
+    found = tiling(length, head_width=64, has_bias=False, is_fp8=True, is_hopper=True)
     assert found == expected
 
 
 def test_the_resident_kernel_is_for_what_it_can_do_and_was_measured_with() -> None:
     found = [
-        tiling(257, head_width=80, has_bias=False, is_rounded=True, is_hopper=True),
-        tiling(257, head_width=64, has_bias=True, is_rounded=True, is_hopper=True),
-        tiling(257, head_width=64, has_bias=False, is_rounded=False, is_hopper=True),
-        tiling(257, head_width=64, has_bias=False, is_rounded=True, is_hopper=False),
+        tiling(257, head_width=80, has_bias=False, is_fp8=True, is_hopper=True),
+        tiling(257, head_width=64, has_bias=True, is_fp8=True, is_hopper=True),
+        tiling(257, head_width=64, has_bias=False, is_fp8=False, is_hopper=True),
+        tiling(257, head_width=64, has_bias=False, is_fp8=True, is_hopper=False),
     ]
     assert found == 4 * [general(5, tile=64)]
-
-
-def factors_of(query: float, key: float = 1.0, value: float = 1.0) -> HeadFactors:
-    return HeadFactors(is_rounded=True, query=query, key=key, value=value, scores=1.0, mixed=1.0)
-
-
-def rounding_of(factors: HeadFactors, **how: Any) -> str:
-    three = (factors.query, factors.key, factors.value)
-    return rounding(three, is_rounded=factors.is_rounded, **how)
-
-
-@pytest.mark.parametrize(
-    ("factors", "expected"),
-    [
-        (PLAIN, "none"),
-        (factors_of(1.0), "float16"),
-        (factors_of(2.0**-14, 2.0**15), "float16"),
-        (factors_of(2.0**-15), "float32"),
-        (factors_of(1.0, 2.0**16), "float32"),
-        (factors_of(1.0, 1.0, 80**-0.5), "float32"),
-    ],
-)
-def test_float16_is_rounded_as_it_is_where_factors_let_it(
-    factors: HeadFactors, expected: str
-) -> None:
-    assert rounding_of(factors, dtype=torch.float16, is_interpreted=False) == expected
-
-
-def test_bfloat16_and_the_interpreter_round_from_float32() -> None:
-    factors = factors_of(1.0)
-    assert rounding_of(factors, dtype=torch.bfloat16, is_interpreted=False) == "float32"
-    assert rounding_of(factors, dtype=torch.float16, is_interpreted=True) == "float32"
-
-
-@pytest.mark.parametrize("exponent", range(-14, 16))
-def test_factors_leave_float16_exact_for_fp8(exponent: int) -> None:
-    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
-    found = quantized(x * torch.tensor(2.0**exponent, dtype=torch.float16), 1.0)
-    expected = quantized(x, 2.0**-exponent)
-    torch.testing.assert_close(found.float(), expected.float(), rtol=0, atol=0, equal_nan=True)
 
 
 # Compiles what `attend` would launch on cards that are not here, which the interpreter, whose
@@ -375,15 +328,18 @@ class Compiler:
 
 attention_kernel._general_kernel = Compiler(attention_kernel._general_kernel)
 attention_kernel._resident_kernel = Compiler(attention_kernel._resident_kernel)
-factors = HeadFactors(is_rounded=True, query=2.0, key=2.0, value=2.0, scores=1.0, mixed=1.0)
+factors = HeadFactors(scores=1.0, mixed=1.0)
 for capability, length, head_width, has_bias in (
     (90, 257, 64, False), (90, 50, 16, False), (89, 77, 64, True), (120, 257, 64, False)
 ):
     target = GPUTarget("cuda", capability, 32)
     torch.cuda.get_device_capability = lambda device: divmod(capability, 10)
-    qkv = torch.empty(length, 3 * head_width, dtype=torch.float16, device="meta")
-    bias = qkv.new_empty(length, length) if has_bias else None
-    attend(qkv, num_rows=1, num_heads=1, factors=factors, bias=bias, scale=1.0)
+    half = torch.empty(length, 3 * head_width, dtype=torch.half, device="meta")
+    bias = half.new_empty(length, length) if has_bias else None
+    for qkv in (half.to(torch.float8_e4m3fn), half):
+        attend(
+            qkv, num_rows=1, num_heads=1, factors=factors, bias=bias, scale=1.0, dtype=torch.half
+        )
 """
 
 
@@ -399,7 +355,7 @@ def test_kernels_compile_and_fit_into_the_shared_memory_of_cards(tmp_path: Path)
     )
     assert result.returncode == 0, result.stderr
     names, shared = zip(*(line.split() for line in result.stdout.splitlines()), strict=True)
-    assert names == ("_resident_kernel",) + 3 * ("_general_kernel",)
+    assert names == ("_resident_kernel",) + 7 * ("_general_kernel",)
     # Three programs, each with a KiB for the driver, in Hopper's 228 KiB; one in others' 99.
     assert 3 * (int(shared[0]) + 1024) <= 228 * 1024
     assert max(map(int, shared[1:])) <= 99 * 1024

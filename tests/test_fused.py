@@ -2,6 +2,8 @@
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -9,12 +11,14 @@ from torch import Tensor, nn
 
 from engine.quantization.fp8 import QuantizedPoint
 from engine.quantization.units import replace, units_of
-from engine.towers import Tower
+from engine.towers import MASKED, Attention, Tower, token_at
 from tests.max_calibration import quantize
 from tests.random_towers import bert_tower, clip_text_tower, image_tower, pixels, token_ids
 from tests.triton_device import DEVICE
 
-from engine.backends.fused import fuse  # isort: skip
+from engine.backends.attention_kernel import HeadFactors  # isort: skip
+from engine.backends.fused import fuse, head_scaling  # isort: skip
+from engine.backends.products import Product  # isort: skip
 
 TOWERS: dict[str, Callable[[], tuple[Tower, Tensor]]] = {
     "image": lambda: (image_tower(), pixels(3)),
@@ -81,6 +85,59 @@ def test_padding_has_no_influence() -> None:
     fuse(tower.to_dtype(torch.float16))
     longer = nn.functional.pad(batch, (0, 16))
     assert cosines(tower(longer), tower(batch)).min() > 0.9999
+
+
+@pytest.mark.parametrize("mix", ["all in FP8", "last block kept"])
+@pytest.mark.parametrize("name", list(TOWERS))
+@torch.inference_mode()
+def test_one_token_of_each_row_is_what_all_tokens_would_have_there(name: str, mix: str) -> None:
+    tower, batch = TOWERS[name]()
+    tower, batch = tower.to(DEVICE), batch.to(DEVICE)
+    quantize(tower, batch, is_kept=MIXES[mix])
+    fuse(tower.to_dtype(torch.float16))
+    stack: Any = tower.backbone.get_submodule("blocks.0")
+    x = torch.randn(3, 20, 48, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.float16)
+    future = torch.ones(20, 20, dtype=torch.bool, device=DEVICE).triu(1)
+    bias = future.to(x.dtype) * MASKED
+    all_tokens = stack(x, bias)
+    assert all_tokens.shape == x.shape
+    for position in (0, -1, torch.tensor([7, 0, 19], device=DEVICE)):
+        found = stack.output_at(position, x, bias)
+        expected = token_at(position, all_tokens)
+        assert found.shape == expected.shape == (3, 48)
+        # Products of other sizes, of which a rounding may tip.
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+        assert not torch.allclose(found, token_at(1, all_tokens), rtol=0.02, atol=0.02)
+
+
+def product_that_left(*factors: float) -> Product:
+    return cast(Product, SimpleNamespace(factors=factors))
+
+
+def test_queries_keys_and_values_share_the_largest_scale() -> None:
+    attention = Attention(32, num_heads=2)
+    attention.query_point, attention.key_point, attention.value_point = (
+        QuantizedPoint(scale) for scale in (2.0**-9, 2.0**-7, 2.0**-5)
+    )
+    # The product left queries half as large as they are, values an eighth; heads have a scale of
+    # 1/4. So keys are to be rounded in steps of 2^-7, queries 2^-8, values 2^-8.
+    scale, factors = head_scaling(
+        attention, cast(Product, SimpleNamespace(factors=(2.0, 1.0, 8.0)))
+    )
+    assert scale == 2.0**-7
+    assert factors == HeadFactors(scores=0.25 * 2.0 * 2.0**-14, mixed=8.0 * 2.0**-7)
+
+
+def test_a_scale_of_attention_that_is_no_power_of_two_is_left_to_the_scores() -> None:
+    attention = Attention(48, num_heads=2)
+    attention.query_point, attention.key_point, attention.value_point = (
+        QuantizedPoint(2.0**-6) for _ in range(3)
+    )
+    scale, factors = head_scaling(
+        attention, cast(Product, SimpleNamespace(factors=(1.0, 1.0, 1.0)))
+    )
+    assert scale == 2.0**-3  # not below 2^-6 / 24^-0.5
+    assert factors == HeadFactors(scores=24**-0.5 * 2.0**-6, mixed=2.0**-3)
 
 
 @pytest.mark.gpu

@@ -2,17 +2,14 @@
 
 Knows nothing of towers or checkpoints: tensors in, tensors out.
 
-It reads queries, keys and values where the product of all three wrote them, rounds them to FP8
-where the engine says so, and writes FP8 where the next product reads it. PyTorch's own attention
-would need a kernel before it and one after. Queries times keys is a product of FP8 where they are
-rounded, else of 16 bit, as probabilities times values always is; sums and softmax are float32, as
-in `kernels`.
+It reads queries, keys and values where the product of all three wrote them, in FP8 or 16 bit, and
+writes FP8 where the next product reads it. PyTorch's own attention would need a kernel before it
+and one after. Queries times keys is a product of what was read, probabilities times values one of
+16 bit; sums and softmax are float32, as in `kernels`.
 
 `attention_tiling` chooses between two kernels. A program of the general one has a tile of queries
 and meets the keys tile by tile, or all at once where they are one tile. A program of the resident
-one has all queries of a head, and keeps its keys and values, read and rounded once, in shared
-memory: on an H200, in FP8, it takes 313 us for a layer of 256 images of ViT-L/14 (length 257), and
-keys that every tile of queries rounds anew took 572.
+one has all queries of a head, and keeps its keys and values, read once, in shared memory.
 """
 
 import math
@@ -23,8 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.backends.attention_tiling import MAX_TILE, rounding, tiling
-from engine.backends.kernels import inverse, product_input, store, to_fp8
+from engine.backends.attention_tiling import MAX_TILE, MIN_TILE, tiling
+from engine.backends.kernels import inverse, product_input, store
+from engine.quantization.fp8 import FP8
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
 # Channels in a tile. FP8 products want at least 32.
@@ -33,20 +31,8 @@ _MIN_BLOCK = 32
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadFactors:
-    """What queries, keys and values must be multiplied by on their way through attention.
+    """What products in attention must be multiplied by, for what was left out before them."""
 
-    With `is_rounded`, the products see the FP8 numbers nearest to `query`, `key` and `value`
-    times what was read; without, they see what was read, and those three are 1.
-    """
-
-    is_rounded: bool
-    """Whether queries, keys and values are rounded to FP8."""
-    query: float
-    """Before rounding."""
-    key: float
-    """Before rounding."""
-    value: float
-    """Before rounding."""
     scores: float
     """Query times key, before the softmax; above 0."""
     mixed: float
@@ -54,16 +40,16 @@ class HeadFactors:
 
 
 @triton.jit
-def _read(
-    pointers: tl.tensor, mask: tl.tensor, factor: tl.tensor, rounding: tl.constexpr
-) -> tl.tensor:
-    """Queries, keys or values as products see them, and zeros where a mask says so."""
-    x = tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0.0)
-    if rounding == "float16":
-        x = (x * factor.to(tl.float16)).to(tl.float8e4nv)
-    elif rounding == "float32":
-        x = to_fp8(x.to(tl.float32) * factor)
-    return x
+def _read(pointers: tl.tensor, mask: tl.tensor) -> tl.tensor:
+    """Queries or keys, and zeros where a mask says so."""
+    return tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def _read_values(pointers: tl.tensor, mask: tl.tensor) -> tl.tensor:
+    """Values in 16 bit; those of FP8 are exact in float16, and probabilities best."""
+    x = _read(pointers, mask)
+    return x.to(tl.float16) if x.dtype == tl.float8e4nv else x
 
 
 @triton.jit
@@ -104,12 +90,8 @@ def _general_kernel(
     length: tl.tensor,
     bias_row_stride: tl.tensor,
     bias_query_stride: tl.tensor,
-    query_factor: tl.tensor,
-    key_factor: tl.tensor,
-    value_factor: tl.tensor,
     score_factor: tl.tensor,
     out_factor: tl.tensor,
-    rounding: tl.constexpr,
     num_heads: tl.constexpr,
     head_width: tl.constexpr,
     block_head: tl.constexpr,
@@ -131,7 +113,7 @@ def _general_kernel(
 
     query_mask = None if is_full else (queries < length)[:, None] & is_channel[None, :]
     query_offsets = queries[:, None] * (3 * width) + channels[None, :]
-    query = _read(query_ptr + query_offsets, query_mask, query_factor, rounding)
+    query = _read(query_ptr + query_offsets, query_mask)
     largest = tl.full([tile], float("-inf"), tl.float32)
     total = tl.zeros([tile], tl.float32)
     mixed = tl.zeros([tile, block_head], tl.float32)
@@ -140,20 +122,20 @@ def _general_kernel(
         is_key = keys < length
         key_mask = None if is_full else is_key[:, None] & is_channel[None, :]
         key_offsets = keys[:, None] * (3 * width) + channels[None, :]
-        key = _read(key_ptr + key_offsets, key_mask, key_factor, rounding)
-        value = _read(value_ptr + key_offsets, key_mask, value_factor, rounding)
+        key = _read(key_ptr + key_offsets, key_mask)
+        value = _read_values(value_ptr + key_offsets, key_mask)
         scores = tl.dot(query, tl.trans(key))
         if not is_full:
             scores = tl.where(is_key[None, :], scores, float("-inf"))
         if bias_ptr is not None:
             bias_offsets = queries[:, None] * bias_query_stride + keys[None, :]
             bias_mask = None if is_full else (queries < length)[:, None] & is_key[None, :]
-            bias = _read(bias_ptr + row * bias_row_stride + bias_offsets, bias_mask, 1.0, "none")
+            bias = _read(bias_ptr + row * bias_row_stride + bias_offsets, bias_mask)
             scores = scores * score_factor + bias.to(tl.float32) * _LOG2_E
         largest, total, mixed = _mix(
             scores,
             score_factor if bias_ptr is None else 1.0,
-            value.to(qkv_ptr.dtype.element_ty),
+            value,
             None if num_tiles == 1 else (largest, total, mixed),
             key_axis=1,
         )
@@ -194,17 +176,14 @@ def _resident_kernel(
     qkv_ptr: tl.tensor,
     out_ptr: tl.tensor,
     length: tl.tensor,
-    query_factor: tl.tensor,
-    key_factor: tl.tensor,
-    value_factor: tl.tensor,
     score_factor: tl.tensor,
     out_factor: tl.tensor,
-    rounding: tl.constexpr,
     num_heads: tl.constexpr,
     head_width: tl.constexpr,
     tile: tl.constexpr,
     num_tiles: tl.constexpr,
     tail: tl.constexpr,
+    min_terms: tl.constexpr,
 ) -> None:
     """All queries of one head against all keys."""
     head = tl.program_id(0) % num_heads
@@ -217,39 +196,40 @@ def _resident_kernel(
     score_factor *= _LOG2_E
     channels = tl.arange(0, head_width)
 
-    # Four tiles and a tail compile to 154 registers for sm_90, so that three programs run at a
+    # Four tiles and a tail compile to 157 registers for sm_90, so that three programs run at a
     # time; other orders and other forms of the offsets, to up to 255.
     keys: tl.tuple = ()
     values: tl.tuple = ()
-    is_tail_token: tl.tensor = None
+    is_tail_key: tl.tensor = None
     if tail > 0:
-        tail_tokens = num_tiles * tile + tl.arange(0, tail)
-        is_tail_token = tail_tokens < length
-        tail_mask = is_tail_token[:, None]
-        tail_offsets = tail_tokens[:, None] * (3 * width) + channels[None, :]
-        keys += (_read(key_ptr + tail_offsets, tail_mask, key_factor, rounding),)
-        tail_value = _read(value_ptr + tail_offsets, tail_mask, value_factor, rounding)
-        values += (tail_value.to(qkv_ptr.dtype.element_ty),)
+        tail_keys = num_tiles * tile + tl.arange(0, max(tail, min_terms))
+        is_tail_key = tail_keys < length
+        tail_mask = is_tail_key[:, None]
+        tail_offsets = tail_keys[:, None] * (3 * width) + channels[None, :]
+        keys += (_read(key_ptr + tail_offsets, tail_mask),)
+        values += (_read_values(value_ptr + tail_offsets, tail_mask),)
     for i in tl.static_range(num_tiles):
         tokens = i * tile + tl.arange(0, tile)
         tile_offsets = tokens[:, None] * (3 * width) + channels[None, :]
-        keys += (_read(key_ptr + tile_offsets, None, key_factor, rounding),)
-        value = _read(value_ptr + tile_offsets, None, value_factor, rounding)
-        values += (value.to(qkv_ptr.dtype.element_ty),)
+        keys += (_read(key_ptr + tile_offsets, None),)
+        values += (_read_values(value_ptr + tile_offsets, None),)
 
     if tail > 0:
         # Keys are the rows, since Hopper's tensor cores want 64; columns may be as few as 8.
-        tail_query = _read(query_ptr + tail_offsets, tail_mask, query_factor, rounding)
+        tail_queries = num_tiles * tile + tl.arange(0, tail)
+        is_tail_query = tail_queries < length
+        tail_query_offsets = tail_queries[:, None] * (3 * width) + channels[None, :]
+        tail_query = _read(query_ptr + tail_query_offsets, is_tail_query[:, None])
         tail_mixed = _attended(
-            tail_query, keys, values, is_tail_token, score_factor, out_factor, key_axis=0
+            tail_query, keys, values, is_tail_key, score_factor, out_factor, key_axis=0
         )
-        tail_out_offsets = tail_tokens[None, :] * width + channels[:, None]
-        store(out_ptr + tail_out_offsets, tail_mixed, is_tail_token[None, :])
+        tail_out_offsets = tail_queries[None, :] * width + channels[:, None]
+        store(out_ptr + tail_out_offsets, tail_mixed, is_tail_query[None, :])
     for i in tl.range(num_tiles):
         queries = i * tile + tl.arange(0, tile)
         query_offsets = queries[:, None] * (3 * width) + channels[None, :]
-        query = _read(query_ptr + query_offsets, None, query_factor, rounding)
-        mixed = _attended(query, keys, values, is_tail_token, score_factor, out_factor, key_axis=1)
+        query = _read(query_ptr + query_offsets, None)
+        mixed = _attended(query, keys, values, is_tail_key, score_factor, out_factor, key_axis=1)
         store(out_ptr + queries[:, None] * width + channels[None, :], mixed, None)
 
 
@@ -261,16 +241,18 @@ def attend(
     factors: HeadFactors,
     bias: Tensor | None,
     scale: float | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Multi-head self-attention, for the next product.
 
     Args:
-        qkv: 16 bit [num_rows * T, 3 * width]: queries, keys and values side by side.
+        qkv: FP8 or 16 bit [num_rows * T, 3 * width]: queries, keys and values side by side.
         num_rows: Of the batch.
         num_heads: Divides the width.
         factors: That the products before left to be done.
         bias: Added to the scores; 16 bit, broadcast to [num_rows, 1, T, T].
         scale: Of the product's FP8 input; None for 16 bit.
+        dtype: Of the 16-bit input.
 
     Returns:
         [num_rows * T, width].
@@ -279,40 +261,32 @@ def attend(
     head_width = width // num_heads
     # Triton's interpreter, which the CPU means, runs what Hopper does.
     is_interpreted = qkv.device.type == "cpu"
+    is_fp8 = qkv.dtype == FP8
     tiles = tiling(
         length,
         head_width=head_width,
         has_bias=bias is not None,
-        is_rounded=factors.is_rounded,
+        is_fp8=is_fp8,
         is_hopper=is_interpreted or torch.cuda.get_device_capability(qkv.device)[0] == 9,
     )
-    out = product_input(qkv[:, :width], scale)
+    out = product_input(qkv[:, :width], scale, dtype=dtype)
     out_factor = factors.mixed * inverse(scale)
-    rounded_from = rounding(
-        (factors.query, factors.key, factors.value),
-        is_rounded=factors.is_rounded,
-        dtype=qkv.dtype,
-        is_interpreted=is_interpreted,
-    )
-    # Tiles to be rounded pass through registers: to load them ahead was slower on an H200. A
-    # third stage of wide heads would exceed the shared memory of cards other than sm_90.
-    num_stages = 1 if factors.is_rounded else 2
+    # Values of FP8 pass through registers: to load them ahead was slower on an H200. A third
+    # stage of wide heads would exceed the shared memory of cards other than sm_90.
+    num_stages = 1 if is_fp8 else 2
     if tiles.is_resident:
         _resident_kernel[(num_rows * num_heads,)](
             qkv,
             out,
             length,
-            factors.query,
-            factors.key,
-            factors.value,
             factors.scores,
             out_factor,
-            rounding=rounded_from,
             num_heads=num_heads,
             head_width=head_width,
             tile=tiles.tile,
             num_tiles=tiles.num_tiles,
             tail=tiles.tail,
+            min_terms=MIN_TILE,
             num_warps=4,
             num_stages=num_stages,
         )
@@ -330,12 +304,8 @@ def attend(
         length,
         row_stride,
         query_stride,
-        factors.query,
-        factors.key,
-        factors.value,
         factors.scores,
         out_factor,
-        rounding=rounded_from,
         num_heads=num_heads,
         head_width=head_width,
         block_head=block_head,

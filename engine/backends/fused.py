@@ -12,6 +12,7 @@ rounded to FP8 straight from float32, what an activation reads is not rounded to
 product applies it, and softmax outputs, which never leave the multiprocessor, not to FP8.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,12 +20,20 @@ import torch
 from torch import Tensor, nn
 
 from engine.backends.attention_kernel import HeadFactors, attend
-from engine.backends.kernels import post_norm, pre_norm, quantize
+from engine.backends.kernels import activate, post_norm, pre_norm
 from engine.backends.patches import NormalizedPatches, PatchProduct
 from engine.backends.products import Product, join
 from engine.quantization.fp8 import QuantizedPoint
 from engine.quantization.units import replace
-from engine.towers import ACTIVATIONS, Attention, ImageTower, PostNormBlock, PreNormBlock, Tower
+from engine.towers import (
+    ACTIVATIONS,
+    Attention,
+    ImageTower,
+    PostNormBlock,
+    PreNormBlock,
+    Tower,
+    token_at,
+)
 
 
 class FusedBlock:
@@ -47,74 +56,106 @@ class FusedBlock:
         self.fc1 = join(feed_forward.fc1, point=feed_forward.fc1_point, dtype=dtype)
         self.fc2 = join(feed_forward.fc2, point=feed_forward.fc2_point, dtype=dtype)
         self._num_heads = attention.num_heads
-        self._head_factors = head_factors(attention, self.qkv)
+        self._head_scale, self._head_factors = head_scaling(attention, self.qkv)
+        self._dtype = dtype
         # All activations are in the table but the gated one.
         names = {function: name for name, function in ACTIVATIONS.items()}
         self._act = names.get(feed_forward.act, "swiglu")
 
-    def attention(self, x: Tensor, *, num_rows: int, bias: Tensor | None) -> Tensor:
-        """What `qkv` reads [M, width] -> 16 bit [M, width]."""
-        mixed = attend(
-            self.qkv(x),
+    def mixed(self, x: Tensor, *, num_rows: int, bias: Tensor | None) -> Tensor:
+        """What `qkv` reads [M, width] -> values mixed by attention, as `output` reads them."""
+        return attend(
+            self.qkv.activated(x, act="none", scale=self._head_scale),
             num_rows=num_rows,
             num_heads=self._num_heads,
             factors=self._head_factors,
             bias=bias,
             scale=self.output.input_scale,
+            dtype=self._dtype,
         )
-        return self.output(mixed)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """What `fc1` reads [M, width] -> 16 bit [M, width]."""
         return self.fc2(self.fc1.activated(x, act=self._act, scale=self.fc2.input_scale))
 
 
-class PreNormStack(nn.Module):
-    """All blocks of a pre-norm tower; in its place in the backbone, it acts as a single block."""
+class FusedStack(nn.Module):
+    """All blocks of a tower; in its place in the backbone, it acts as a single block."""
 
-    def __init__(self, blocks: Iterable[PreNormBlock]) -> None:
+    def __init__(self, blocks: Iterable[PreNormBlock] | Iterable[PostNormBlock]) -> None:
         """Take over the blocks' weights."""
         super().__init__()
         self._blocks = [FusedBlock(block) for block in blocks]
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Map 16 bit [N, T, width] to the same shape."""
+        return self._output(None, x, bias).view(x.shape)
+
+    def output_at(self, position: int | Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Map 16 bit [N, T, width] to [N, width], one token of each row, as `token_at` has it.
+
+        What the last block does after its attention, it does for these tokens alone.
+        """
+        return self._output(position, x, bias)
+
+    def _output(self, position: int | Tensor | None, x: Tensor, bias: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def _wanted(
+        self, block: FusedBlock, position: int | Tensor | None, *tokens: Tensor, num_rows: int
+    ) -> tuple[Tensor, ...]:
+        """Of tokens [num_rows * T, width] those to go on with after a block's attention."""
+        if position is None or block is not self._blocks[-1]:
+            return tokens
+        return tuple(
+            # As bytes, since not all of PyTorch knows FP8.
+            token_at(position, x.view(torch.uint8).view(num_rows, -1, x.shape[1] * x.itemsize))
+            .contiguous()
+            .view(x.dtype)
+            for x in tokens
+        )
+
+
+class PreNormStack(FusedStack):
+    """Of a pre-norm tower."""
+
+    def _output(self, position: int | Tensor | None, x: Tensor, bias: Tensor | None) -> Tensor:
         residual = x.reshape(-1, x.shape[-1])
         delta = None
         for block in self._blocks:
             residual, normed = pre_norm(
                 residual, delta, layer_norm=block.norm1, scale=block.qkv.input_scale
             )
-            delta = block.attention(normed, num_rows=len(x), bias=bias)
+            mixed = block.mixed(normed, num_rows=len(x), bias=bias)
+            residual, mixed = self._wanted(block, position, residual, mixed, num_rows=len(x))
             residual, normed = pre_norm(
-                residual, delta, layer_norm=block.norm2, scale=block.fc1.input_scale
+                residual, block.output(mixed), layer_norm=block.norm2, scale=block.fc1.input_scale
             )
             delta = block.feed_forward(normed)
-        return (residual if delta is None else residual + delta).view(x.shape)
+        return residual if delta is None else residual + delta
 
 
-class PostNormStack(nn.Module):
-    """All blocks of a post-norm tower; in its place in the backbone, it acts as a single block."""
+class PostNormStack(FusedStack):
+    """Of a post-norm tower."""
 
-    def __init__(self, blocks: Iterable[PostNormBlock]) -> None:
-        """Take over the blocks' weights."""
-        super().__init__()
-        self._blocks = [FusedBlock(block) for block in blocks]
-
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Map 16 bit [N, T, width] to the same shape."""
+    def _output(self, position: int | Tensor | None, x: Tensor, bias: Tensor | None) -> Tensor:
         residual = x.reshape(-1, x.shape[-1])
         # The scale under which each block's second norm writes: that of the next block's input.
         scales = [block.qkv.input_scale for block in self._blocks]
-        normed = quantize(residual, scale=scales[0])
+        normed = activate(residual, act="none", scale=scales[0])
         for block, next_scale in zip(self._blocks, [*scales[1:], None], strict=True):
-            delta = block.attention(normed, num_rows=len(x), bias=bias)
+            mixed = block.mixed(normed, num_rows=len(x), bias=bias)
+            residual, mixed = self._wanted(block, position, residual, mixed, num_rows=len(x))
             residual, normed = post_norm(
-                residual, delta, layer_norm=block.norm1, scale=block.fc1.input_scale
+                residual, block.output(mixed), layer_norm=block.norm1, scale=block.fc1.input_scale
             )
-            delta = block.feed_forward(normed)
-            residual, normed = post_norm(residual, delta, layer_norm=block.norm2, scale=next_scale)
-        return residual.view(x.shape)
+            residual, normed = post_norm(
+                residual,
+                block.feed_forward(normed),
+                layer_norm=block.norm2,
+                scale=next_scale,
+            )
+        return residual
 
 
 @torch.no_grad()
@@ -139,25 +180,22 @@ def fuse(tower: Tower) -> None:
     replace(tower, {"backbone.blocks": nn.ModuleList([stack(blocks)])})
 
 
-def head_factors(attention: Attention, qkv: Product) -> HeadFactors:
-    """The factors that `qkv` left, joined with attention's own scale and those of its points."""
+def head_scaling(attention: Attention, qkv: Product) -> tuple[float | None, HeadFactors]:
+    """The scale of FP8 queries, keys and values, None for 16 bit; and what is left to be done.
+
+    Left by `qkv` for each of the three, by attention's own scale, and by the scale that they share
+    as the output of one product. It is the largest that their points ask for. Where that is 2^n
+    times a point's own, numbers below 2^(n - 15) of the point's largest have fewer bits.
+    """
     query, key, value = qkv.factors
     query *= attention.scale
+    points = (attention.query_point, attention.key_point, attention.value_point)
     scales = [
-        point.scale
-        for point in (attention.query_point, attention.key_point, attention.value_point)
+        point.scale / factor
+        for point, factor in zip(points, (query, key, value), strict=True)
         if isinstance(point, QuantizedPoint)
     ]
     if not scales:
-        return HeadFactors(
-            is_rounded=False, query=1.0, key=1.0, value=1.0, scores=query * key, mixed=value
-        )
-    query_scale, key_scale, value_scale = scales
-    return HeadFactors(
-        is_rounded=True,
-        query=query / query_scale,
-        key=key / key_scale,
-        value=value / value_scale,
-        scores=query_scale * key_scale,
-        mixed=value_scale,
-    )
+        return None, HeadFactors(scores=query * key, mixed=value)
+    shared = 2.0 ** math.ceil(math.log2(max(scales)))
+    return shared, HeadFactors(scores=query * key * shared**2, mixed=value * shared)

@@ -61,7 +61,8 @@ def _product_kernel(
             total = tl.dot(x, weight.T, total)
         columns = column + tl.arange(0, tile_columns)
         bias = tl.load(bias_ptr + columns, mask=columns < num_columns, other=0.0)
-        y = activated(total * product_scale + bias.to(tl.float32)[None, :], act) * inverse_scale
+        y = total * product_scale + bias.to(tl.float32)[None, :]
+        y = activated(y, act, out_is_fp8) * inverse_scale
         if out_is_fp8:
             out_tiles.store([row, column], to_fp8(y))
         else:

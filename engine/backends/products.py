@@ -38,7 +38,7 @@ class Product(Protocol):
         ...
 
     def activated(self, x: Tensor, *, act: str, scale: float | None) -> Tensor:
-        """Multiply, and apply an activation named as in `engine.towers`, or `swiglu`.
+        """Multiply, and apply an activation named as in `engine.towers`, or `swiglu` or `none`.
 
         Returns:
             What the next product reads: FP8 of its `scale`, or 16 bit where that is None.
@@ -103,7 +103,8 @@ class Fp8Product:
 
     def activated(self, x: Tensor, *, act: str, scale: float | None) -> Tensor:
         """Multiply FP8 [M, in] and activate, in one kernel where that is faster."""
-        if act == "swiglu" or not is_faster(x, num_columns=len(self._bias)):
+        is_plain = act == "none" and scale is None
+        if is_plain or act == "swiglu" or not is_faster(x, num_columns=len(self._bias)):
             return activate(self(x), act=act, scale=scale)
         return multiply_and_activate(
             x,

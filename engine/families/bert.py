@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from engine.errors import CheckpointError
 from engine.families.backbone import NameRules, TokenBackbone, TokenRules, block_shape
-from engine.towers import MASKED, PostNormBlock
+from engine.towers import MASKED, PostNormBlock, pooled
 
 TEXT_NAMES: NameRules = (
     (r"^text_projection", "projection"),
@@ -70,6 +70,4 @@ class TextBackbone(TokenBackbone):
         x = self.embedding_norm(x)
         padding = (token_ids == self.pad_token_id)[:, None, None, :]
         bias = padding.to(x.dtype) * MASKED
-        for block in self.blocks:
-            x = block(x, bias)
-        return torch.tanh(self.pooler(x[:, 0]))
+        return torch.tanh(self.pooler(pooled(self.blocks, 0, x, bias)))

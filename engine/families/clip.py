@@ -22,7 +22,7 @@ from engine.families.backbone import (
     square_size,
     tokens,
 )
-from engine.towers import MASKED, PreNormBlock
+from engine.towers import MASKED, PreNormBlock, pooled
 
 BLOCK_NAMES: NameRules = (
     (r"\.layers\.(\d+)\.layer_norm(\d)", r".blocks.\1.norm\2"),
@@ -74,11 +74,9 @@ class ImageBackbone(PixelBackbone):
     def forward(self, pixels: Tensor) -> Tensor:
         """Encode normalized pixels."""
         patches = tokens(self.patch_embedding(pixels))
-        first = self.class_embedding.expand(patches.shape[0], 1, -1)
+        first = self.class_embedding.repeat(patches.shape[0], 1, 1)
         x = self.pre_norm(torch.cat([first, patches], dim=1) + self.position_embedding.weight)
-        for block in self.blocks:
-            x = block(x)
-        return self.post_norm(x[:, 0])
+        return self.post_norm(pooled(self.blocks, 0, x))
 
 
 class TextBackbone(TokenBackbone):
@@ -112,10 +110,7 @@ class TextBackbone(TokenBackbone):
         length = token_ids.shape[1]
         x = self.token_embedding(token_ids) + self.position_embedding.weight[:length]
         bias = self.causal_bias[:length, :length]
-        for block in self.blocks:
-            x = block(x, bias)
-        last = self._end_of_text(token_ids)[:, None, None].expand(-1, 1, x.shape[2])
-        return self.final_norm(x.gather(1, last)[:, 0])
+        return self.final_norm(pooled(self.blocks, self._end_of_text(token_ids), x, bias))
 
     def _end_of_text(self, token_ids: Tensor) -> Tensor:
         if self.eos_token_id == _LEGACY_EOS_TOKEN_ID:

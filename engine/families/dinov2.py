@@ -23,7 +23,7 @@ from engine.families.backbone import (
     tokens,
 )
 from engine.families.vit import EMBEDDING_NAMES
-from engine.towers import BlockShape, PreNormBlock
+from engine.towers import BlockShape, PreNormBlock, pooled
 
 IMAGE_NAMES: NameRules = (
     *EMBEDDING_NAMES,
@@ -129,9 +129,7 @@ class ImageBackbone(PixelBackbone):
         if self.register_embedding is not None:
             special = torch.cat([special, self.register_embedding], dim=1)
         x = torch.cat([special.expand(patches.shape[0], -1, -1), patches + positions], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        return self.post_norm(x[:, 0])
+        return self.post_norm(pooled(self.blocks, 0, x))
 
 
 def _block_shape(config: Any) -> BlockShape:

@@ -21,7 +21,7 @@ from engine.families.backbone import (
     square_size,
     tokens,
 )
-from engine.towers import PreNormBlock, activation
+from engine.towers import PreNormBlock, activation, pooled
 
 # What ViT and DINOv2 share.
 EMBEDDING_NAMES: NameRules = (
@@ -68,8 +68,6 @@ class ImageBackbone(PixelBackbone):
     def forward(self, pixels: Tensor) -> Tensor:
         """Encode normalized pixels."""
         patches = tokens(self.patch_embedding(pixels))
-        first = self.class_embedding.expand(patches.shape[0], -1, -1)
+        first = self.class_embedding.repeat(patches.shape[0], 1, 1)
         x = torch.cat([first, patches], dim=1) + self.position_embedding
-        for block in self.blocks:
-            x = block(x)
-        return self.pooler_act(self.pooler(self.post_norm(x[:, 0])))
+        return self.pooler_act(self.pooler(self.post_norm(pooled(self.blocks, 0, x))))
