@@ -27,7 +27,7 @@ SCALE = 2.0**-6
 ROUNDED = HeadFactors(scores=0.25 * SCALE**2, mixed=SCALE)
 # The general kernel with room in its tile, without, and with more tiles; the resident one without
 # a tail, with one, and with the most of both.
-ONE_TILE, FULL_TILE, TWO_TILES, NO_TAIL, TAIL, LARGEST = 50, 64, 90, 128, 197, 272
+ONE_TILE, FULL_TILE, TWO_TILES, NO_TAIL, TAIL, LARGEST = 50, 64, 90, 128, 197, 264
 
 
 def projections(length: int, *, head_width: int = 16, num_rows: int = NUM_ROWS) -> Tensor:
@@ -261,16 +261,14 @@ def general(num_tiles: int, *, tile: int) -> Tiling:
         (64, general(1, tile=64)),
         (65, resident(1, tail=8)),
         (72, resident(1, tail=8)),
-        (73, resident(1, tail=16)),
-        (80, resident(1, tail=16)),
-        (81, general(2, tile=64)),
+        (73, general(2, tile=64)),
         (128, resident(2, tail=0)),
         (196, resident(3, tail=8)),
         (197, resident(3, tail=8)),
         (256, resident(4, tail=0)),
         (257, resident(4, tail=8)),
-        (272, resident(4, tail=16)),
-        (273, general(5, tile=64)),
+        (264, resident(4, tail=8)),
+        (265, general(5, tile=64)),
         (320, general(5, tile=64)),
         (577, general(10, tile=64)),
     ],

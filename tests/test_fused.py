@@ -84,7 +84,8 @@ def test_padding_has_no_influence() -> None:
     quantize(tower, batch)
     fuse(tower.to_dtype(torch.float16))
     longer = nn.functional.pad(batch, (0, 16))
-    assert cosines(tower(longer), tower(batch)).min() > 0.9999
+    # On a GPU, cuBLAS has other kernels for other sizes.
+    assert cosines(tower(longer), tower(batch)).min() > (0.9999 if DEVICE.type == "cpu" else 0.999)
 
 
 @pytest.mark.parametrize("mix", ["all in FP8", "last block kept"])

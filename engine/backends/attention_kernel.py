@@ -183,7 +183,7 @@ def _resident_kernel(
     tile: tl.constexpr,
     num_tiles: tl.constexpr,
     tail: tl.constexpr,
-    min_terms: tl.constexpr,
+    tail_terms: tl.constexpr,
 ) -> None:
     """All queries of one head against all keys."""
     head = tl.program_id(0) % num_heads
@@ -202,7 +202,7 @@ def _resident_kernel(
     values: tl.tuple = ()
     is_tail_key: tl.tensor = None
     if tail > 0:
-        tail_keys = num_tiles * tile + tl.arange(0, max(tail, min_terms))
+        tail_keys = num_tiles * tile + tl.arange(0, tail_terms)
         is_tail_key = tail_keys < length
         tail_mask = is_tail_key[:, None]
         tail_offsets = tail_keys[:, None] * (3 * width) + channels[None, :]
@@ -286,7 +286,7 @@ def attend(
             tile=tiles.tile,
             num_tiles=tiles.num_tiles,
             tail=tiles.tail,
-            min_terms=MIN_TILE,
+            tail_terms=MIN_TILE,  # what tensor cores want, masked beyond the tail
             num_warps=4,
             num_stages=num_stages,
         )

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 # Tokens in a tile. Tensor cores want at least 16; Hopper's want 64.
 MIN_TILE, MAX_TILE = 16, 64
-# Queries in the resident kernel's tail, where they are columns: at least half a tile.
-_MIN_TAIL = 8
+# Queries in the resident kernel's tail, where they are columns, of which there may be fewer.
+_TAIL = 8
 # What the resident kernel was measured with. Four tiles and a tail take 74 KiB of shared memory.
 _RESIDENT_HEAD_WIDTH, _MAX_RESIDENT_TILES = 64, 4
 
@@ -35,13 +35,13 @@ def tiling(
     if (
         length > MAX_TILE
         and num_full <= _MAX_RESIDENT_TILES
-        and num_left <= MIN_TILE
+        and num_left <= _TAIL
         and head_width == _RESIDENT_HEAD_WIDTH
         and not has_bias
         and is_fp8
         and is_hopper
     ):
-        tail = 0 if num_left == 0 else _MIN_TAIL if num_left <= _MIN_TAIL else MIN_TILE
+        tail = _TAIL if num_left else 0
         return Tiling(is_resident=True, tile=MAX_TILE, num_tiles=num_full, tail=tail)
     tile = min(MAX_TILE, max(MIN_TILE, 1 << (length - 1).bit_length()))
     return Tiling(is_resident=False, tile=tile, num_tiles=-(-length // tile), tail=0)

@@ -7,9 +7,11 @@ to a product that reads FP8, and nothing is read only to be converted. The resid
 tower's 16-bit type, as in the exported graph; in float32 it would add a quarter to the kernels'
 traffic.
 
-Three things differ from the exported graph, and all are closer to float32 than it is: values are
+Four things differ from the exported graph. Three are closer to float32 than it is: values are
 rounded to FP8 straight from float32, what an activation reads is not rounded to 16 bit where a
-product applies it, and softmax outputs, which never leave the multiprocessor, not to FP8.
+product applies it, and softmax outputs, which never leave the multiprocessor, not to FP8. The
+fourth is not, but where a rounding is the coarsest it changes nothing: queries, keys and values
+share a scale (`head_scaling`).
 """
 
 import math

@@ -3,9 +3,9 @@
 Knows nothing of layers: tensors in, tensors out.
 
 cuBLAS has no FP8 product that ends in quick GELU or in FP8 of a float32 sum, so that its 16-bit
-output is written and read once more. This kernel multiplies a little slower and is faster in all:
-at 256 images of ViT-L/14 on an H200, fc1 and its activation took 487 us instead of 632 (cuBLAS
-449, the activation 188), at 1,024 of ViT-B/32 245 instead of 329.
+output is written and read once more. At 256 images of ViT-L/14 on an H200, again and again until
+the card is at its power limit, fc1 and its activation take 522 us (cuBLAS alone 532), the product
+of queries, keys and values 367, in FP8 (cuBLAS 402, in 16 bit).
 """
 
 import functools
