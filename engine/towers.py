@@ -154,9 +154,9 @@ class BlockShape:
 class Block(nn.Module):
     """What both kinds of transformer blocks share."""
 
-    def output_at(self, position: int | Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """One token of each row of the block's output, which `token_at` tells of."""
-        return token_at(position, self(x, bias))
+    def output_at(self, x: Tensor, bias: Tensor | None = None, *, position: int | Tensor) -> Tensor:
+        """One token of each row of the output, at `position` as in `token_at`."""
+        return token_at(self(x, bias), position=position)
 
 
 class PreNormBlock(Block):
@@ -193,25 +193,25 @@ class PostNormBlock(Block):
         return self.norm2(x + self.feed_forward(x))
 
 
-def token_at(position: int | Tensor, x: Tensor) -> Tensor:
+def token_at(x: Tensor, *, position: int | Tensor) -> Tensor:
     """[N, T, width] -> [N, width]: the same position of all rows, or int64 [N] of each."""
     if isinstance(position, int):
         return x[:, position]
     return x.gather(1, position[:, None, None].expand(-1, 1, x.shape[2]))[:, 0]
 
 
-def pooled(
-    blocks: nn.ModuleList, position: int | Tensor, x: Tensor, bias: Tensor | None = None
+def token_after(
+    blocks: nn.ModuleList, x: Tensor, bias: Tensor | None = None, *, position: int | Tensor
 ) -> Tensor:
-    """One token of each row after all blocks, which `token_at` tells of: [N, width].
+    """One token of each row after all blocks, [N, width], at `position` as in `token_at`.
 
-    The last block has the choice not to compute the others.
+    The last block may leave the others out.
     """
     before: list[Any] = list(blocks)
     last = before.pop()
     for block in before:
         x = block(x, bias)
-    output: Tensor = last.output_at(position, x, bias)
+    output: Tensor = last.output_at(x, bias, position=position)
     return output
 
 

@@ -1,8 +1,5 @@
 """Attention against PyTorch's, on the GPU or in Triton's interpreter."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +12,15 @@ from torch.nn import functional
 from engine.backends.attention_tiling import Tiling, tiling
 from engine.quantization.fp8 import FP8, dequantized, quantized
 from engine.towers import MASKED
+from tests.compiled_kernels import compiled
 from tests.triton_device import DEVICE, interpreter, tl
 
 from engine.backends import attention_kernel  # isort: skip
 from engine.backends.attention_kernel import HeadFactors, attend  # isort: skip
 
 NUM_ROWS, NUM_HEADS = 2, 3
+# Of results. On a GPU, sums of FP8 products have about 14 bits.
+ATOL = 5e-3
 PLAIN = HeadFactors(scores=0.25, mixed=1.0)
 # Of queries, keys and values in FP8.
 SCALE = 2.0**-6
@@ -154,21 +154,20 @@ def test_large_scores_do_not_overflow() -> None:
 
 @pytest.mark.parametrize("length", [40, ONE_TILE, FULL_TILE, TWO_TILES, NO_TAIL, TAIL, LARGEST])
 @pytest.mark.parametrize("scale", [None, 2.0**-4])
-def test_rounding_of_queries_keys_and_values_and_of_the_result(
+def test_fp8_queries_keys_and_values_and_rounding_of_the_result(
     length: int, scale: float | None
 ) -> None:
-    # A few are beyond FP8's range. On a GPU, sums of FP8 products have about 14 bits.
-    qkv = 1.5 * projections(length, head_width=64)
+    qkv = projections(length, head_width=64)
     found = attended(qkv, is_rounded=True, scale=scale)
     rtol = 2e-3 if scale is None else 0.07
-    torch.testing.assert_close(found, by_sdpa_of_rounded(qkv), rtol=rtol, atol=5e-2)
+    torch.testing.assert_close(found, by_sdpa_of_rounded(qkv), rtol=rtol, atol=ATOL)
 
 
 @pytest.mark.parametrize("head_width", [8, 24])
-def test_rounding_where_heads_are_narrow(head_width: int) -> None:
+def test_fp8_where_heads_are_narrow(head_width: int) -> None:
     qkv = projections(20, head_width=head_width)
     found = attended(qkv, is_rounded=True)
-    torch.testing.assert_close(found, by_sdpa_of_rounded(qkv), rtol=2e-3, atol=5e-2)
+    torch.testing.assert_close(found, by_sdpa_of_rounded(qkv), rtol=2e-3, atol=ATOL)
 
 
 @pytest.mark.parametrize("length", [65, NO_TAIL, TAIL, LARGEST])
@@ -178,7 +177,7 @@ def test_both_kernels_compute_the_same(length: int) -> None:
     bias = torch.zeros(1, 1, length, length, dtype=torch.float16, device=DEVICE)
     found = attended(qkv, is_rounded=True)
     expected = attended(qkv, is_rounded=True, bias=bias)
-    torch.testing.assert_close(found, expected, rtol=2e-3, atol=5e-2)
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=ATOL)
 
 
 @pytest.mark.parametrize("is_rounded", [False, True])
@@ -189,7 +188,7 @@ def test_one_tile_computes_what_more_tiles_do(is_rounded: bool) -> None:
     bias = is_padding.half().view(1, 1, 1, -1) * MASKED
     expected = attended(longer.flatten(0, 1), is_rounded=is_rounded, bias=bias)
     expected = expected.view(NUM_ROWS, ONE_TILE + 50, -1)[:, :ONE_TILE].flatten(0, 1)
-    torch.testing.assert_close(attended(qkv, is_rounded=is_rounded), expected, rtol=2e-3, atol=5e-2)
+    torch.testing.assert_close(attended(qkv, is_rounded=is_rounded), expected, rtol=2e-3, atol=ATOL)
 
 
 @pytest.fixture
@@ -226,21 +225,10 @@ def test_nan_stays_nan_and_in_its_head(length: int, is_rounded: bool) -> None:
 
 
 @pytest.mark.parametrize("length", [ONE_TILE, TWO_TILES, TAIL])
-def test_infinity_becomes_the_largest_fp8_number(length: int) -> None:
-    qkv = projections(length, head_width=64)
-    qkv[4, ::50] = float("inf")
-    expected = by_sdpa_of_rounded(qkv)
-    assert expected.isfinite().all()
-    torch.testing.assert_close(attended(qkv, is_rounded=True), expected, rtol=2e-3, atol=5e-2)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("length", [ONE_TILE, TWO_TILES, TAIL])
-def test_rounding_of_bfloat16(length: int) -> None:
-    # Triton's interpreter does not multiply bfloat16.
+def test_fp8_between_bfloat16(length: int) -> None:
     qkv = projections(length, head_width=64).bfloat16()
     found = attended(qkv, is_rounded=True)
-    torch.testing.assert_close(found, by_sdpa_of_rounded(qkv), rtol=2e-2, atol=0.1)
+    torch.testing.assert_close(found, by_sdpa_of_rounded(qkv), rtol=1e-2, atol=1e-2)
 
 
 def resident(num_tiles: int, *, tail: int) -> Tiling:
@@ -288,49 +276,21 @@ def test_the_resident_kernel_is_for_what_it_can_do_and_was_measured_with() -> No
     assert found == 4 * [general(5, tile=64)]
 
 
-# Compiles what `attend` would launch on cards that are not here, which the interpreter, whose
-# process cannot compile, is more lenient than; prints the bytes of shared memory.
+# Compiles what `attend` would launch on cards that are not here; prints the bytes of shared memory.
 COMPILE = """
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from engine.backends import attention_kernel
 from engine.backends.attention_kernel import HeadFactors, attend
+from tests.compiled_kernels import CompiledKernel
 
-TYPES = {int: "i32", float: "fp32", torch.float16: "*fp16", torch.float8_e4m3fn: "*fp8e4nv"}
-OPTIONS = ("num_warps", "num_stages")
-
-
-class Compiler:
-    def __init__(self, kernel):
-        self.kernel = kernel
-
-    def __getitem__(self, grid):
-        return self.compile
-
-    def compile(self, *values, **constants):
-        options = {name: constants.pop(name) for name in OPTIONS}
-        constants |= {n: v for n, v in zip(self.kernel.arg_names, values) if v is None}
-        signature = {
-            name: TYPES[getattr(value, "dtype", type(value))]
-            for name, value in zip(self.kernel.arg_names, values)
-            if value is not None
-        }
-        signature |= dict.fromkeys(constants, "constexpr")
-        source = ASTSource(self.kernel, {n: signature[n] for n in self.kernel.arg_names}, constants)
-        compiled = triton.compile(source, target=target, options=options)
-        print(self.kernel.__name__, compiled.metadata.shared)
-
-
-attention_kernel._general_kernel = Compiler(attention_kernel._general_kernel)
-attention_kernel._resident_kernel = Compiler(attention_kernel._resident_kernel)
+for name in ("_general_kernel", "_resident_kernel"):
+    setattr(attention_kernel, name, CompiledKernel(getattr(attention_kernel, name)))
 factors = HeadFactors(scores=1.0, mixed=1.0)
 for capability, length, head_width, has_bias in (
     (90, 257, 64, False), (90, 50, 16, False), (89, 77, 64, True), (120, 257, 64, False)
 ):
-    target = GPUTarget("cuda", capability, 32)
+    CompiledKernel.capability = capability
     torch.cuda.get_device_capability = lambda device: divmod(capability, 10)
     half = torch.empty(length, 3 * head_width, dtype=torch.half, device="meta")
     bias = half.new_empty(length, length) if has_bias else None
@@ -342,18 +302,10 @@ for capability, length, head_width, has_bias in (
 
 
 def test_kernels_compile_and_fit_into_the_shared_memory_of_cards(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        cwd=Path(__file__).resolve().parents[1],
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    names, shared = zip(*(line.split() for line in result.stdout.splitlines()), strict=True)
+    printed = compiled(COMPILE, cache_dir=tmp_path)
+    names, shared = zip(*(line.split() for line in printed), strict=True)
     assert names == ("_resident_kernel",) + 7 * ("_general_kernel",)
-    # Three programs, each with a KiB for the driver, in Hopper's 228 KiB; one in others' 99.
-    assert 3 * (int(shared[0]) + 1024) <= 228 * 1024
+    # Three programs, each with a KiB for the driver, leave room for a fourth in Hopper's 228 KiB;
+    # one program in others' 99.
+    assert 4 * (int(shared[0]) + 1024) <= 228 * 1024
     assert max(map(int, shared[1:])) <= 99 * 1024

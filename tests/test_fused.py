@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from engine.quantization.fp8 import QuantizedPoint
 from engine.quantization.units import replace, units_of
-from engine.towers import MASKED, Attention, Tower, token_at
+from engine.towers import MASKED, Attention, Tower
 from tests.max_calibration import quantize
 from tests.random_towers import bert_tower, clip_text_tower, image_tower, pixels, token_ids
 from tests.triton_device import DEVICE
@@ -102,13 +102,23 @@ def test_one_token_of_each_row_is_what_all_tokens_would_have_there(name: str, mi
     bias = future.to(x.dtype) * MASKED
     all_tokens = stack(x, bias)
     assert all_tokens.shape == x.shape
-    for position in (0, -1, torch.tensor([7, 0, 19], device=DEVICE)):
-        found = stack.output_at(position, x, bias)
-        expected = token_at(position, all_tokens)
-        assert found.shape == expected.shape == (3, 48)
+    rows = torch.arange(3, device=DEVICE)
+    for position, tokens in ((0, 0), (-1, 19), (rows * 7, rows * 7)):
+        found = stack.output_at(x, bias, position=position)
         # Products of other sizes, of which a rounding may tip.
-        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
-        assert not torch.allclose(found, token_at(1, all_tokens), rtol=0.02, atol=0.02)
+        torch.testing.assert_close(found, all_tokens[rows, tokens], rtol=0.02, atol=0.02)
+        assert not torch.allclose(found, all_tokens[rows, 1], rtol=0.02, atol=0.02)
+
+
+@torch.inference_mode()
+def test_one_token_after_a_single_block() -> None:
+    tower, batch = image_tower(), pixels(3)
+    tower, batch = tower.to(DEVICE), batch.to(DEVICE)
+    quantize(tower, batch)
+    replace(tower, {"backbone.blocks": tower.backbone.get_submodule("blocks")[:1]})
+    expected = without_rounded_probabilities(copy.deepcopy(tower))(batch)
+    fuse(tower.to_dtype(torch.float16))
+    assert cosines(tower(batch), expected).min() > 0.99
 
 
 def product_that_left(*factors: float) -> Product:
@@ -121,10 +131,8 @@ def test_queries_keys_and_values_share_the_largest_scale() -> None:
         QuantizedPoint(scale) for scale in (2.0**-9, 2.0**-7, 2.0**-5)
     )
     # The product left queries half as large as they are, values an eighth; heads have a scale of
-    # 1/4. So keys are to be rounded in steps of 2^-7, queries 2^-8, values 2^-8.
-    scale, factors = head_scaling(
-        attention, cast(Product, SimpleNamespace(factors=(2.0, 1.0, 8.0)))
-    )
+    # 1/4. So what it gives asks for 2^-7 where keys are, 2^-8 where queries or values are.
+    scale, factors = head_scaling(attention, product_that_left(2.0, 1.0, 8.0))
     assert scale == 2.0**-7
     assert factors == HeadFactors(scores=0.25 * 2.0 * 2.0**-14, mixed=8.0 * 2.0**-7)
 
@@ -134,11 +142,20 @@ def test_a_scale_of_attention_that_is_no_power_of_two_is_left_to_the_scores() ->
     attention.query_point, attention.key_point, attention.value_point = (
         QuantizedPoint(2.0**-6) for _ in range(3)
     )
-    scale, factors = head_scaling(
-        attention, cast(Product, SimpleNamespace(factors=(1.0, 1.0, 1.0)))
-    )
-    assert scale == 2.0**-3  # not below 2^-6 / 24^-0.5
+    scale, factors = head_scaling(attention, product_that_left(1.0, 1.0, 1.0))
+    assert scale == 2.0**-3  # the next above 2^-6 / 24^-0.5
     assert factors == HeadFactors(scores=24**-0.5 * 2.0**-6, mixed=2.0**-3)
+
+
+@pytest.mark.parametrize("name", list(TOWERS))
+@torch.inference_mode()
+def test_fp8_between_bfloat16(name: str) -> None:
+    tower, batch = TOWERS[name]()
+    tower, batch = tower.to(DEVICE), batch.to(DEVICE)
+    quantize(tower, batch)
+    expected = without_rounded_probabilities(copy.deepcopy(tower))(batch)
+    fuse(tower.to_dtype(torch.bfloat16))
+    assert cosines(tower(batch), expected).min() > 0.99
 
 
 @pytest.mark.gpu

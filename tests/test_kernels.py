@@ -1,5 +1,7 @@
 """Norms and activations against PyTorch's, on the GPU or in Triton's interpreter."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,6 +9,7 @@ from torch.nn import functional
 
 from engine.quantization.fp8 import FP8, dequantized, quantized
 from engine.towers import ACTIVATIONS
+from tests.compiled_kernels import compiled
 from tests.triton_device import DEVICE
 
 from engine.backends.kernels import activate, post_norm, pre_norm  # isort: skip
@@ -50,7 +53,7 @@ def assert_rounded(
 
 
 @pytest.mark.parametrize("scale", [2.0**-9, 1.0, 2.0**3])
-def test_quantize_rounds_every_16_bit_number_as_engine_fp8_does(scale: float) -> None:
+def test_no_activation_rounds_every_16_bit_number_as_engine_fp8_does(scale: float) -> None:
     bits = torch.arange(-(2**15), 2**15).to(torch.int16)
     x = bits.view(torch.float16)
     x = x[~x.isnan()].view(-1, 2).to(DEVICE)
@@ -61,14 +64,14 @@ def test_quantize_rounds_every_16_bit_number_as_engine_fp8_does(scale: float) ->
     )
 
 
-def test_quantize_keeps_nan() -> None:
+def test_no_activation_keeps_nan() -> None:
     x = torch.tensor([[float("nan"), float("inf"), -1.0, 0.0]], dtype=torch.float16, device=DEVICE)
     found = activate(x, act="none", scale=1.0).float()
     assert found[0, 0].isnan()
     assert found[0, 1:].tolist() == [448.0, -1.0, 0.0]
 
 
-def test_quantize_leaves_16_bit_as_it_is() -> None:
+def test_no_activation_leaves_16_bit_as_it_is() -> None:
     x = random(NUM_ROWS, WIDTH, dtype=torch.float16)
     assert activate(x, act="none", scale=None) is x
 
@@ -138,3 +141,31 @@ def test_more_values_than_one_program_holds() -> None:
     x = random(300, WIDTH, dtype=torch.float16)
     found = dequantized(activate(x, act="relu", scale=SCALE), SCALE, torch.float32)
     torch.testing.assert_close(found, x.float().relu(), rtol=0.0626, atol=SCALE * 2.0**-10)
+
+
+COMPILE = """
+import torch
+
+from engine.backends import kernels
+from tests.compiled_kernels import CompiledKernel
+
+kernels._activate_kernel = CompiledKernel(kernels._activate_kernel)
+x = torch.empty(64, 128, dtype=torch.half, device="meta")
+for act in ("none", "quick_gelu", "gelu", "gelu_new", "silu", "relu", "swiglu"):
+    for scale in (2.0**-6, None):
+        kernels.activate(x, act=act, scale=scale)
+"""
+
+
+def test_activations_compile(tmp_path: Path) -> None:
+    assert len(compiled(COMPILE, cache_dir=tmp_path)) == 2 * 7 - 1  # none of 16 bit: no kernel
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu_pytorch_tanh", "silu"])
+def test_activations_of_fp8_are_off_by_little_but_their_rounding(act: str) -> None:
+    x = torch.linspace(-20, 20, 2**14).view(-1, 64).to(DEVICE, torch.float16)
+    exact = ACTIVATIONS[act](x.double())
+    found = dequantized(activate(x, act=act, scale=2.0**-4), 2.0**-4, torch.float32)
+    half_step = torch.maximum(exact.abs() * 2.0**-4, torch.tensor(2.0**-4 * 2.0**-10))
+    assert ((found - exact).abs() <= x.double().abs() * 2.0**-12 + half_step).all()

@@ -1,5 +1,7 @@
 """FP8 and 16-bit products against the layers that they join."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,10 @@ HALF = torch.float16
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def by_name(act: str) -> Callable[[Tensor], Tensor]:
+    return ACTIVATIONS.get(act, lambda x: x)
 
 
 def quantized_linear(num_outputs: int, *, scale: float, bias: Tensor | None) -> QuantizedLinear:
@@ -80,7 +86,8 @@ def test_widths_that_fp8_products_do_not_take() -> None:
 
 
 @pytest.mark.parametrize(
-    ("act", "scale"), [(name, 2.0**-6) for name in ACTIVATIONS] + [("quick_gelu", None)]
+    ("act", "scale"),
+    [(name, 2.0**-6) for name in (*ACTIVATIONS, "none")] + [("quick_gelu", None), ("none", None)],
 )
 def test_activated_product(act: str, scale: float | None) -> None:
     layer = quantized_linear(32, scale=2.0**-9, bias=random(32, seed=1))
@@ -88,12 +95,12 @@ def test_activated_product(act: str, scale: float | None) -> None:
     x = quantized(random(NUM_ROWS, WIDTH), 2.0**-6).to(DEVICE)
     found = product.activated(x, act=act, scale=scale)
     assert found.dtype == (HALF if scale is None else FP8)
-    expected = ACTIVATIONS[act](product(x).float()) * (1.0 if scale is None else 1 / scale)
+    expected = by_name(act)(product(x).float()) * (1.0 if scale is None else 1 / scale)
     torch.testing.assert_close(found.float(), expected, rtol=2.0**-4, atol=2e-3)
 
 
 @pytest.mark.parametrize("scale", [2.0**-6, None])
-@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu", "none"])
 @pytest.mark.parametrize(
     "shape",
     [
@@ -111,7 +118,7 @@ def test_the_kernel_multiplies_and_activates(
     found = multiply_and_activate(
         x, weight, bias=bias, product_scale=2.0**-16, act=act, scale=scale
     )
-    exact = ACTIVATIONS[act]((x.double() @ weight.double().T * 2.0**-16 + bias).float())
+    exact = by_name(act)((x.double() @ weight.double().T * 2.0**-16 + bias).float())
     if scale is None:
         assert found.dtype == HALF
         torch.testing.assert_close(found.float(), exact, rtol=2e-3, atol=1e-3)
@@ -138,17 +145,16 @@ def test_the_kernel_keeps_nan_and_stays_in_range() -> None:
 
 
 @pytest.mark.gpu
-def test_activated_product_in_one_kernel_and_in_two() -> None:
+@pytest.mark.parametrize("act", ["quick_gelu", "none"])
+def test_activated_product_in_one_kernel_and_in_two(act: str) -> None:
     layer = quantized_linear(4096, scale=2.0**-9, bias=random(4096, seed=1))
     product = join(layer, point=QuantizedPoint(2.0**-6), dtype=HALF)
     x = quantized(random(4096, WIDTH), 2.0**-6).to(DEVICE)
     is_hopper = torch.cuda.get_device_capability()[0] == 9
     assert is_faster(x, num_columns=4096) == is_hopper
     assert not is_faster(x[:16], num_columns=4096)
-    found = product.activated(x, act="quick_gelu", scale=2.0**-6).float()
-    parts = [
-        product.activated(x[row : row + 16], act="quick_gelu", scale=2.0**-6) for row in (0, 99)
-    ]
+    found = product.activated(x, act=act, scale=2.0**-6).float()
+    parts = [product.activated(x[row : row + 16], act=act, scale=2.0**-6) for row in (0, 99)]
     for row, part in zip((0, 99), parts, strict=True):
         differs = found[row : row + 16] != part.float()
         assert differs.float().mean() < 0.02

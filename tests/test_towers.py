@@ -9,6 +9,7 @@ from transformers.activations import ACT2FN
 from engine.errors import CheckpointError
 from engine.towers import (
     ACTIVATIONS,
+    MASKED,
     Attention,
     BlockShape,
     FeedForward,
@@ -18,6 +19,7 @@ from engine.towers import (
     PreNormBlock,
     TextTower,
     activation,
+    token_after,
     unit_norm,
 )
 
@@ -110,6 +112,20 @@ def test_post_norm_block() -> None:
     x = layer_norm(x + by_sdpa(block.attention, x), block.norm1)
     expected = layer_norm(x + feed_forward(x, block.feed_forward), block.norm2)
     torch.testing.assert_close(block(tokens()), expected)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("block", [PreNormBlock, PostNormBlock])
+def test_token_after_blocks(block: type[PreNormBlock | PostNormBlock]) -> None:
+    blocks = nn.ModuleList([randomized(block(SHAPE)), randomized(block(SHAPE))])
+    x = tokens()
+    bias = torch.zeros(x.shape[1], x.shape[1])
+    bias[:, 1] = MASKED
+    expected = blocks[1](blocks[0](x, bias), bias)
+    assert x.shape[:2] == (2, 5)
+    for position, rows in ((0, [0, 0]), (-1, [4, 4]), (torch.tensor([3, 1]), [3, 1])):
+        found = token_after(blocks, x, bias, position=position)
+        torch.testing.assert_close(found, expected[[0, 1], rows])
 
 
 @torch.inference_mode()

@@ -41,7 +41,7 @@ class HeadFactors:
 
 @triton.jit
 def _read(pointers: tl.tensor, mask: tl.tensor) -> tl.tensor:
-    """Queries or keys, and zeros where a mask says so."""
+    """What lies there, and zeros where a mask says so."""
     return tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0.0)
 
 
@@ -196,8 +196,8 @@ def _resident_kernel(
     score_factor *= _LOG2_E
     channels = tl.arange(0, head_width)
 
-    # Four tiles and a tail compile to 157 registers for sm_90, so that three programs run at a
-    # time; other orders and other forms of the offsets, to up to 255.
+    # Four tiles and a tail compile to 157 registers for sm_90 (Triton 3.6), so that three programs
+    # run at a time; other orders and other forms of the offsets, to up to 255.
     keys: tl.tuple = ()
     values: tl.tuple = ()
     is_tail_key: tl.tensor = None
@@ -252,7 +252,7 @@ def attend(
         factors: That the products before left to be done.
         bias: Added to the scores; 16 bit, broadcast to [num_rows, 1, T, T].
         scale: Of the product's FP8 input; None for 16 bit.
-        dtype: Of the 16-bit input.
+        dtype: Of the result where `scale` is None: 16 bit, which FP8 `qkv` does not tell.
 
     Returns:
         [num_rows * T, width].
@@ -271,8 +271,8 @@ def attend(
     )
     out = product_input(qkv[:, :width], scale, dtype=dtype)
     out_factor = factors.mixed * inverse(scale)
-    # Values of FP8 pass through registers: to load them ahead was slower on an H200. A third
-    # stage of wide heads would exceed the shared memory of cards other than sm_90.
+    # FP8 is not loaded ahead: its values pass through registers. A third stage of wide heads would
+    # exceed the shared memory of cards other than sm_90.
     num_stages = 1 if is_fp8 else 2
     if tiles.is_resident:
         _resident_kernel[(num_rows * num_heads,)](

@@ -2,16 +2,15 @@
 
 Knows nothing of batches, streams or engines; runs on whatever stream is current.
 
-A block is four products and four kernels, three where a product can activate. A kernel hands FP8
-to a product that reads FP8, and nothing is read only to be converted. The residual stream has the
+A block is four products and three kernels where products end in an activation and in FP8, which
+they do on Hopper but for small batches; else up to five. The residual stream has the
 tower's 16-bit type, as in the exported graph; in float32 it would add a quarter to the kernels'
 traffic.
 
 Four things differ from the exported graph. Three are closer to float32 than it is: values are
 rounded to FP8 straight from float32, what an activation reads is not rounded to 16 bit where a
 product applies it, and softmax outputs, which never leave the multiprocessor, not to FP8. The
-fourth is not, but where a rounding is the coarsest it changes nothing: queries, keys and values
-share a scale (`head_scaling`).
+fourth is coarser: queries, keys and values share the largest of their scales (`head_scaling`).
 """
 
 import math
@@ -39,7 +38,7 @@ from engine.towers import (
 
 
 class FusedBlock:
-    """What the stacks have in common: the two halves of a block, without its norms."""
+    """What the stacks have in common: a block without its norms."""
 
     def __init__(self, block: PreNormBlock | PostNormBlock) -> None:
         """Take over weights and scales; EngineError if FP8 cannot have their sizes."""
@@ -91,16 +90,16 @@ class FusedStack(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Map 16 bit [N, T, width] to the same shape."""
-        return self._output(None, x, bias).view(x.shape)
+        return self._output(x, bias, None).view(x.shape)
 
-    def output_at(self, position: int | Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Map 16 bit [N, T, width] to [N, width], one token of each row, as `token_at` has it.
+    def output_at(self, x: Tensor, bias: Tensor | None = None, *, position: int | Tensor) -> Tensor:
+        """Map 16 bit [N, T, width] to [N, width]: one token of each row, as in `token_at`.
 
         What the last block does after its attention, it does for these tokens alone.
         """
-        return self._output(position, x, bias)
+        return self._output(x, bias, position)
 
-    def _output(self, position: int | Tensor | None, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _output(self, x: Tensor, bias: Tensor | None, position: int | Tensor | None) -> Tensor:
         raise NotImplementedError
 
     def _wanted(
@@ -111,7 +110,9 @@ class FusedStack(nn.Module):
             return tokens
         return tuple(
             # As bytes, since not all of PyTorch knows FP8.
-            token_at(position, x.view(torch.uint8).view(num_rows, -1, x.shape[1] * x.itemsize))
+            token_at(
+                x.view(torch.uint8).view(num_rows, -1, x.shape[1] * x.itemsize), position=position
+            )
             .contiguous()
             .view(x.dtype)
             for x in tokens
@@ -121,7 +122,7 @@ class FusedStack(nn.Module):
 class PreNormStack(FusedStack):
     """Of a pre-norm tower."""
 
-    def _output(self, position: int | Tensor | None, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _output(self, x: Tensor, bias: Tensor | None, position: int | Tensor | None) -> Tensor:
         residual = x.reshape(-1, x.shape[-1])
         delta = None
         for block in self._blocks:
@@ -140,7 +141,7 @@ class PreNormStack(FusedStack):
 class PostNormStack(FusedStack):
     """Of a post-norm tower."""
 
-    def _output(self, position: int | Tensor | None, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _output(self, x: Tensor, bias: Tensor | None, position: int | Tensor | None) -> Tensor:
         residual = x.reshape(-1, x.shape[-1])
         # The scale under which each block's second norm writes: that of the next block's input.
         scales = [block.qkv.input_scale for block in self._blocks]
@@ -185,19 +186,20 @@ def fuse(tower: Tower) -> None:
 def head_scaling(attention: Attention, qkv: Product) -> tuple[float | None, HeadFactors]:
     """The scale of FP8 queries, keys and values, None for 16 bit; and what is left to be done.
 
-    Left by `qkv` for each of the three, by attention's own scale, and by the scale that they share
-    as the output of one product. It is the largest that their points ask for. Where that is 2^n
-    times a point's own, numbers below 2^(n - 15) of the point's largest have fewer bits.
+    Each of the three is what `qkv` gives times a factor that it left, queries times attention's own
+    scale, too. As one product's output they share a scale: the largest of those that their points
+    ask for, up to a power of two. Where it is 2^n times a point's own, numbers below 2^(n - 15) of
+    the largest have fewer bits, which matters from an n of about 10.
     """
     query, key, value = qkv.factors
     query *= attention.scale
-    points = (attention.query_point, attention.key_point, attention.value_point)
     scales = [
-        point.scale / factor
-        for point, factor in zip(points, (query, key, value), strict=True)
+        point.scale
+        for point in (attention.query_point, attention.key_point, attention.value_point)
         if isinstance(point, QuantizedPoint)
     ]
     if not scales:
         return None, HeadFactors(scores=query * key, mixed=value)
-    shared = 2.0 ** math.ceil(math.log2(max(scales)))
+    largest = max(scale / factor for scale, factor in zip(scales, (query, key, value), strict=True))
+    shared = 2.0 ** math.ceil(math.log2(largest))
     return shared, HeadFactors(scores=query * key * shared**2, mixed=value * shared)

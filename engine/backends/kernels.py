@@ -84,13 +84,14 @@ def _add_norm_kernel(
 
 
 @triton.jit
-def _gated(x: tl.tensor, u: tl.tensor, is_for_fp8: tl.constexpr) -> tl.tensor:
+def _times_sigmoid(x: tl.tensor, u: tl.tensor, out_is_fp8: tl.constexpr) -> tl.tensor:
     """Multiply x by the sigmoid of 2 u, which is (1 + tanh(u)) / 2, of float32.
 
-    GPUs have an instruction for tanh that is right to 11 bits, more than FP8 has; a sigmoid takes
-    two of the same slow unit, and care for their range takes eight more.
+    GPUs have an instruction for tanh, where a sigmoid takes two of the same slow unit and care for
+    their range. It is right to 2^-11 (PTX), so that the result is to |x| 2^-12: more than a step of
+    FP8 only where the sigmoid is next to nothing.
     """
-    if is_for_fp8 and not _IS_INTERPRETED:
+    if out_is_fp8 and not _IS_INTERPRETED:
         tanh = tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1
         )
@@ -100,17 +101,17 @@ def _gated(x: tl.tensor, u: tl.tensor, is_for_fp8: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def activated(x: tl.tensor, act: tl.constexpr, is_for_fp8: tl.constexpr) -> tl.tensor:
+def activated(x: tl.tensor, act: tl.constexpr, out_is_fp8: tl.constexpr) -> tl.tensor:
     """An activation of float32, named as in `engine.towers`, or none."""
     if act == "quick_gelu":
-        x = _gated(x, 0.851 * x, is_for_fp8)
+        x = _times_sigmoid(x, 0.851 * x, out_is_fp8)
     elif act == "gelu":
         x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif act == "gelu_pytorch_tanh" or act == "gelu_new":
         # sqrt(2 / pi) = 0.7978845608028654.
-        x = _gated(x, 0.7978845608028654 * (x + 0.044715 * x * x * x), is_for_fp8)
+        x = _times_sigmoid(x, 0.7978845608028654 * (x + 0.044715 * x * x * x), out_is_fp8)
     elif act == "silu":
-        x = _gated(x, 0.5 * x, is_for_fp8)
+        x = _times_sigmoid(x, 0.5 * x, out_is_fp8)
     elif act == "relu":
         x = tl.maximum(x, 0.0, propagate_nan=_NAN_STAYS)
     else:
@@ -129,7 +130,7 @@ def _activate_kernel(
     block: tl.constexpr,
 ) -> None:
     """Apply `activated`, or `swiglu`."""
-    is_for_fp8: tl.constexpr = out_ptr.dtype.element_ty == tl.float8e4nv
+    out_is_fp8: tl.constexpr = out_ptr.dtype.element_ty == tl.float8e4nv
     offsets = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     # The width is a constant, so that the compiler sees that it can load 16 bytes at once.
     mask = offsets < num_rows.to(tl.int64) * width
@@ -137,10 +138,10 @@ def _activate_kernel(
         x_ptr += offsets // width * width
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         values = tl.load(x_ptr + offsets + width, mask=mask, other=0.0).to(tl.float32)
-        x = activated(x, "silu", is_for_fp8) * values
+        x = activated(x, "silu", out_is_fp8) * values
     else:
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        x = activated(x, act, is_for_fp8)
+        x = activated(x, act, out_is_fp8)
     store(out_ptr + offsets, x * inverse_scale, mask)
 
 

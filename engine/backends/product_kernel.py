@@ -2,10 +2,10 @@
 
 Knows nothing of layers: tensors in, tensors out.
 
-cuBLAS has no FP8 product that ends in quick GELU or in FP8 of a float32 sum, so that its 16-bit
-output is written and read once more. At 256 images of ViT-L/14 on an H200, again and again until
-the card is at its power limit, fc1 and its activation take 522 us (cuBLAS alone 532), the product
-of queries, keys and values 367, in FP8 (cuBLAS 402, in 16 bit).
+cuBLAS has no FP8 product that ends in quick GELU, so that its 16-bit output is written and read
+once more. At 256 images of ViT-L/14 on an H200, one product for half a second, when the card is at
+its power limit, fc1 and its activation took 522 us (cuBLAS without it 532), queries, keys and
+values in FP8 367 (cuBLAS 381, in 16 bit 402).
 """
 
 import functools
@@ -89,7 +89,7 @@ def multiply_and_activate(
         weight: FP8 [out, in].
         bias: 16 bit [out].
         product_scale: The operands' scales, multiplied.
-        act: As in `engine.towers`, but not `swiglu`.
+        act: As in `engine.towers`, but not `swiglu`; or `none`.
         scale: Of the next product's FP8 input; None for the bias's 16-bit type.
 
     Returns:

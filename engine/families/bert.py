@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from engine.errors import CheckpointError
 from engine.families.backbone import NameRules, TokenBackbone, TokenRules, block_shape
-from engine.towers import MASKED, PostNormBlock, pooled
+from engine.towers import MASKED, PostNormBlock, token_after
 
 TEXT_NAMES: NameRules = (
     (r"^text_projection", "projection"),
@@ -70,4 +70,4 @@ class TextBackbone(TokenBackbone):
         x = self.embedding_norm(x)
         padding = (token_ids == self.pad_token_id)[:, None, None, :]
         bias = padding.to(x.dtype) * MASKED
-        return torch.tanh(self.pooler(pooled(self.blocks, 0, x, bias)))
+        return torch.tanh(self.pooler(token_after(self.blocks, x, bias, position=0)))

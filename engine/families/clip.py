@@ -22,7 +22,7 @@ from engine.families.backbone import (
     square_size,
     tokens,
 )
-from engine.towers import MASKED, PreNormBlock, pooled
+from engine.towers import MASKED, PreNormBlock, token_after
 
 BLOCK_NAMES: NameRules = (
     (r"\.layers\.(\d+)\.layer_norm(\d)", r".blocks.\1.norm\2"),
@@ -74,9 +74,10 @@ class ImageBackbone(PixelBackbone):
     def forward(self, pixels: Tensor) -> Tensor:
         """Encode normalized pixels."""
         patches = tokens(self.patch_embedding(pixels))
-        first = self.class_embedding.repeat(patches.shape[0], 1, 1)
+        # Contiguous, so that PyTorch concatenates by one fast kernel.
+        first = self.class_embedding.expand(patches.shape[0], 1, -1).contiguous()
         x = self.pre_norm(torch.cat([first, patches], dim=1) + self.position_embedding.weight)
-        return self.post_norm(pooled(self.blocks, 0, x))
+        return self.post_norm(token_after(self.blocks, x, position=0))
 
 
 class TextBackbone(TokenBackbone):
@@ -110,7 +111,8 @@ class TextBackbone(TokenBackbone):
         length = token_ids.shape[1]
         x = self.token_embedding(token_ids) + self.position_embedding.weight[:length]
         bias = self.causal_bias[:length, :length]
-        return self.final_norm(pooled(self.blocks, self._end_of_text(token_ids), x, bias))
+        end = self._end_of_text(token_ids)
+        return self.final_norm(token_after(self.blocks, x, bias, position=end))
 
     def _end_of_text(self, token_ids: Tensor) -> Tensor:
         if self.eos_token_id == _LEGACY_EOS_TOKEN_ID:

@@ -23,7 +23,7 @@ from engine.families.backbone import (
     tokens,
 )
 from engine.families.vit import EMBEDDING_NAMES
-from engine.towers import BlockShape, PreNormBlock, pooled
+from engine.towers import BlockShape, PreNormBlock, token_after
 
 IMAGE_NAMES: NameRules = (
     *EMBEDDING_NAMES,
@@ -128,8 +128,10 @@ class ImageBackbone(PixelBackbone):
         special = self.class_embedding + first
         if self.register_embedding is not None:
             special = torch.cat([special, self.register_embedding], dim=1)
-        x = torch.cat([special.expand(patches.shape[0], -1, -1), patches + positions], dim=1)
-        return self.post_norm(pooled(self.blocks, 0, x))
+        # Contiguous, so that PyTorch concatenates by one fast kernel.
+        special = special.expand(patches.shape[0], -1, -1).contiguous()
+        x = torch.cat([special, patches + positions], dim=1)
+        return self.post_norm(token_after(self.blocks, x, position=0))
 
 
 def _block_shape(config: Any) -> BlockShape:

@@ -27,7 +27,7 @@ from engine.families.backbone import (
     tokens,
 )
 from engine.families.clip import BLOCK_NAMES
-from engine.towers import BlockShape, PreNormBlock, activation, pooled
+from engine.towers import BlockShape, PreNormBlock, activation, token_after
 
 IMAGE_NAMES: NameRules = (
     (r"^visual_projection", "projection"),
@@ -139,4 +139,4 @@ class TextBackbone(TokenBackbone):
         """Encode token ids, padded to `max_tokens`."""
         length = token_ids.shape[1]
         x = self.token_embedding(token_ids) + self.position_embedding.weight[:length]
-        return self.head(self.final_norm(pooled(self.blocks, -1, x)))
+        return self.head(self.final_norm(token_after(self.blocks, x, position=-1)))

@@ -21,7 +21,7 @@ from engine.families.backbone import (
     square_size,
     tokens,
 )
-from engine.towers import PreNormBlock, activation, pooled
+from engine.towers import PreNormBlock, activation, token_after
 
 # What ViT and DINOv2 share.
 EMBEDDING_NAMES: NameRules = (
@@ -68,6 +68,7 @@ class ImageBackbone(PixelBackbone):
     def forward(self, pixels: Tensor) -> Tensor:
         """Encode normalized pixels."""
         patches = tokens(self.patch_embedding(pixels))
-        first = self.class_embedding.repeat(patches.shape[0], 1, 1)
+        # Contiguous, so that PyTorch concatenates by one fast kernel.
+        first = self.class_embedding.expand(patches.shape[0], -1, -1).contiguous()
         x = torch.cat([first, patches], dim=1) + self.position_embedding
-        return self.pooler_act(self.pooler(self.post_norm(pooled(self.blocks, 0, x))))
+        return self.pooler_act(self.pooler(self.post_norm(token_after(self.blocks, x, position=0))))

@@ -28,7 +28,11 @@ class Timing:
     stream_rows_per_second: float
     """Eight batches given at once."""
     tflops: float
-    """Operations that the float32 model needs for these rows, in 10^12 a second, of the faster."""
+    """Operations of the float32 model for these rows, in 10^12 a second, of the faster.
+
+    All tokens of all blocks count, also those of the last that `torch` leaves out: 3 % of ViT-L/14,
+    6 % of towers of 12 blocks.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
