@@ -1,7 +1,7 @@
 """Compiles Triton kernels for cards that are not here.
 
-Triton's interpreter is more lenient, and its process cannot compile, so that `compiled` runs a program in another, where a
-`CompiledKernel` stands for each kernel.
+Triton's interpreter is more lenient, and its process cannot compile, so that `compiled` runs a
+program in another, where a `CompiledKernel` stands for each kernel.
 """
 
 import os
