@@ -14,6 +14,7 @@ fourth is coarser: queries, keys and values share the largest of their scales (`
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
@@ -80,7 +81,7 @@ class FusedBlock:
         return self.fc2(self.fc1.activated(x, act=self._act, scale=self.fc2.input_scale))
 
 
-class FusedStack(nn.Module):
+class FusedStack(nn.Module, ABC):
     """All blocks of a tower; in its place in the backbone, it acts as a single block."""
 
     def __init__(self, blocks: Iterable[PreNormBlock] | Iterable[PostNormBlock]) -> None:
@@ -99,8 +100,9 @@ class FusedStack(nn.Module):
         """
         return self._output(x, bias, position)
 
+    @abstractmethod
     def _output(self, x: Tensor, bias: Tensor | None, position: int | Tensor | None) -> Tensor:
-        raise NotImplementedError
+        """Of all tokens [N * T, width], or of those at a position [N, width]."""
 
     def _wanted(
         self, block: FusedBlock, position: int | Tensor | None, *tokens: Tensor, num_rows: int
