@@ -71,6 +71,21 @@ def test_neighbours_do_not_matter() -> None:
     assert early_ends(half, whole, half, whole) == [True, False, True, False]
 
 
+def test_where_an_image_starts_does_not_matter() -> None:
+    whole = jpeg(24, 9)
+    half = whole[: scan_start(whole) + 30] + END
+    size = len(whole)
+    # Behind each other by no multiple of four bytes.
+    padded = [image + bytes(-len(image) % 4 + 1) for image in (whole, half) * 4]
+    content = torch.frombuffer(bytearray(b"".join(padded)), dtype=torch.uint8)
+    starts = torch.tensor([0, *map(len, padded[:-1])]).cumsum(0)
+    ends = starts + torch.tensor([size, len(half)] * 4)
+    assert set((starts % 4).tolist()) == {0, 1, 2, 3}
+    bounds = torch.stack([starts, ends], dim=1)
+    found = find_early_ends(content.to(DEVICE), bounds.to(DEVICE))
+    assert found.tolist() == [False, True] * 4
+
+
 def test_a_restart_that_is_missing_or_early() -> None:
     whole = jpeg(33, 16, restart_marker_blocks=1)
     first, second = restarts(whole)[:2]

@@ -28,6 +28,7 @@ ONLY_IN = {
         "engine/backends/product_kernel.py",
         "engine/backends/torch_device.py",
         "engine/decoding/early_ends.py",
+        "engine/decoding/huffman_lookups.py",
         "engine/decoding/resample.py",
     ),
     "nvidia": ("engine/decoding/gpu_decoder.py",),

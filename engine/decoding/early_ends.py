@@ -7,14 +7,20 @@ The card's JPEG decoder does not tell, and leaves what is missing as it was in i
 CPUs read the codes, 16 cores looked at 10,919 images/s of 34 kB (an H200's host), and at 31,056
 where they do not (an H100's).
 
-What was tried on an H200, 2026-11-28: ms for 1,024 photos of 34 kB (`triton.testing.do_bench`), and
-images/s of the encode stage with them, in one process with four threads, ViT-B/32, fp16 (by a
-script that `clipmill bench stage` follows):
+What was tried on an H200: ms for 1,024 photos of 34 kB (2026-11-28) and of 35 kB (2026-11-30, by
+`triton.testing.do_bench`), and images/s of the encode stage with the former, in one process with
+four threads, ViT-B/32, fp16 (by a script that `clipmill bench stage` follows):
 
     a program for each image, byte by byte, lookups in 32 bit    17.6
     four bytes at once, lookups in 16 bit                        12.5   26,925
     a thread for each image, 32 to a program                     45.8   21,811
     8 to a program                                               40.4   19,462
+    the second again, the photos of 2026-11-30                   13.2
+    no branches from lookup to lookup, one code each             11.3
+    up to four codes each, lookups of 9, 10, 11, 12, 13 bits     8.7, 7.5, 6.9, 6.6, 7.6
+
+Those of 12 bits take the card twice the memory of 11, and twice the time to build. 4,096 photos at
+once take 19.4 ms (25.0 before), 256 take 5.1 (10.3): a code waits for the one before.
 """
 
 import torch
@@ -22,115 +28,49 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Codes up to this long are looked up, longer ones, rare, are searched for.
-_LOOKUP_BITS = tl.constexpr(10)
-_LOOKUP_SIZE = tl.constexpr(2**10)
-_LOOKUP_PART = tl.constexpr(128)
+from engine.decoding.huffman_lookups import (
+    LOOKUP_BITS,
+    LOOKUP_SIZE,
+    advance_of,
+    build_lookup,
+    load_byte,
+    load_short,
+    search_code,
+)
+
 # Tables of a JPEG: class (DC or AC) times 4, plus the number that the scan calls it by.
 _NUM_TABLES = tl.constexpr(8)
-# Of a code and the bits that follow it: 16 and 15.
-_MAX_SYMBOL_BITS = tl.constexpr(31)
+# What a lookup may read: a code of LOOKUP_BITS, and 15 bits that follow it, are fewer.
+_ENOUGH_BITS = tl.constexpr(32)
+_ONES = tl.constexpr(0xFFFFFFFF)
 
 
 @triton.jit
-def _byte(content_ptr: tl.tensor, position: tl.tensor, end: tl.tensor) -> tl.tensor:
-    """The byte at a position; zero behind the end."""
-    return tl.load(content_ptr + position, mask=position < end, other=0).to(tl.int32)
+def _next_word(content_ptr: tl.tensor, position: tl.tensor, end: tl.tensor) -> tl.tuple:
+    """The four bytes at a position, uint32; whether none is 0xff and four more are there."""
+    address = content_ptr.to(tl.int64) + position
+    word_ptr = (address & -4).to(tl.pointer_type(tl.uint32))
+    is_inside = position + 8 <= end
+    low = tl.load(word_ptr, mask=is_inside, other=_ONES).to(tl.uint64)
+    high = tl.load(word_ptr + 1, mask=is_inside, other=_ONES).to(tl.uint64)
+    word = ((high << 32 | low) >> ((address & 3) * 8).to(tl.uint64)).to(tl.uint32)
+    # A byte of ones has no zeros: a difference borrows there, and nowhere else first.
+    zeros = word ^ _ONES
+    is_plain = (zeros - 0x01010101) & word & 0x80808080 == 0
+    swapped = word >> 24 | (word >> 8 & 0xFF00) | (word << 8 & 0xFF0000) | word << 24
+    return swapped, is_plain
 
 
 @triton.jit
-def _short(content_ptr: tl.tensor, position: tl.tensor, end: tl.tensor) -> tl.tensor:
-    high = _byte(content_ptr, position, end)
-    return high << 8 | _byte(content_ptr, position + 1, end)
+def _tables_of(tables: tl.tensor, block_of_mcu: tl.tensor, luma_blocks: tl.tensor) -> tl.tensor:
+    """Numbers of a block's tables, DC << 4 | AC; those of later components in higher bytes."""
+    return tables >> (8 * tl.maximum(block_of_mcu - luma_blocks + 1, 0))
 
 
 @triton.jit
-def _word(content_ptr: tl.tensor, position: tl.tensor, end: tl.tensor) -> tl.tuple:
-    """The four bytes at a position, uint64; whether they all are there and none is 0xff."""
-    first = _byte(content_ptr, position, end)
-    second = _byte(content_ptr, position + 1, end)
-    third = _byte(content_ptr, position + 2, end)
-    fourth = _byte(content_ptr, position + 3, end)
-    largest = tl.maximum(tl.maximum(first, second), tl.maximum(third, fourth))
-    is_plain = (largest < 0xFF) & (position + 4 <= end)
-    word = first.to(tl.uint32) << 24 | second.to(tl.uint32) << 16 | third << 8 | fourth
-    return word.to(tl.uint64), is_plain
-
-
-@triton.jit
-def _build_lookup(
-    content_ptr: tl.tensor,
-    position: tl.tensor,
-    end: tl.tensor,
-    lookup_ptr: tl.tensor,
-    is_dc: tl.tensor,
-) -> tl.tuple:
-    """Store length << 8 | symbol for each start of a code, 0 where the code is longer.
-
-    Args:
-        content_ptr: The files.
-        position: Of the table's 16 numbers of codes, by length; the symbols follow.
-        end: Of the file.
-        lookup_ptr: Where to.
-        is_dc: Whether its symbols are sizes alone.
-
-    Returns:
-        Number of symbols; whether libjpeg takes the table (its jdhuff.c).
-    """
-    # In parts: what a thread holds in registers, others that run beside it cannot.
-    for part in range(0, _LOOKUP_SIZE, _LOOKUP_PART):
-        starts = part + tl.arange(0, _LOOKUP_PART)
-        bits = starts << (16 - _LOOKUP_BITS)
-        length = tl.zeros([_LOOKUP_PART], tl.int32)
-        index = tl.zeros([_LOOKUP_PART], tl.int32)
-        code = 0
-        num_symbols = 0
-        for num_bits in range(1, _LOOKUP_BITS + 1):
-            count = _byte(content_ptr, position + num_bits - 1, end)
-            is_here = (length == 0) & (bits < (code + count) << (16 - num_bits))
-            length = tl.where(is_here, num_bits, length)
-            index = tl.where(is_here, num_symbols + (bits >> (16 - num_bits)) - code, index)
-            code = (code + count) << 1
-            num_symbols += count
-        is_short = length > 0
-        symbol_ptr = content_ptr + position + 16 + index
-        symbol = tl.load(symbol_ptr, mask=is_short & (position + 16 + index < end), other=0)
-        found = tl.where(is_short, length << 8 | symbol.to(tl.int32), 0)
-        tl.store(lookup_ptr + starts, found.to(tl.int16))
-    code = 0
-    num_symbols = 0
-    is_sound = True
-    for num_bits in range(1, 17):
-        count = _byte(content_ptr, position + num_bits - 1, end)
-        # No code is all ones.
-        is_sound = is_sound and (count == 0 or code + count < 1 << num_bits)
-        code = (code + count) << 1
-        num_symbols += count
-    numbers = tl.arange(0, 256)
-    is_symbol = (numbers < num_symbols) & (position + 16 + numbers < end)
-    symbols = tl.load(content_ptr + position + 16 + numbers, mask=is_symbol, other=0)
-    largest = tl.max(symbols.to(tl.int32), axis=0)
-    is_sound = is_sound and num_symbols <= 256 and (largest < 16 or not is_dc)
-    return num_symbols, is_sound
-
-
-@triton.jit
-def _search(
-    content_ptr: tl.tensor, position: tl.tensor, end: tl.tensor, bits: tl.tensor
-) -> tl.tensor:
-    """Length << 8 | symbol of the code that 16 bits start with; 0 if it is none."""
-    found = 0
-    code = 0
-    num_symbols = 0
-    for num_bits in range(1, 17):
-        count = _byte(content_ptr, position + num_bits - 1, end)
-        start = bits >> (16 - num_bits)
-        if found == 0 and start < code + count:
-            symbol = _byte(content_ptr, position + 16 + num_symbols + start - code, end)
-            found = num_bits << 8 | symbol
-        code = (code + count) << 1
-        num_symbols += count
-    return found
+def _table(chosen: tl.tensor, coefficient: tl.tensor) -> tl.tensor:
+    """Of the next code of a block whose tables these are."""
+    return tl.where(coefficient > 0, 4 + (chosen & 3), chosen >> 4 & 3)
 
 
 @triton.jit
@@ -145,7 +85,7 @@ def _is_whole_kernel(
     image = tl.program_id(0)
     first = tl.load(bounds_ptr + 2 * image)
     end = tl.load(bounds_ptr + 2 * image + 1)
-    lookups_ptr += image.to(tl.int64) * (_NUM_TABLES * _LOOKUP_SIZE)
+    lookups_ptr += image.to(tl.int64) * ((_NUM_TABLES + 1) * LOOKUP_SIZE)
     places_ptr += image * _NUM_TABLES
 
     # The header.
@@ -159,26 +99,31 @@ def _is_whole_kernel(
     is_sound = True
     in_header = position < end
     while in_header:
-        marker = _short(content_ptr, position, end)
+        marker = load_short(content_ptr, position, end)
         segment = position + 4
-        position += 2 + _short(content_ptr, position + 2, end)
+        position += 2 + load_short(content_ptr, position + 2, end)
         if marker == 0xFFC4:
             while segment < position and segment < end:
-                kind = _byte(content_ptr, segment, end)
+                kind = load_byte(content_ptr, segment, end)
                 table = (kind >> 4 & 1) * 4 + (kind & 3)
-                lookup_ptr = lookups_ptr + table * _LOOKUP_SIZE
+                lookup_ptr = lookups_ptr + table * LOOKUP_SIZE
                 tl.store(places_ptr + table, (segment + 1 - first).to(tl.int32))
-                num_symbols, is_usual = _build_lookup(
-                    content_ptr, segment + 1, end, lookup_ptr, kind >> 4 == 0
+                num_symbols, is_usual = build_lookup(
+                    content_ptr,
+                    segment + 1,
+                    end,
+                    lookup_ptr,
+                    codes_ptr=lookups_ptr + _NUM_TABLES * LOOKUP_SIZE,
+                    is_dc=kind >> 4 == 0,
                 )
                 segment += 17 + num_symbols
                 is_sound = is_sound and is_usual and kind & 0xEC == 0 and segment <= position
                 defined |= 1 << table
         elif marker == 0xFFC0 or marker == 0xFFC1:
-            height = _short(content_ptr, segment + 1, end)
-            width = _short(content_ptr, segment + 3, end)
-            num_components = _byte(content_ptr, segment + 5, end)
-            sampling = _byte(content_ptr, segment + 7, end)
+            height = load_short(content_ptr, segment + 1, end)
+            width = load_short(content_ptr, segment + 3, end)
+            num_components = load_byte(content_ptr, segment + 5, end)
+            sampling = load_byte(content_ptr, segment + 7, end)
             if num_components == 1:
                 num_blocks = ((width + 7) // 8) * ((height + 7) // 8)
             else:
@@ -191,12 +136,12 @@ def _is_whole_kernel(
                 rows = (height + 8 * down - 1) // (8 * down)
                 num_blocks = columns * rows * blocks_in_mcu
         elif marker == 0xFFDD:
-            restart_interval = _short(content_ptr, segment, end)
+            restart_interval = load_short(content_ptr, segment, end)
         elif marker == 0xFFDA:
-            num_components = _byte(content_ptr, segment, end)
+            num_components = load_byte(content_ptr, segment, end)
             for component in range(3):
                 if component < num_components:
-                    chosen = _byte(content_ptr, segment + 2 + 2 * component, end)
+                    chosen = load_byte(content_ptr, segment + 2 + 2 * component, end)
                     tables |= chosen << (8 * component)
                     wanted = 1 << (chosen >> 4 & 3) | 16 << (chosen & 3)
                     is_sound = is_sound and chosen & 0xCC == 0 and defined & wanted == wanted
@@ -209,62 +154,74 @@ def _is_whole_kernel(
     num_bits = 0
     block = 0
     block_of_mcu = 0
-    mcus_to_restart = restart_interval
+    restart_blocks = restart_interval * blocks_in_mcu
+    restart = tl.where(restart_interval > 0, restart_blocks, num_blocks)
     num_restarts = 0
     coefficient = 0
     is_sound = is_sound and num_blocks > 0
     while is_sound and block < num_blocks:
-        if num_bits < _MAX_SYMBOL_BITS:
-            # Four bytes, which do not wait for each other; one by one where 0xff is near.
-            word, is_plain = _word(content_ptr, position, end)
-            if is_plain:
-                bits |= word << tl.cast(32 - num_bits, tl.uint64)
-                num_bits += 32
-                position += 4
-            else:
-                at_marker = False
-                while num_bits <= 48 and not at_marker:
-                    value = _byte(content_ptr, position, end)
-                    follower = _byte(content_ptr, position + 1, end)
-                    at_marker = (value == 0xFF and follower != 0) or position >= end
-                    if not at_marker:
-                        bits |= value.to(tl.uint64) << tl.cast(56 - num_bits, tl.uint64)
-                        num_bits += 8
-                        position += 1 + (value == 0xFF).to(tl.int32)
-        component = tl.maximum(block_of_mcu - luma_blocks + 1, 0)
-        chosen = tables >> (8 * component)
-        is_ac = coefficient > 0
-        table = tl.where(is_ac, 4 + (chosen & 3), chosen >> 4 & 3)
-        start = (bits >> (64 - _LOOKUP_BITS)).to(tl.int32)
-        code = tl.load(lookups_ptr + table * _LOOKUP_SIZE + start).to(tl.int32)
-        if code == 0:
+        # Lookups, without branches, while there are bytes that mean what they are.
+        last = tl.minimum(restart, num_blocks)
+        chosen = _tables_of(tables, block_of_mcu, luma_blocks)
+        word, is_plain = _next_word(content_ptr, position, end)
+        is_usual = True
+        while is_usual and block < last:
+            takes_word = num_bits < _ENOUGH_BITS and is_plain
+            shift = tl.maximum(32 - num_bits, 0).to(tl.uint64)
+            bits |= tl.where(takes_word, word, 0).to(tl.uint64) << shift
+            num_bits += tl.where(takes_word, 32, 0)
+            position += tl.where(takes_word, 4, 0)
+            word, is_plain = _next_word(content_ptr, position, end)
+            table = _table(chosen, coefficient)
+            start = (bits >> (64 - LOOKUP_BITS)).to(tl.int32)
+            found = tl.load(lookups_ptr + table * LOOKUP_SIZE + start).to(tl.int32)
+            reached = coefficient + (found >> 5)
+            # Codes behind the end of a block are another table's.
+            is_usual = found > 0 and reached <= 64 + (found >> 5 & 64) and num_bits >= _ENOUGH_BITS
+            num_read = tl.where(is_usual, found & 31, 0)
+            bits = bits << num_read.to(tl.uint64)
+            num_bits -= num_read
+            following = tl.where(block_of_mcu + 1 == blocks_in_mcu, 0, block_of_mcu + 1)
+            chosen_next = _tables_of(tables, following, luma_blocks)
+            coefficient = tl.where(is_usual, reached, coefficient)
+            is_done = coefficient >= 64
+            coefficient = tl.where(is_done, 0, coefficient)
+            block += is_done.to(tl.int32)
+            block_of_mcu = tl.where(is_done, following, block_of_mcu)
+            chosen = tl.where(is_done, chosen_next, chosen)
+        if block < last:
+            # One code, where 0xff is near or the end, or which no lookup tells of.
+            at_marker = False
+            while num_bits <= 48 and not at_marker:
+                value = load_byte(content_ptr, position, end)
+                follower = load_byte(content_ptr, position + 1, end)
+                at_marker = (value == 0xFF and follower != 0) or position >= end
+                if not at_marker:
+                    bits |= value.to(tl.uint64) << tl.cast(56 - num_bits, tl.uint64)
+                    num_bits += 8
+                    position += 1 + (value == 0xFF).to(tl.int32)
+            table = _table(chosen, coefficient)
             place = first + tl.load(places_ptr + table)
-            code = _search(content_ptr, place, end, (bits >> 48).to(tl.int32))
-        symbol = code & 0xFF
-        size = symbol & 15
-        # Without a size: 16 zeros, or nothing but zeros to the end of the block.
-        run = tl.where(size == 0 and symbol != 0xF0, 64, symbol >> 4)
-        coefficient += tl.where(is_ac, run + 1, 1)
-        num_read = (code >> 8) + size
-        is_sound = code > 0 and num_read <= num_bits
-        bits = bits << num_read.to(tl.uint64)
-        num_bits -= num_read
-        if coefficient >= 64:
-            coefficient = 0
-            block += 1
-            block_of_mcu += 1
-            if block_of_mcu == blocks_in_mcu:
-                block_of_mcu = 0
-                mcus_to_restart -= 1
-                if mcus_to_restart == 0 and block < num_blocks:
-                    # Fewer than 8 bits fill up the byte, then comes the marker.
-                    marker = _short(content_ptr, position, end)
-                    is_sound = is_sound and num_bits < 8 and marker == 0xFFD0 + num_restarts % 8
-                    num_restarts += 1
-                    position += 2
-                    mcus_to_restart = restart_interval
-                    bits = bits & 0
-                    num_bits = 0
+            code = search_code(content_ptr, place, end, (bits >> 48).to(tl.int32))
+            symbol = code & 0xFF
+            num_read = (code >> 8) + (symbol & 15)
+            is_sound = code > 0 and num_read <= num_bits
+            bits = bits << num_read.to(tl.uint64)
+            num_bits -= num_read
+            coefficient += tl.where(coefficient > 0, advance_of(symbol), 1)
+            if coefficient >= 64:
+                coefficient = 0
+                block += 1
+                block_of_mcu = tl.where(block_of_mcu + 1 == blocks_in_mcu, 0, block_of_mcu + 1)
+        if block == restart and block < num_blocks:
+            # Fewer than 8 bits fill up the byte, then comes the marker.
+            marker = load_short(content_ptr, position, end)
+            is_sound = is_sound and num_bits < 8 and marker == 0xFFD0 + num_restarts % 8
+            num_restarts += 1
+            restart += restart_blocks
+            position += 2
+            bits = bits & 0
+            num_bits = 0
     tl.store(out_ptr + image, is_sound)
 
 
@@ -283,11 +240,12 @@ def find_early_ends(content: Tensor, bounds: Tensor) -> Tensor:
     """
     num_images = len(bounds)
     is_whole = torch.empty(num_images, dtype=torch.bool, device=content.device)
-    shape = (num_images, _NUM_TABLES.value, _LOOKUP_SIZE.value)
+    # The last is room where they are built.
+    shape = (num_images, _NUM_TABLES.value + 1, LOOKUP_SIZE.value)
     # In 16 bit: on each core of the card, those of several images have to stay near.
     lookups = torch.empty(shape, dtype=torch.int16, device=content.device)
     # Where in the file the code lengths of each table are.
-    places = torch.empty(shape[:2], dtype=torch.int32, device=content.device)
+    places = torch.empty((num_images, _NUM_TABLES.value), dtype=torch.int32, device=content.device)
     if num_images:
         _is_whole_kernel[(num_images,)](content, bounds, lookups, places, is_whole, num_warps=1)
     return ~is_whole
