@@ -72,18 +72,41 @@ def test_neighbours_do_not_matter() -> None:
 
 
 def test_where_an_image_starts_does_not_matter() -> None:
-    whole = jpeg(24, 9)
-    half = whole[: scan_start(whole) + 30] + END
-    size = len(whole)
+    whole = jpeg(8, 8)
+    half = whole[: scan_start(whole) + 8] + END
     # Behind each other by no multiple of four bytes.
-    padded = [image + bytes(-len(image) % 4 + 1) for image in (whole, half) * 4]
+    padded = [image + bytes(-len(image) % 4 + 1) for image in [whole] * 4 + [half] * 4]
     content = torch.frombuffer(bytearray(b"".join(padded)), dtype=torch.uint8)
     starts = torch.tensor([0, *map(len, padded[:-1])]).cumsum(0)
-    ends = starts + torch.tensor([size, len(half)] * 4)
-    assert set((starts % 4).tolist()) == {0, 1, 2, 3}
+    ends = starts + torch.tensor([len(whole)] * 4 + [len(half)] * 4)
+    assert (starts % 4).tolist() == [0, 1, 2, 3] * 2
     bounds = torch.stack([starts, ends], dim=1)
     found = find_early_ends(content.to(DEVICE), bounds.to(DEVICE))
-    assert found.tolist() == [False, True] * 4
+    assert found.tolist() == [False] * 4 + [True] * 4
+
+
+def grey(dc_table: bytes, ac_table: bytes, *, width: int, bits: str) -> bytes:
+    """A JPEG 8 pixels high of these tables and codes."""
+    bits += "1" * (-len(bits) % 8)
+    scan = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\x00")
+
+    def segment(marker: int, body: bytes) -> bytes:
+        return bytes((0xFF, marker)) + (len(body) + 2).to_bytes(2, "big") + body
+
+    tables = segment(0xC4, b"\0" + dc_table) + segment(0xC4, b"\x10" + ac_table)
+    frame = segment(0xC0, bytes((8, 0, 8, 0, width, 1, 1, 0x11, 0)))
+    return b"\xff\xd8" + frame + tables + segment(0xDA, b"\1\1\0\0\x3f\0") + scan + END
+
+
+def test_codes_behind_the_last_coefficient_are_the_next_block_s() -> None:
+    dc_table = bytes([0, 3, *[0] * 14, 0, 1, 2])
+    # 00 is a coefficient of one bit, 01 stands for 16 zeros, and 10 would end the block.
+    ac_table = bytes([0, 3, *[0] * 14, 0x01, 0xF0, 0x00])
+    # Coefficient 63 is there, so that 10 begins the next block.
+    block = "10" + "11" + "01" * 3 + "000" * 15
+    whole = grey(dc_table, ac_table, width=64, bits=block * 8)
+    cut = grey(dc_table, ac_table, width=64, bits=block * 7)
+    assert early_ends(whole, cut) == [False, True]
 
 
 def test_a_restart_that_is_missing_or_early() -> None:
@@ -93,7 +116,8 @@ def test_a_restart_that_is_missing_or_early() -> None:
     twice = whole[:second] + whole[first:]
     empty = whole[:first] + whole[first : first + 2] + whole[first:]
     wrong = whole[: second + 1] + b"\xd0" + whole[second + 2 :]
-    assert early_ends(whole, without, twice, empty, wrong) == [False, True, True, True, True]
+    late = whole[:first] + b"\x7f" + whole[first:]
+    assert early_ends(whole, without, twice, empty, wrong, late) == [False] + [True] * 5
 
 
 def test_codes_that_no_table_has() -> None:

@@ -7,8 +7,8 @@ The card's JPEG decoder does not tell, and leaves what is missing as it was in i
 CPUs read the codes, 16 cores looked at 10,919 images/s of 34 kB (an H200's host), and at 31,056
 where they do not (an H100's).
 
-What was tried on an H200: ms for 1,024 photos of 34 kB (2026-11-28) and of 35 kB (2026-11-30, by
-`triton.testing.do_bench`), and images/s of the encode stage with the former, in one process with
+What was tried on an H200: ms by `triton.testing.do_bench` for 1,024 photos of 34 kB (2026-11-28)
+and of 35 kB (2026-11-30), and images/s of the encode stage with the former, in one process with
 four threads, ViT-B/32, fp16 (by a script that `clipmill bench stage` follows):
 
     a program for each image, byte by byte, lookups in 32 bit    17.6
@@ -34,7 +34,6 @@ from engine.decoding.huffman_lookups import (
     advance_of,
     build_lookup,
     load_byte,
-    load_short,
     search_code,
 )
 
@@ -46,17 +45,27 @@ _ONES = tl.constexpr(0xFFFFFFFF)
 
 
 @triton.jit
+def _short(content_ptr: tl.tensor, position: tl.tensor, end: tl.tensor) -> tl.tensor:
+    """The two bytes at a position, the first the higher; zero behind the end."""
+    high = load_byte(content_ptr, position, end)
+    return high << 8 | load_byte(content_ptr, position + 1, end)
+
+
+@triton.jit
 def _next_word(content_ptr: tl.tensor, position: tl.tensor, end: tl.tensor) -> tl.tuple:
-    """The four bytes at a position, uint32; whether none is 0xff and four more are there."""
+    """The four bytes at a position, uint32; whether they may be read, and none is 0xff.
+
+    Near the end they may not: what is read are the two aligned words that they lie in.
+    """
     address = content_ptr.to(tl.int64) + position
     word_ptr = (address & -4).to(tl.pointer_type(tl.uint32))
     is_inside = position + 8 <= end
     low = tl.load(word_ptr, mask=is_inside, other=_ONES).to(tl.uint64)
     high = tl.load(word_ptr + 1, mask=is_inside, other=_ONES).to(tl.uint64)
     word = ((high << 32 | low) >> ((address & 3) * 8).to(tl.uint64)).to(tl.uint32)
-    # A byte of ones has no zeros: a difference borrows there, and nowhere else first.
-    zeros = word ^ _ONES
-    is_plain = (zeros - 0x01010101) & word & 0x80808080 == 0
+    # Whether a byte is zero, of the complement (Anderson, Bit Twiddling Hacks).
+    complement = word ^ _ONES
+    is_plain = (complement - 0x01010101) & word & 0x80808080 == 0
     swapped = word >> 24 | (word >> 8 & 0xFF00) | (word << 8 & 0xFF0000) | word << 24
     return swapped, is_plain
 
@@ -99,9 +108,9 @@ def _is_whole_kernel(
     is_sound = True
     in_header = position < end
     while in_header:
-        marker = load_short(content_ptr, position, end)
+        marker = _short(content_ptr, position, end)
         segment = position + 4
-        position += 2 + load_short(content_ptr, position + 2, end)
+        position += 2 + _short(content_ptr, position + 2, end)
         if marker == 0xFFC4:
             while segment < position and segment < end:
                 kind = load_byte(content_ptr, segment, end)
@@ -120,8 +129,8 @@ def _is_whole_kernel(
                 is_sound = is_sound and is_usual and kind & 0xEC == 0 and segment <= position
                 defined |= 1 << table
         elif marker == 0xFFC0 or marker == 0xFFC1:
-            height = load_short(content_ptr, segment + 1, end)
-            width = load_short(content_ptr, segment + 3, end)
+            height = _short(content_ptr, segment + 1, end)
+            width = _short(content_ptr, segment + 3, end)
             num_components = load_byte(content_ptr, segment + 5, end)
             sampling = load_byte(content_ptr, segment + 7, end)
             if num_components == 1:
@@ -136,7 +145,7 @@ def _is_whole_kernel(
                 rows = (height + 8 * down - 1) // (8 * down)
                 num_blocks = columns * rows * blocks_in_mcu
         elif marker == 0xFFDD:
-            restart_interval = load_short(content_ptr, segment, end)
+            restart_interval = _short(content_ptr, segment, end)
         elif marker == 0xFFDA:
             num_components = load_byte(content_ptr, segment, end)
             for component in range(3):
@@ -164,8 +173,8 @@ def _is_whole_kernel(
         last = tl.minimum(restart, num_blocks)
         chosen = _tables_of(tables, block_of_mcu, luma_blocks)
         word, is_plain = _next_word(content_ptr, position, end)
-        is_usual = True
-        while is_usual and block < last:
+        is_told = True
+        while is_told and block < last:
             takes_word = num_bits < _ENOUGH_BITS and is_plain
             shift = tl.maximum(32 - num_bits, 0).to(tl.uint64)
             bits |= tl.where(takes_word, word, 0).to(tl.uint64) << shift
@@ -176,14 +185,15 @@ def _is_whole_kernel(
             start = (bits >> (64 - LOOKUP_BITS)).to(tl.int32)
             found = tl.load(lookups_ptr + table * LOOKUP_SIZE + start).to(tl.int32)
             reached = coefficient + (found >> 5)
-            # Codes behind the end of a block are another table's.
-            is_usual = found > 0 and reached <= 64 + (found >> 5 & 64) and num_bits >= _ENOUGH_BITS
-            num_read = tl.where(is_usual, found & 31, 0)
+            # Not of codes behind the end of a block, which are another table's: only the last one
+            # may reach it, which END_OF_BLOCK takes 64 beyond.
+            is_told = found > 0 and reached <= 64 + (found >> 5 & 64) and num_bits >= _ENOUGH_BITS
+            num_read = tl.where(is_told, found & 31, 0)
             bits = bits << num_read.to(tl.uint64)
             num_bits -= num_read
             following = tl.where(block_of_mcu + 1 == blocks_in_mcu, 0, block_of_mcu + 1)
             chosen_next = _tables_of(tables, following, luma_blocks)
-            coefficient = tl.where(is_usual, reached, coefficient)
+            coefficient = tl.where(is_told, reached, coefficient)
             is_done = coefficient >= 64
             coefficient = tl.where(is_done, 0, coefficient)
             block += is_done.to(tl.int32)
@@ -215,7 +225,7 @@ def _is_whole_kernel(
                 block_of_mcu = tl.where(block_of_mcu + 1 == blocks_in_mcu, 0, block_of_mcu + 1)
         if block == restart and block < num_blocks:
             # Fewer than 8 bits fill up the byte, then comes the marker.
-            marker = load_short(content_ptr, position, end)
+            marker = _short(content_ptr, position, end)
             is_sound = is_sound and num_bits < 8 and marker == 0xFFD0 + num_restarts % 8
             num_restarts += 1
             restart += restart_blocks

@@ -1,6 +1,7 @@
 """Finds Huffman codes of a JPEG on the card: by lookups that this builds, or one by one.
 
-Knows nothing of blocks, or of where in a file its tables are (ITU-T T.81, annexes C and F).
+Knows nothing of components or restarts, or of where in a file its tables are (ITU-T T.81, annexes
+C and F).
 
 Only how far codes reach is asked for, so one lookup tells of as many codes, with the bits that
 follow each, as its bits show: 1.7 of a photo's on average.
@@ -10,25 +11,20 @@ import triton
 import triton.language as tl
 
 LOOKUP_BITS = tl.constexpr(11)
-"""Shown to a lookup."""
-LOOKUP_SIZE = tl.constexpr(2**11)
+"""That a lookup is shown; codes that are longer, which is rare, are searched for."""
+LOOKUP_SIZE = tl.constexpr(2**LOOKUP_BITS.value)
 _LOOKUP_PART = tl.constexpr(128)
-_MAX_CODES = tl.constexpr(4)
+_MAX_CODES = tl.constexpr(4)  # of 11 bits a fifth is hardly ever
 END_OF_BLOCK = tl.constexpr(65)
-"""What codes advance that end a block, besides the coefficients before."""
+"""What the code that ends a block advances, besides the coefficients before it."""
+# Of a lookup without that code; with it 65 to 127, so that the bit of 64 tells which.
+_MAX_ADVANCE = tl.constexpr(62)
 
 
 @triton.jit
 def load_byte(content_ptr: tl.tensor, position: tl.tensor, end: tl.tensor) -> tl.tensor:
     """The byte at a position; zero behind the end."""
     return tl.load(content_ptr + position, mask=position < end, other=0).to(tl.int32)
-
-
-@triton.jit
-def load_short(content_ptr: tl.tensor, position: tl.tensor, end: tl.tensor) -> tl.tensor:
-    """The two bytes at a position, the first the higher; zero behind the end."""
-    high = load_byte(content_ptr, position, end)
-    return high << 8 | load_byte(content_ptr, position + 1, end)
 
 
 @triton.jit
@@ -92,7 +88,7 @@ def build_lookup(
         advance = tl.zeros([_LOOKUP_PART], tl.int32)
         is_open = starts >= 0
         for _ in range(_MAX_CODES):
-            # Zeros stand for bits that are not shown; a code that is has none of them.
+            # Zeros stand for bits that are not shown; a code all of which is has none of them.
             shown = (starts << num_read) & (LOOKUP_SIZE - 1)
             found = tl.load(codes_ptr + shown, mask=is_open, other=0).to(tl.int32)
             length = found >> 8
@@ -100,7 +96,7 @@ def build_lookup(
             further = tl.where(is_dc, 1, advance_of(symbol))
             is_end = further == END_OF_BLOCK
             is_open &= (length > 0) & (num_read + length <= LOOKUP_BITS)
-            is_open &= is_end | (advance + further < END_OF_BLOCK - 2)
+            is_open &= is_end | (advance + further <= _MAX_ADVANCE)
             num_read += tl.where(is_open, length + (symbol & 15), 0)
             advance += tl.where(is_open, further, 0)
             is_open &= (num_read < LOOKUP_BITS) & ~is_end & ~is_dc
