@@ -77,6 +77,12 @@ def _tables_of(tables: tl.tensor, block_of_mcu: tl.tensor, luma_blocks: tl.tenso
 
 
 @triton.jit
+def _following(block_of_mcu: tl.tensor, blocks_in_mcu: tl.tensor) -> tl.tensor:
+    """The next block's place in its MCU."""
+    return tl.where(block_of_mcu + 1 == blocks_in_mcu, 0, block_of_mcu + 1)
+
+
+@triton.jit
 def _table(chosen: tl.tensor, coefficient: tl.tensor) -> tl.tensor:
     """Of the next code of a block whose tables these are."""
     return tl.where(coefficient > 0, 4 + (chosen & 3), chosen >> 4 & 3)
@@ -191,7 +197,7 @@ def _is_whole_kernel(
             num_read = tl.where(is_told, found & 31, 0)
             bits = bits << num_read.to(tl.uint64)
             num_bits -= num_read
-            following = tl.where(block_of_mcu + 1 == blocks_in_mcu, 0, block_of_mcu + 1)
+            following = _following(block_of_mcu, blocks_in_mcu)
             chosen_next = _tables_of(tables, following, luma_blocks)
             coefficient = tl.where(is_told, reached, coefficient)
             is_done = coefficient >= 64
@@ -222,7 +228,7 @@ def _is_whole_kernel(
             if coefficient >= 64:
                 coefficient = 0
                 block += 1
-                block_of_mcu = tl.where(block_of_mcu + 1 == blocks_in_mcu, 0, block_of_mcu + 1)
+                block_of_mcu = _following(block_of_mcu, blocks_in_mcu)
         if block == restart and block < num_blocks:
             # Fewer than 8 bits fill up the byte, then comes the marker.
             marker = _short(content_ptr, position, end)

@@ -14,7 +14,7 @@ LOOKUP_BITS = tl.constexpr(11)
 """That a lookup is shown; codes that are longer, which is rare, are searched for."""
 LOOKUP_SIZE = tl.constexpr(2**LOOKUP_BITS.value)
 _LOOKUP_PART = tl.constexpr(128)
-_MAX_CODES = tl.constexpr(4)  # of 11 bits a fifth is hardly ever
+_MAX_CODES = tl.constexpr(4)  # 11 bits hardly ever show a fifth
 END_OF_BLOCK = tl.constexpr(65)
 """What the code that ends a block advances, besides the coefficients before it."""
 # Of a lookup without that code; with it 65 to 127, so that the bit of 64 tells which.
