@@ -31,7 +31,7 @@ AC_SYMBOLS = bytes.fromhex(
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["is_dc"])  # a constant could not stand for what was loaded
 def _built(content_ptr, size, lookup_ptr, codes_ptr, out_ptr, is_dc) -> None:
     num_symbols, is_sound = build_lookup(
         content_ptr, 0, size, lookup_ptr, codes_ptr=codes_ptr, is_dc=is_dc > 0

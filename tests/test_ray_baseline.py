@@ -11,14 +11,14 @@ from engine.checkpoint import find_checkpoint
 from engine.images import ImageLimits
 from engine.preprocess import decode_pixels
 from engine.registry import Registry
-from jobs.benches.ray_baseline import embed_with_transformers
+from jobs.benches.ray_baseline import CPU_BATCH_ROWS, embed_with_transformers
 from tests.catalogs import scene_rows, write_rows
 
 
 def test_every_row_has_the_embeddings_of_the_engine(
     tmp_path: Path, checkpoint_dir: Path, engines_dir: Path, local_ray: None
 ) -> None:
-    rows = scene_rows(20)
+    rows = scene_rows(3 * CPU_BATCH_ROWS)  # a block for each process, or Ray warns
     catalog_dir = write_rows(tmp_path / "catalog", rows, num_files=2)
     seconds = embed_with_transformers(
         str(checkpoint_dir), catalog_uri=str(catalog_dir), out_uri=str(tmp_path / "out")

@@ -88,17 +88,24 @@ def embed_with_transformers(checkpoint: str, *, catalog_uri: str, out_uri: str) 
     resources = ray.cluster_resources()
     num_gpus, num_cpus = int(resources.get("GPU", 0)), int(resources["CPU"])
     device = "cuda" if num_gpus else "cpu"
-    num_actors = num_gpus or max(1, num_cpus // 2)
+    num_models = num_gpus or max(1, num_cpus // 2)
+    batch_rows = GPU_BATCH_ROWS if num_gpus else CPU_BATCH_ROWS
     started = time.perf_counter()
-    ray.data.read_parquet(catalog_uri).map(
-        cast("Any", Preprocess), fn_constructor_args=(checkpoint,), num_cpus=0.5
+    rows = ray.data.read_parquet(catalog_uri)
+    # As they are read, blocks have thousands of rows, and each is one process's work; and a pool
+    # that grows takes minutes to have a process for each core.
+    rows.repartition(target_num_rows_per_block=batch_rows).map(
+        cast("Any", Preprocess),
+        fn_constructor_args=(checkpoint,),
+        num_cpus=0.25,
+        compute=ActorPoolStrategy(size=num_cpus),
     ).map_batches(
         Embed,
         fn_constructor_args=(checkpoint, device),
-        batch_size=GPU_BATCH_ROWS if num_gpus else CPU_BATCH_ROWS,
+        batch_size=batch_rows,
         num_cpus=0.5,
         num_gpus=1 if num_gpus else 0,
-        compute=ActorPoolStrategy(size=num_actors),
+        compute=ActorPoolStrategy(size=num_models),
     ).write_parquet(out_uri)
     return time.perf_counter() - started
 
