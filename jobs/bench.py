@@ -3,7 +3,6 @@
 Knows nothing of how to make any of it faster or better.
 """
 
-import statistics
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -110,7 +109,12 @@ def _stage(argv: Sequence[str]) -> int:
 
 
 def _pipeline(argv: Sequence[str]) -> int:
-    from jobs.benches.pipeline import PipelineConfig, measure_baseline, measure_pipeline
+    from jobs.benches.pipeline import (
+        PipelineConfig,
+        measure_baseline,
+        measure_pipeline,
+        pipeline_lines,
+    )
     from jobs.benches.repeated_images import RepeatedImages
 
     parser = CommandParser("bench pipeline", description="Speed and memory over catalog sizes.")
@@ -149,26 +153,7 @@ def _pipeline(argv: Sequence[str]) -> int:
         for rows in options.rows
         for measure in programs
     ]
-    head = (
-        f"{'':<30} {'rows':>9} {'seconds':>9} {'embedded/s':>11} {'steady':>9} "
-        f"{'peak memory MiB':>16}"
-    )
-    lines = [
-        f"{figure.name:<30} {figure.num_rows:>9,} {figure.seconds:>9.1f} "
-        f"{figure.rows_per_second:>11,.0f} {figure.steady_rows_per_second:>9,.0f} "
-        f"{figure.peak_memory_bytes / 2**20:>16,.0f}"
-        for figure in figures
-    ]
-    if options.runs > 1:
-        lines += [
-            f"{figure.name}, {figure.num_rows:,} rows: {options.runs} runs took "
-            f"{figure.all_seconds[0]:.1f} to {figure.all_seconds[-1]:.1f} s, steady "
-            f"{figure.all_steady[0]:,.0f} to {figure.all_steady[-1]:,.0f}, median "
-            f"{statistics.median(figure.all_steady):,.0f}"
-            for figure in figures
-        ]
-    lines += [figure.bottleneck for figure in figures if figure.bottleneck]
-    print_result(figures, as_json=options.json, text="\n".join([head, *lines]))
+    print_result(figures, as_json=options.json, text="\n".join(pipeline_lines(figures)))
     return 0
 
 

@@ -18,7 +18,12 @@ from jobs import embed, nightly
 from jobs.bench import main
 from jobs.benches import pipeline
 from jobs.benches.nights import NightFigures, nights_lines
-from jobs.benches.pipeline import PipelineConfig, measure_pipeline
+from jobs.benches.pipeline import (
+    PipelineConfig,
+    PipelineFigures,
+    measure_pipeline,
+    pipeline_lines,
+)
 from jobs.benches.programs import Watched
 from jobs.benches.repeated_images import ROWS_PER_FILE, RepeatedImages, write_images
 from jobs.demo.run import CHECKPOINT_DIR
@@ -274,14 +279,44 @@ def test_of_several_runs_the_one_of_median_time_counts(monkeypatch: pytest.Monke
     said: list[str] = []
     config = PipelineConfig(num_rows=4, engine=engine, num_runs=3)
     figures = measure_pipeline(config, on_run=said.append)
-    assert [line.partition(":")[0] for line in said] == [
-        f"clipmill, 4 rows, run {number} of 3" for number in (1, 2, 3)
+    assert said == [
+        "clipmill, 4 rows, run 1 of 3: 9.0 s, 4/s, steady 5/s",
+        "clipmill, 4 rows, run 2 of 3: 7.0 s, 4/s, steady 8/s",
+        "clipmill, 4 rows, run 3 of 3: 8.0 s, 4/s, steady 6/s",
     ]
     assert left == [False, False, False]
     assert (figures.seconds, figures.peak_memory_bytes, figures.spilled_bytes) == (8.0, 3, 7)
     assert figures.steady_rows_per_second == 6.0
     assert figures.all_seconds == (7.0, 8.0, 9.0)
     assert figures.all_steady == (5.0, 6.0, 8.0)
+
+
+def test_two_programs_are_compared_where_they_embedded_as_many_rows():
+    def figures(name: str, *, num_rows: int, rate: float, all_steady: tuple[float, ...]) -> Any:
+        return PipelineFigures(
+            name=name,
+            num_rows=num_rows,
+            seconds=10.0,
+            all_seconds=(10.0,) * len(all_steady),
+            rows_per_second=rate,
+            steady_rows_per_second=all_steady[0],
+            all_steady=all_steady,
+            peak_memory_bytes=0,
+        )
+
+    table = pipeline_lines(
+        [
+            figures("ours", num_rows=100, rate=50.0, all_steady=(300.0, 350.0, 400.0)),
+            figures("theirs", num_rows=100, rate=20.0, all_steady=(60.0,)),
+            figures("ours", num_rows=200, rate=80.0, all_steady=(300.0,)),
+            figures("theirs", num_rows=200, rate=20.0, all_steady=(0.0,)),
+        ]
+    )
+    assert table[5:] == [
+        "ours, 100 rows: 3 runs took 10.0 to 10.0 s, steady 300 to 400, median 350",
+        "ours embeds 2.5 x as many a second as theirs, of 100 rows; steady, 5.0 x",
+        "ours embeds 4.0 x as many a second as theirs, of 200 rows",
+    ]
 
 
 @pytest.mark.parametrize("num_runs", [0, 2])

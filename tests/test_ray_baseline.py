@@ -11,7 +11,7 @@ from engine.checkpoint import find_checkpoint
 from engine.images import ImageLimits
 from engine.preprocess import decode_pixels
 from engine.registry import Registry
-from jobs.benches.ray_baseline import CPU_BATCH_ROWS, embed_with_transformers
+from jobs.benches.ray_baseline import CPU_BATCH_ROWS, embed_with_transformers, encoding_samples
 from tests.catalogs import scene_rows, write_rows
 
 
@@ -24,6 +24,10 @@ def test_every_row_has_the_embeddings_of_the_engine(
         str(checkpoint_dir), catalog_uri=str(catalog_dir), out_uri=str(tmp_path / "out")
     )
     assert seconds > 0
+    samples = encoding_samples(str(tmp_path / "out"))
+    assert samples[0] == (0, 2 * CPU_BATCH_ROWS)  # an image and a text each
+    assert samples[-1][0] < seconds
+    assert samples[-1][1] == 2 * len(rows)
     found = {row["key"]: row for row in pq.read_table(tmp_path / "out").to_pylist()}
     assert found.keys() == {row["key"] for row in rows}
     engine = load_or_build(

@@ -4,9 +4,11 @@ Knows nothing of how to make it faster.
 """
 
 import shutil
+import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +63,8 @@ class PipelineFigures:
     rows_per_second: float
     """Images and texts in a second, from the first read to the last write."""
     steady_rows_per_second: float
-    """The same from the first second with encoded rows on: without the start of workers and models;
-    0 where there was no second like that, or it is not known."""
+    """The same from the first second (or, of what Clipmill is compared with, batch) with encoded
+    rows on: without the start of workers and models; 0 where there was no other."""
     all_steady: tuple[float, ...]
     """The same of every run, ascending."""
     peak_memory_bytes: int
@@ -128,6 +130,41 @@ def measure_baseline(config: PipelineConfig, *, on_run: OnRun = _unheard) -> Pip
     return figures
 
 
+def pipeline_lines(figures: Sequence[PipelineFigures]) -> list[str]:
+    """A table for people, the range of several runs, how two programs compare, what limits."""
+    lines = [
+        f"{'':<30} {'rows':>9} {'seconds':>9} {'embedded/s':>11} {'steady':>9} "
+        f"{'peak memory MiB':>16}"
+    ]
+    lines += [
+        f"{figure.name:<30} {figure.num_rows:>9,} {figure.seconds:>9.1f} "
+        f"{figure.rows_per_second:>11,.0f} {figure.steady_rows_per_second:>9,.0f} "
+        f"{figure.peak_memory_bytes / 2**20:>16,.0f}"
+        for figure in figures
+    ]
+    lines += [
+        f"{figure.name}, {figure.num_rows:,} rows: {len(figure.all_seconds)} runs took "
+        f"{figure.all_seconds[0]:.1f} to {figure.all_seconds[-1]:.1f} s, steady "
+        f"{figure.all_steady[0]:,.0f} to {figure.all_steady[-1]:,.0f}, median "
+        f"{statistics.median(figure.all_steady):,.0f}"
+        for figure in figures
+        if len(figure.all_seconds) > 1
+    ]
+    for ours, other in pairwise(figures):
+        if ours.num_rows == other.num_rows and ours.name != other.name:
+            lines.append(
+                f"{ours.name} embeds {ours.rows_per_second / other.rows_per_second:.1f} x as many "
+                f"a second as {other.name}, of {ours.num_rows:,} rows{_steady_ratio(ours, other)}"
+            )
+    return [*lines, *(figure.bottleneck for figure in figures if figure.bottleneck)]
+
+
+def _steady_ratio(ours: PipelineFigures, other: PipelineFigures) -> str:
+    if not (ours.steady_rows_per_second and other.steady_rows_per_second):
+        return ""
+    return f"; steady, {ours.steady_rows_per_second / other.steady_rows_per_second:.1f} x"
+
+
 def _measured(
     name: str,
     *,
@@ -148,10 +185,12 @@ def _measured(
             write_images(folder / CATALOG, config.images, num_rows=num_rows)
         runs = []
         for number in range(config.num_runs):
-            runs.append(run_watched(command(folder)))
+            run = run_watched(command(folder))
+            runs.append(run)
             on_run(
                 f"{name}, {num_rows:,} rows, run {number + 1} of {config.num_runs}: "
-                f"{runs[-1].seconds:.1f} s, steady {_steady_rate(runs[-1].report):,.0f}/s"
+                f"{run.seconds:.1f} s, {num_contents(run.report) / run.report['seconds']:,.0f}/s, "
+                f"steady {_steady_rate(run.report):,.0f}/s"
             )
             for output in OUTPUTS:
                 shutil.rmtree(folder / output, ignore_errors=True)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import numpy as np
+import pyarrow.dataset
 import ray
 import torch
 from PIL import Image
@@ -27,6 +28,7 @@ from pipelines import schema
 CPU_BATCH_ROWS, GPU_BATCH_ROWS = 32, 256
 MAX_TOKENS = 77
 TOKEN_COLUMNS = ("input_ids", "attention_mask")
+ENCODED_AT = "encoded_at_seconds"
 
 
 class Preprocess:
@@ -66,7 +68,10 @@ class Embed:
         self._model = load_transformers(find_checkpoint(checkpoint), dtype=dtype).to(device)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Columns as `Preprocess` gives them, stacked -> `image` and `text` float32 [N, D]."""
+        """Columns as `Preprocess` gives them, stacked -> `image` and `text` float32 [N, D].
+
+        With them comes when that was done, in seconds since 1970.
+        """
         with torch.inference_mode():
             pixels = self._moved(batch["pixel_values"]).to(self._dtype)
             found = {schema.IMAGE: image_embeddings(self._model, pixels)}
@@ -77,7 +82,8 @@ class Embed:
         embeddings = {
             name: unit(vectors.float(), dim=-1).cpu().numpy() for name, vectors in found.items()
         }
-        return {schema.KEY: batch[schema.KEY], **embeddings}
+        encoded_at = np.full(len(pixels), time.time())
+        return {schema.KEY: batch[schema.KEY], **embeddings, ENCODED_AT: encoded_at}
 
     def _moved(self, column: Any) -> torch.Tensor:
         return torch.as_tensor(column).to(self._device)
@@ -110,12 +116,22 @@ def embed_with_transformers(checkpoint: str, *, catalog_uri: str, out_uri: str) 
     return time.perf_counter() - started
 
 
+def encoding_samples(out_uri: str) -> list[tuple[float, int]]:
+    """Of what was embedded: after each batch, seconds since the first and contents until then."""
+    dataset = pyarrow.dataset.dataset(out_uri)
+    num_modalities = len({schema.IMAGE, schema.TEXT} & set(dataset.schema.names))
+    encoded_at = dataset.to_table([ENCODED_AT])[ENCODED_AT].to_numpy()
+    moments, num_rows = np.unique(encoded_at, return_counts=True)
+    num_contents = num_modalities * num_rows.cumsum()
+    return list(zip((moments - moments[0]).tolist(), num_contents.tolist(), strict=True))
+
+
 def main() -> None:
     """Run as a program."""
     checkpoint, catalog_uri, out_uri = sys.argv[1:]
     with ray_cluster(None):
         seconds = embed_with_transformers(checkpoint, catalog_uri=catalog_uri, out_uri=out_uri)
-    print(json.dumps({"seconds": seconds}))
+    print(json.dumps({"seconds": seconds, "samples": encoding_samples(out_uri)}))
 
 
 if __name__ == "__main__":
