@@ -16,13 +16,15 @@ from jobs.command import Actions, CommandParser, dispatch, print_result, run, sa
 from jobs.demo.run import CHECKPOINT_DIR
 from jobs.logs import event_log
 from jobs.progress import shown_steps
+from jobs.stopping import ended_by_sigterm
 from pipelines.engines import EngineChoice
 from pipelines.schema import WANTED_DECODERS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return dispatch("bench", BENCHES, argv)
+    with ended_by_sigterm():  # or what is measured would go on
+        return dispatch("bench", BENCHES, argv)
 
 
 def _encode(argv: Sequence[str]) -> int:
@@ -145,15 +147,18 @@ def _pipeline(argv: Sequence[str]) -> int:
         images = RepeatedImages(catalog_uri=options.images, damaged_share=options.damaged)
     programs = [measure_pipeline, *([measure_baseline] if options.baseline else [])]
     engine = replace(_engine_choice(options), decoder=options.decode)
-    figures = [
-        measure(
-            PipelineConfig(num_rows=rows, engine=engine, images=images, num_runs=options.runs),
-            on_run=say,
-        )
-        for rows in options.rows
-        for measure in programs
-    ]
-    print_result(figures, as_json=options.json, text="\n".join(pipeline_lines(figures)))
+    figures = []
+    try:
+        for num_rows in options.rows:
+            config = PipelineConfig(
+                num_rows=num_rows, engine=engine, images=images, num_runs=options.runs
+            )
+            for measure in programs:
+                figures += [measure(config, on_run=say)]
+    finally:
+        # One that comes later may fail, or take longer than anybody waits.
+        if figures:
+            print_result(figures, as_json=options.json, text="\n".join(pipeline_lines(figures)))
     return 0
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from engine.build import load_or_build
 from engine.checkpoint import find_checkpoint
-from engine.errors import DeviceError
+from engine.errors import ClipmillError, DeviceError
 from engine.gate_reports import add_gate_report
 from engine.registry import Registry
 from jobs import embed, nightly
@@ -19,8 +19,11 @@ from jobs.bench import main
 from jobs.benches import pipeline
 from jobs.benches.nights import NightFigures, nights_lines
 from jobs.benches.pipeline import (
+    BASELINE,
+    CLIPMILL,
     PipelineConfig,
     PipelineFigures,
+    measure_baseline,
     measure_pipeline,
     pipeline_lines,
 )
@@ -248,22 +251,27 @@ def test_what_there_is_to_measure(capsys):
     assert "no action 'speed'" in capsys.readouterr().err
 
 
-def test_of_several_runs_the_one_of_median_time_counts(monkeypatch: pytest.MonkeyPatch):
-    def report(steady: int) -> dict[str, Any]:
-        samples = [(0.0, 0), (1.0, 10), (2.0, 10 + steady)]
-        stored = {"image": 4, "text": 4}
-        return {
-            "num_embedded": stored,
-            "num_stored": stored,
-            "rejects_by_reason": {},
-            "bottleneck": "",
-            "spilled_bytes": 7,
-            "seconds": 2.0,
-            "samples": samples,
-        }
+def embed_report(*, samples: Sequence[tuple[float, int]]) -> dict[str, Any]:
+    """Of `clipmill embed`, of four rows."""
+    stored = {"image": 4, "text": 4}
+    return {
+        "num_embedded": stored,
+        "num_stored": stored,
+        "rejects_by_reason": {},
+        "bottleneck": "",
+        "spilled_bytes": 7,
+        "seconds": 2.0,
+        "samples": samples,
+    }
 
+
+def test_of_several_runs_the_one_of_median_time_counts(monkeypatch: pytest.MonkeyPatch):
     runs = [
-        Watched(report=report(steady), seconds=seconds, peak_memory_bytes=memory)
+        Watched(
+            report=embed_report(samples=[(0.0, 0), (1.0, 10), (2.0, 10 + steady)]),
+            seconds=seconds,
+            peak_memory_bytes=memory,
+        )
         for seconds, steady, memory in [(9.0, 5, 1), (7.0, 8, 2), (8.0, 6, 3)]
     ]
     left: list[bool] = []
@@ -292,10 +300,10 @@ def test_of_several_runs_the_one_of_median_time_counts(monkeypatch: pytest.Monke
 
 
 def test_two_programs_are_compared_where_they_embedded_as_many_rows():
-    def figures(name: str, *, num_rows: int, rate: float, all_steady: tuple[float, ...]) -> Any:
+    def figures(name: str, *, rate: float, all_steady: tuple[float, ...]) -> PipelineFigures:
         return PipelineFigures(
             name=name,
-            num_rows=num_rows,
+            num_rows=100,
             seconds=10.0,
             all_seconds=(10.0,) * len(all_steady),
             rows_per_second=rate,
@@ -306,16 +314,17 @@ def test_two_programs_are_compared_where_they_embedded_as_many_rows():
 
     table = pipeline_lines(
         [
-            figures("ours", num_rows=100, rate=50.0, all_steady=(300.0, 350.0, 400.0)),
-            figures("theirs", num_rows=100, rate=20.0, all_steady=(60.0,)),
-            figures("ours", num_rows=200, rate=80.0, all_steady=(300.0,)),
-            figures("theirs", num_rows=200, rate=20.0, all_steady=(0.0,)),
+            figures(CLIPMILL, rate=50.0, all_steady=(300.0, 300.0, 400.0)),
+            figures(BASELINE, rate=20.0, all_steady=(60.0,)),
+            figures(CLIPMILL, rate=80.0, all_steady=(300.0,)),
+            figures(BASELINE, rate=20.0, all_steady=(0.0,)),
         ]
     )
     assert table[5:] == [
-        "ours, 100 rows: 3 runs took 10.0 to 10.0 s, steady 300 to 400, median 350",
-        "ours embeds 2.5 x as many a second as theirs, of 100 rows; steady, 5.0 x",
-        "ours embeds 4.0 x as many a second as theirs, of 200 rows",
+        "clipmill, 100 rows: 3 runs took 10.0 to 10.0 s, steady 300 to 400",
+        "clipmill embeds 2.5 x as many a second as Ray Data, Pillow, transformers, of 100 rows; "
+        "steady, 5.0 x",
+        "clipmill embeds 4.0 x as many a second as Ray Data, Pillow, transformers, of 100 rows",
     ]
 
 
@@ -323,3 +332,27 @@ def test_two_programs_are_compared_where_they_embedded_as_many_rows():
 def test_a_number_of_runs_without_a_middle_is_refused(num_runs: int):
     with pytest.raises(ValueError, match=f"num_runs={num_runs}: expected an odd number"):
         PipelineConfig(num_rows=4, engine=EngineChoice(checkpoint="any"), num_runs=num_runs)
+
+
+def test_what_was_measured_is_printed_though_the_next_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def run_watched(words: Sequence[str]) -> Watched:
+        if "jobs.benches.ray_baseline" in words:
+            raise ClipmillError("no Ray")
+        return Watched(report=embed_report(samples=[]), seconds=3.0, peak_memory_bytes=1)
+
+    monkeypatch.setattr(pipeline, "run_watched", run_watched)
+    with pytest.raises(ClipmillError, match="no Ray"):
+        main(["pipeline", "--rows", "4", "--baseline", "--json"])
+    (figures,) = json.loads(capsys.readouterr().out)
+    assert (figures["name"], figures["seconds"]) == ("clipmill", 3.0)
+
+
+def test_a_pipeline_that_leaves_rows_out_is_no_measure(monkeypatch: pytest.MonkeyPatch):
+    report = {"seconds": 2.0, "samples": [(0.0, 2), (1.0, 3)]}
+    watched = Watched(report=report, seconds=3.0, peak_memory_bytes=1)
+    monkeypatch.setattr(pipeline, "run_watched", lambda words: watched)
+    config = PipelineConfig(num_rows=4, engine=EngineChoice(checkpoint=str(CHECKPOINT_DIR)))
+    with pytest.raises(ClipmillError, match="transformers embedded 3 of 4 rows"):
+        measure_baseline(config)

@@ -20,6 +20,7 @@ from pipelines.engines import EngineChoice
 
 CATALOG, STORE, OUT = "catalog", "store", "out"
 OUTPUTS = (STORE, OUT)
+CLIPMILL, BASELINE = "clipmill", "Ray Data, Pillow, transformers"
 NUM_SCENES = 1_000  # distinct ones; beyond, they come again under other keys
 
 OnRun = Callable[[str], None]
@@ -64,7 +65,8 @@ class PipelineFigures:
     """Images and texts in a second, from the first read to the last write."""
     steady_rows_per_second: float
     """The same from the first second (or, of what Clipmill is compared with, batch) with encoded
-    rows on: without the start of workers and models; 0 where there was no other."""
+    rows on: without the start of workers and models; 0 where there was no other. The median of
+    all runs."""
     all_steady: tuple[float, ...]
     """The same of every run, ascending."""
     peak_memory_bytes: int
@@ -89,7 +91,7 @@ def measure_pipeline(config: PipelineConfig, *, on_run: OnRun = _unheard) -> Pip
     words += ["--engine", engine.engine_id] if engine.engine_id else []
     words += ["--checkpoint", engine.checkpoint] if engine.checkpoint else []
     figures, report = _measured(
-        "clipmill",
+        CLIPMILL,
         config=config,
         command=lambda folder: [
             *(*words, "--catalog", str(folder / CATALOG), "--store", str(folder / STORE)),
@@ -117,16 +119,19 @@ def measure_baseline(config: PipelineConfig, *, on_run: OnRun = _unheard) -> Pip
     checkpoint = config.engine.checkpoint
     if checkpoint is None:
         raise ClipmillError("the baseline loads a checkpoint: name it, not an engine")
-    figures, _ = _measured(
-        "Ray Data, Pillow, transformers",
+    figures, report = _measured(
+        BASELINE,
         config=config,
         command=lambda folder: [
             *("-m", "jobs.benches.ray_baseline", checkpoint),
             *(str(folder / CATALOG), str(folder / OUT)),
         ],
-        num_contents=lambda report: config.num_rows * (1 if config.images else 2),
+        num_contents=_num_encoded,
         on_run=on_run,
     )
+    num_encoded = _num_encoded(report)
+    if num_encoded not in (config.num_rows, 2 * config.num_rows):
+        raise ClipmillError(f"{figures.name} embedded {num_encoded} of {config.num_rows} rows")
     return figures
 
 
@@ -145,13 +150,12 @@ def pipeline_lines(figures: Sequence[PipelineFigures]) -> list[str]:
     lines += [
         f"{figure.name}, {figure.num_rows:,} rows: {len(figure.all_seconds)} runs took "
         f"{figure.all_seconds[0]:.1f} to {figure.all_seconds[-1]:.1f} s, steady "
-        f"{figure.all_steady[0]:,.0f} to {figure.all_steady[-1]:,.0f}, median "
-        f"{statistics.median(figure.all_steady):,.0f}"
+        f"{figure.all_steady[0]:,.0f} to {figure.all_steady[-1]:,.0f}"
         for figure in figures
         if len(figure.all_seconds) > 1
     ]
     for ours, other in pairwise(figures):
-        if ours.num_rows == other.num_rows and ours.name != other.name:
+        if ours.num_rows == other.num_rows and (ours.name, other.name) == (CLIPMILL, BASELINE):
             lines.append(
                 f"{ours.name} embeds {ours.rows_per_second / other.rows_per_second:.1f} x as many "
                 f"a second as {other.name}, of {ours.num_rows:,} rows{_steady_ratio(ours, other)}"
@@ -197,17 +201,24 @@ def _measured(
     finally:
         shutil.rmtree(folder)
     median = sorted(runs, key=lambda run: run.seconds)[config.num_runs // 2]
+    all_steady = sorted(_steady_rate(run.report) for run in runs)
     figures = PipelineFigures(
         name=name,
         num_rows=num_rows,
         seconds=median.seconds,
         all_seconds=tuple(sorted(run.seconds for run in runs)),
         rows_per_second=num_contents(median.report) / median.report["seconds"],
-        steady_rows_per_second=_steady_rate(median.report),
-        all_steady=tuple(sorted(_steady_rate(run.report) for run in runs)),
+        steady_rows_per_second=statistics.median(all_steady),
+        all_steady=tuple(all_steady),
         peak_memory_bytes=median.peak_memory_bytes,
     )
     return figures, median.report
+
+
+def _num_encoded(report: Mapping[str, Any]) -> int:
+    """Images and texts, by the last sample."""
+    num_contents: int = report["samples"][-1][1]
+    return num_contents
 
 
 def _steady_rate(report: Mapping[str, Any]) -> float:

@@ -14,6 +14,9 @@ from typing import Any
 from engine.errors import ClipmillError
 from jobs.benches.memory import MemoryWatch
 
+# A run that is told to end stops its Ray first.
+STOP_SECONDS = 60.0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Watched:
@@ -28,13 +31,27 @@ class Watched:
 
 
 def run_watched(words: Sequence[str], *, python: str = sys.executable) -> Watched:
-    """Run `PYTHON WORDS` to its end; ClipmillError if it fails."""
+    """Run `PYTHON WORDS` to its end, or to that of the caller; ClipmillError if it fails."""
     command = [python, *words]
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE)
-    with MemoryWatch(process.pid) as watch:
-        output, _ = process.communicate()
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        try:
+            with MemoryWatch(process.pid) as watch:
+                output, _ = process.communicate()
+        finally:
+            if process.poll() is None:
+                end(process)
     seconds = time.perf_counter() - started
     if process.returncode:
         raise ClipmillError(f"{' '.join(command)} ended with {process.returncode}")
     return Watched(report=json.loads(output), seconds=seconds, peak_memory_bytes=watch.peak_bytes)
+
+
+def end(process: subprocess.Popen[Any]) -> None:
+    """Tell a program to end, and wait until it has; killed, if it does not."""
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -1,8 +1,9 @@
-"""The pipeline that Ray Data's documentation shows: Pillow, transformers' processor and model.
+"""What Ray Data's documentation shows, tuned: Pillow, transformers' processor and model.
 
-Knows nothing of engines. Run as a program: `python -m jobs.benches.ray_baseline CHECKPOINT CATALOG
-OUT` embeds `image`, and `text` if it is there, of a Parquet catalog and prints how long that took,
-as JSON.
+Tuned are the blocks, which have a batch's rows, and the pools of processes, which are full from the
+start. Knows nothing of engines. Run as a program: `python -m jobs.benches.ray_baseline CHECKPOINT
+CATALOG OUT` embeds `image`, and `text` if it is there, of a Parquet catalog and prints how long
+that took, as JSON.
 """
 
 import io
@@ -10,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from typing import Any, cast
 
 import numpy as np
@@ -23,6 +25,7 @@ from transformers import AutoImageProcessor
 from engine.checkpoint import find_checkpoint
 from jobs.benches.baselines import image_embeddings, load_tokenizer, load_transformers
 from jobs.cluster import ray_cluster
+from jobs.stopping import ended_by_sigterm
 from pipelines import schema
 
 CPU_BATCH_ROWS, GPU_BATCH_ROWS = 32, 256
@@ -61,9 +64,11 @@ class Preprocess:
 class Embed:
     """Batches -> embeddings, with the model as it comes: fp16 on a GPU, float32 on CPUs."""
 
-    def __init__(self, checkpoint: str, device: str) -> None:
-        """Load the model."""
+    def __init__(self, checkpoint: str, device: str, num_threads: int) -> None:
+        """Load the model, which on CPUs runs on so many threads."""
         dtype = torch.float16 if device == "cuda" else torch.float32
+        if device == "cpu":
+            torch.set_num_threads(num_threads)  # Ray leaves one
         self._device, self._dtype = device, dtype
         self._model = load_transformers(find_checkpoint(checkpoint), dtype=dtype).to(device)
 
@@ -103,11 +108,11 @@ def embed_with_transformers(checkpoint: str, *, catalog_uri: str, out_uri: str) 
     rows.repartition(target_num_rows_per_block=batch_rows).map(
         cast("Any", Preprocess),
         fn_constructor_args=(checkpoint,),
-        num_cpus=0.25,
+        num_cpus=0.25,  # so that reading and writing find CPUs beside a process for each
         compute=ActorPoolStrategy(size=num_cpus),
     ).map_batches(
         Embed,
-        fn_constructor_args=(checkpoint, device),
+        fn_constructor_args=(checkpoint, device, max(1, num_cpus // num_models)),
         batch_size=batch_rows,
         num_cpus=0.5,
         num_gpus=1 if num_gpus else 0,
@@ -129,7 +134,8 @@ def encoding_samples(out_uri: str) -> list[tuple[float, int]]:
 def main() -> None:
     """Run as a program."""
     checkpoint, catalog_uri, out_uri = sys.argv[1:]
-    with ray_cluster(None):
+    # Ray prints of its own, on stdout.
+    with redirect_stdout(sys.stderr), ended_by_sigterm(), ray_cluster(None):
         seconds = embed_with_transformers(checkpoint, catalog_uri=catalog_uri, out_uri=out_uri)
     print(json.dumps({"seconds": seconds, "samples": encoding_samples(out_uri)}))
 

@@ -19,7 +19,7 @@ from engine.checkpoint import find_checkpoint
 from engine.errors import ClipmillError
 from engine.registry import Registry
 from jobs.benches.load import Load, load
-from jobs.benches.programs import run_watched
+from jobs.benches.programs import end, run_watched
 from jobs.benches.vector_stores import NUM_FILES, make_store
 from jobs.demo.catalog import sample_rows
 from pipelines.snapshots import EngineRecord, Snapshot, commit
@@ -151,7 +151,7 @@ def _service(words: Sequence[str]) -> Iterator[str]:
                 raise ClipmillError(f"{' '.join(command)} ended with {process.wait()}")
             yield json.loads(line)["url"]
         finally:
-            process.terminate()
+            end(process)
 
 
 def _switch(store: Store, snapshot: Snapshot, *, times: int) -> None:
