@@ -4,7 +4,6 @@ Knows nothing of engines but their preprocessing and token length.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,8 @@ from torch import Tensor
 from engine.checkpoint import Checkpoint
 from engine.errors import ClipmillError
 from engine.manifest import Manifest
+
+MAX_GRAPHS = 64
 
 
 def load_transformers(checkpoint: Checkpoint, *, dtype: torch.dtype) -> Any:
@@ -72,13 +73,17 @@ class TransformersEncoder:
             torch.tensor(values, device=device).view(3, 1, 1) / preprocessing.rescale_factor
             for values in (preprocessing.mean, preprocessing.std)
         )
-        self._images: Callable[[Tensor], Tensor] = partial(image_embeddings, self._model)
-        self._texts: Callable[..., Any] = lambda **tokens: self._model.get_text_features(**tokens)
+        self._encode_images: Callable[[Tensor], Tensor] = self._image_embeddings
+        self._encode_texts: Callable[..., Tensor] = self._text_embeddings
+        self.batch_rows: int | None = None
+        """Of one pass; what has more is cut into as many. None: all are one."""
 
     def compile(self) -> None:
-        """Let torch.compile work on both towers, each as one graph, in its default mode."""
-        self._images = torch.compile(self._images)
-        self._texts = torch.compile(self._texts)
+        """Let torch.compile work on both towers, each as one graph for each number of rows."""
+        # By default the second number makes a graph for any, and the ninth would have none.
+        torch._dynamo.config.recompile_limit = MAX_GRAPHS
+        self._encode_images = torch.compile(self._encode_images, dynamic=False)
+        self._encode_texts = torch.compile(self._encode_texts, dynamic=False)
 
     def encode_images(self, pixels: NDArray[np.uint8] | Tensor) -> NDArray[np.float32]:
         """Pixels uint8 [N, H, W, 3], RGB, HWC, anywhere -> float32 [N, D], unit norm.
@@ -86,9 +91,12 @@ class TransformersEncoder:
         They are copied as bytes and normalized where the model is, which is the faster way.
         """
         with torch.inference_mode():
-            uploaded = torch.as_tensor(pixels).to(self._device)
-            x = (uploaded.permute(0, 3, 1, 2) - self._mean) / self._std
-            return self._unit(self._images(x.to(self._dtype)))
+            return self._joined(
+                [
+                    self._encode_images(part.to(self._device))
+                    for part in torch.as_tensor(pixels).split(self.batch_rows or len(pixels))
+                ]
+            )
 
     def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Texts -> float32 [N, D], unit norm, padded to the model's length as its examples do."""
@@ -100,13 +108,37 @@ class TransformersEncoder:
             truncation=True,
             max_length=self._text.max_tokens,
             return_tensors="pt",
-        ).to(self._device)
+        )
         if self._text.pads_to_max:
             tokens = {"input_ids": tokens["input_ids"]}  # padding is seen, as in training
+        num_rows = self.batch_rows or len(texts)
         with torch.inference_mode():
-            return self._unit(self._texts(**tokens).pooler_output)
+            return self._joined(
+                [
+                    self._encode_texts(
+                        **{
+                            name: values[first : first + num_rows].to(self._device)
+                            for name, values in tokens.items()
+                        }
+                    )
+                    for first in range(0, len(texts), num_rows)
+                ]
+            )
 
-    def _unit(self, embeddings: Tensor) -> NDArray[np.float32]:
-        unit = torch.nn.functional.normalize(embeddings.float(), dim=-1)
-        result: NDArray[np.float32] = unit.cpu().numpy()
-        return result
+    def _image_embeddings(self, uploaded: Tensor) -> Tensor:
+        """Pixels uint8 [N, H, W, 3] -> float [N, D], unit norm."""
+        x = (uploaded.permute(0, 3, 1, 2) - self._mean) / self._std
+        return _unit(image_embeddings(self._model, x.to(self._dtype)))
+
+    def _text_embeddings(self, **tokens: Tensor) -> Tensor:
+        """Tokens int64 [N, T] -> float [N, D], unit norm."""
+        return _unit(self._model.get_text_features(**tokens).pooler_output)
+
+    @staticmethod
+    def _joined(parts: list[Tensor]) -> NDArray[np.float32]:
+        joined: NDArray[np.float32] = torch.cat(parts).cpu().numpy()
+        return joined
+
+
+def _unit(embeddings: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(embeddings.float(), dim=-1)

@@ -197,7 +197,9 @@ def _measure(task: _Task) -> tuple[EncoderFigures, dict[str, NDArray[np.float32]
         for modality, chosen in rows.items() if task.is_timed else ():
             for batch_rows in task.config.batch_sizes:
                 is_query = batch_rows <= QUERY.max_rows
-                encoder = query if is_query else bulk
+                encoder: Any = query if is_query else bulk
+                if task.baseline is not None:
+                    encoder.batch_rows = batch_rows  # the engine cuts what it gets by itself
                 encode = encoder.encode_images if modality == "image" else encoder.encode_texts
                 on_gpu = modality == "image" and not is_query and _takes_gpu_pixels(task.backend)
                 timings.append(
