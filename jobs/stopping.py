@@ -68,6 +68,10 @@ def sigterm_kept() -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
+    except SystemExit as error:
+        if error.code == signal.SIGTERM:  # so does Ray end a process that it came to
+            raise Terminated from error
+        raise
     finally:
         if callable(before):
             signal.signal(signal.SIGTERM, before)

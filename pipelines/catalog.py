@@ -184,6 +184,15 @@ def check_has_rows(catalog: Catalog) -> None:
         )
 
 
+def check_has_keys(catalog: Catalog, *, num_keys: int) -> None:
+    """Raise CatalogError for a catalog whose rows have no key."""
+    if not num_keys:
+        raise CatalogError(
+            f"catalog {catalog.config.uri}: none of its {catalog.num_rows} rows has a key, column "
+            f"{catalog.config.key_column!r} is null in all; name another with --key-column"
+        )
+
+
 def _file_system(uri: str) -> tuple[Any, str]:
     try:
         return open_file_system(uri)

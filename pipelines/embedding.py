@@ -13,7 +13,7 @@ from engine.redaction import public_uri, without_secrets
 from engine.registry import Registry
 from pipelines import schema
 from pipelines.assembly import count_rejects, next_files
-from pipelines.catalog import Catalog, CatalogConfig, check_has_rows, open_catalog
+from pipelines.catalog import Catalog, CatalogConfig, check_has_keys, check_has_rows, open_catalog
 from pipelines.cluster.cluster_nodes import node_lines
 from pipelines.cluster.resources import Resources, gpus_held, num_workers
 from pipelines.committing import Approve, commit_candidate
@@ -35,8 +35,8 @@ from pipelines.schema import EmbeddingDtype, Modality
 from pipelines.snapshots import EngineRecord, Snapshot, snapshot_numbers
 from pipelines.stages import Pass
 from pipelines.store import Store
-from pipelines.store_places import store_label
-from pipelines.writing import is_encoded, staging_dir
+from pipelines.store_places import absolute_uri, is_within, store_label
+from pipelines.writing import is_encoded
 
 # Looks at what there is to do, and at the dimension of the embeddings, or raises: then nothing of
 # it is done.
@@ -70,6 +70,12 @@ class EmbedConfig:
         """Check the bounds."""
         if not self.store_uri:
             raise ValueError("store uri is empty; name a folder")
+        if is_within(self.store_uri, self.catalog.uri):
+            raise ValueError(
+                f"store {public_uri(self.store_uri)} lies in the catalog "
+                f"{public_uri(self.catalog.uri)}, whose rows the store's files would be as well: "
+                "name a folder beside it"
+            )
         if self.dtype not in ("float32", "float16"):
             raise ValueError(f"dtype={self.dtype!r}: expected float32 or float16")
         if self.engine_change not in ENGINE_CHANGES:
@@ -150,7 +156,7 @@ def embed(
     """
     store = Store(config.store_uri)
     catalog = open_catalog(config.catalog)
-    if not catalog.num_rows and (approve is None or not snapshot_numbers(store)):
+    if approve is None or not snapshot_numbers(store):
         check_has_rows(catalog)
     store_name = store_label(config.store_uri)
     registry = Registry(config.engine.engines_uri, on_built=partial(add_built, store=store_name))
@@ -171,12 +177,15 @@ def embed(
     written = Written()
     with compared(setting, resources=config.resources, retried=config.retry) as (ledger, staged):
         counts = ledger.counts()
+        if approve is None:
+            check_has_keys(catalog, num_keys=counts.num_keys)
         # Who was stopped by them is stopped again, though nothing may be left to do.
         check_rejects(
             ledger.num_rejected(),
             counts=counts,
             max_share=config.limits.max_reject_share,
-            folder=store.full_path(staging_dir("rejects", plan_id=setting.plan_id)),
+            store=store,
+            plan_id=setting.plan_id,
         )
         if any(counts.num_due.values()) or base is None:
             manifest = manifest_of()
@@ -222,7 +231,7 @@ def embed(
         created_at=created_at,
         run_id=run_id,
         engine=engine,
-        catalog=replace(record, uri=public_uri(record.uri)),
+        catalog=replace(record, uri=public_uri(absolute_uri(record.uri))),
         key_type=str(catalog.key_type),
         embedding_dim=embedding_dim,
         embedding_dtype=config.dtype,

@@ -10,7 +10,6 @@ MAX_CHARACTERS = 500
 
 def error_line(error: BaseException) -> str:
     """What an error says in one line, without secrets."""
-    text = redacted(str(error)).strip()
-    words = text.splitlines()[0] if text else ""
+    words = " ".join(redacted(str(error)).split())
     kind = type(error).__name__
     return f"{kind}: {words}"[:MAX_CHARACTERS] if words else kind

@@ -19,6 +19,7 @@ from pipelines.indexes.manifest import (
     index_dir,
     indexed_files,
     publish_index,
+    remove_damaged_indexes,
     remove_other_builds,
 )
 from pipelines.indexes.opening import (
@@ -102,6 +103,7 @@ def index_snapshot(
         StoreError: The store cannot be read or written.
         PipelineError: No index fits in the memory allowed.
     """
+    remove_damaged_indexes(store, snapshot)
     manifests = []
     for modality in snapshot.modalities:
         manifest = find_index(store, snapshot, modality=modality)
@@ -166,6 +168,7 @@ def _parent(store: Store, snapshot: Snapshot, *, modality: Modality) -> Parent |
     numbers = set(snapshot_numbers(store))
     while number in numbers:
         before = read_snapshot(store, number)
+        remove_damaged_indexes(store, before)
         manifest = find_index(store, before, modality=modality)
         if before.key_type != snapshot.key_type:
             return None

@@ -64,6 +64,23 @@ def catalog_record(catalog: Catalog, *, num_keys: int) -> CatalogRecord:
     )
 
 
+def staged_rejects(store: Store, *, plan_id: str) -> dict[str, tuple[int, str]]:
+    """Of a plan's rejects: reason -> rows, and what is said of one of them; the most first."""
+    found: dict[str, tuple[int, str]] = {}
+    files = [
+        file
+        for file in staged_files(store, plan_id=plan_id, committed=())
+        if file.kind == "rejects"
+    ]
+    for _, rows in read_stored(store, files, columns=[schema.REASON, schema.DETAIL]):
+        for reason, detail in zip(
+            rows[schema.REASON].to_pylist(), rows[schema.DETAIL].to_pylist(), strict=True
+        ):
+            num_rows, first = found.get(reason, (0, detail))
+            found[reason] = (num_rows + 1, first)
+    return dict(sorted(found.items(), key=lambda entry: -entry[1][0]))
+
+
 def staged_files(
     store: Store, *, plan_id: str, committed: Iterable[StoredFile]
 ) -> list[StoredFile]:

@@ -19,11 +19,12 @@ from pipelines.copying import copy_embeddings
 from pipelines.counts import Counts
 from pipelines.errors import IncompleteRunError, TooManyRejectsError
 from pipelines.ledger import Ledger
-from pipelines.planning import add_stored
+from pipelines.planning import add_stored, staged_rejects
 from pipelines.progress import GPU_STAGES, STAGES, Progress, ProgressBoard, polled
 from pipelines.schema import Modality
 from pipelines.snapshots import StoredFile
 from pipelines.stages import Pass, run_stages
+from pipelines.store import Store
 from pipelines.writing import staging_dir
 
 # Fewer rejects than this never stop a run: a share of a handful of rows says nothing.
@@ -108,7 +109,8 @@ def write_due(
                         num_rejected,
                         counts=counts,
                         max_share=pass_.limits.max_reject_share,
-                        folder=pass_.store.full_path(staging_dir("rejects", plan_id=pass_.plan_id)),
+                        store=pass_.store,
+                        plan_id=pass_.plan_id,
                     )
         written.copied += copied
         written.encoded += encoded
@@ -143,23 +145,38 @@ def has_too_many_rejects(num_rejected: int, *, counts: Counts, max_share: float)
     return num_rejected > max(max_share * counts.num_planned, MIN_REJECTS_TO_STOP - 1) + num_retried
 
 
-def check_rejects(num_rejected: int, *, counts: Counts, max_share: float, folder: str) -> None:
-    """Raise TooManyRejectsError if `has_too_many_rejects`.
+def check_rejects(
+    num_rejected: int, *, counts: Counts, max_share: float, store: Store, plan_id: str
+) -> None:
+    """Raise TooManyRejectsError if `has_too_many_rejects`, with reasons.
 
     Args:
         num_rejected: As there.
         counts: As there.
         max_share: As there.
-        folder: Where the rejects lie, for the message.
+        store: Where the rejects are staged.
+        plan_id: Under which.
     """
-    if has_too_many_rejects(num_rejected, counts=counts, max_share=max_share):
-        raise TooManyRejectsError(
-            f"{num_rejected} of {counts.num_planned} rows rejected: more than {max_share:.1%}. "
-            f"Nothing was committed; the rejects with their reasons are in {folder}. Accept more "
-            "with --max-reject-share, or all with `clipmill nightly --accept rejects`: what was "
-            "embedded is kept for that. Or mend the catalog: then all that the last snapshot lacks "
-            "of it is embedded"
+    if not has_too_many_rejects(num_rejected, counts=counts, max_share=max_share):
+        return
+    reasons = staged_rejects(store, plan_id=plan_id)
+    folder = store.full_path(staging_dir("rejects", plan_id=plan_id))
+    raise TooManyRejectsError(
+        "\n".join(
+            [
+                f"{num_rejected} of {counts.num_planned} rows rejected: more than {max_share:.1%}. "
+                "Nothing was committed; what was embedded is kept.",
+                *(
+                    f"  {num_rows} {reason}, such as: {detail}"
+                    for reason, (num_rows, detail) in reasons.items()
+                ),
+                f"All of them are in {folder}. If other options let them pass, try them again with "
+                f"`embed --retry {' '.join(reasons)}` or `nightly --retry-rejects`; if the catalog "
+                "is mended, run the same command again. Accept more with --max-reject-share, or "
+                "all with `nightly --accept rejects`",
+            ]
         )
+    )
 
 
 def _board(pass_: Pass) -> Any:

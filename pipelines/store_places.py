@@ -6,12 +6,14 @@ Knows nothing of file systems; imports nothing that a client without datasets ha
 import hashlib
 import json
 import os
+from urllib.parse import quote
 
 from engine.redaction import MASK, public_uri
 
 # Of file systems that go by several names.
 _SCHEMES = {"s3a": "s3", "gcs": "gs", "az": "abfs", "abfss": "abfs"}
 _LOCAL_SCHEMES = ("file", "local")
+_LABEL_CHARS = "".join(map(chr, range(0x20, 0x7F)))
 _MAX_LABEL_CHARS = 80
 _NUM_DIGITS = 8
 
@@ -32,6 +34,17 @@ def store_place(uri: str) -> str:
     return f"{_SCHEMES.get(scheme, scheme)}://{rest.rstrip('/')}"
 
 
+def is_within(uri: str, folder_uri: str) -> bool:
+    """Whether a place is another, or in it."""
+    return f"{store_place(uri)}/".startswith(f"{store_place(folder_uri).rstrip('/')}/")
+
+
+def absolute_uri(uri: str) -> str:
+    """A path of this machine from / on, however it is written; other URIs as they are."""
+    scheme, separator, _ = uri.partition("://")
+    return uri if separator and scheme.lower() not in _LOCAL_SCHEMES else store_place(uri)
+
+
 def store_digest(uri: str) -> str:
     """Of its place, 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(["store", store_place(uri)]).encode()).hexdigest()[:16]
@@ -46,7 +59,8 @@ def last_parts(uri: str, num_parts: int) -> str:
 def store_label(uri: str) -> str:
     """A store's name in metrics: the last two parts of its place, and what tells it from others.
 
-    As many as there are stores, each of 80 characters at most: `products/vectors-6c0d3b1f`.
+    As many as there are stores, each of 80 characters at most: `products/vectors-6c0d3b1f`. They
+    are ASCII, as Ray wants labels: letters that are not come as in URLs.
     """
-    name = last_parts(uri, 2)[-(_MAX_LABEL_CHARS - 1 - _NUM_DIGITS) :]
+    name = quote(last_parts(uri, 2), safe=_LABEL_CHARS)[-(_MAX_LABEL_CHARS - 1 - _NUM_DIGITS) :]
     return f"{name or 'root'}-{store_digest(uri)[:_NUM_DIGITS]}"

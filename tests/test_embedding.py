@@ -297,8 +297,11 @@ def test_too_many_rejects_stop_the_run_and_keep_its_work(run, tmp_path: Path):
     for row in rows[:40]:
         row["image"] = b"not an image"
     catalog_dir, store_dir = write_rows(tmp_path / "catalog", rows), tmp_path / "store"
-    with pytest.raises(TooManyRejectsError, match=r"40 of 120 rows rejected: more than 10\.0%"):
+    with pytest.raises(TooManyRejectsError) as stopped:
         run(catalog_dir, store_dir)
+    assert "40 of 120 rows rejected: more than 10.0%" in str(stopped.value)
+    assert "\n  40 not_an_image, such as: " in str(stopped.value)
+    assert "`embed --retry not_an_image`" in str(stopped.value)
     assert not (store_dir / "snapshots").exists()
     saved = [pq.read_table(path) for path in (store_dir / "rejects").rglob("*.parquet")]
     assert sum(table.num_rows for table in saved) == 40
@@ -554,3 +557,36 @@ def test_an_engine_that_failed_its_gate_is_refused_before_any_work(
     with pytest.raises(GateError, match=r"no fp16 engine of .* is promoted; fp8-.*engine build"):
         three_stores.embed(tmp_path / "store", precision="fp16")
     assert not (tmp_path / "store").exists()
+
+
+def test_a_catalog_whose_keys_are_all_null_empties_no_store(run, tmp_path: Path) -> None:
+    rows = scene_rows(3)
+    catalog_dir, store_dir = write_rows(tmp_path / "catalog", rows), tmp_path / "store"
+    run(catalog_dir, store_dir)
+    for path in catalog_dir.iterdir():
+        table = pq.read_table(path)
+        keys = pa.nulls(table.num_rows, pa.string())
+        pq.write_table(table.set_column(table.column_names.index("key"), "key", keys), path)
+    with pytest.raises(CatalogError, match=r"none of its 3 rows has a key.*--key-column"):
+        run(catalog_dir, store_dir)
+    assert stored_snapshot(store_dir).number == 1
+
+
+def test_a_catalog_is_the_same_however_its_path_is_written(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalog_dir, store_dir = write_rows(tmp_path / "catalog", scene_rows(3)), tmp_path / "store"
+    monkeypatch.chdir(tmp_path)
+    assert run(Path("catalog"), store_dir).committed
+    assert stored_snapshot(store_dir).catalog.uri == str(catalog_dir)
+    assert not run(catalog_dir, store_dir).committed
+
+
+@pytest.mark.parametrize("store_uri", ["/data/photos", "/data/photos/vectors"])
+def test_a_store_in_its_catalog_is_refused(store_uri: str) -> None:
+    with pytest.raises(ValueError, match=r"lies in the catalog /data/photos, .* beside it"):
+        EmbedConfig(
+            catalog=CatalogConfig(uri="/data/photos"),
+            store_uri=store_uri,
+            engine=EngineChoice(checkpoint="any"),
+        )

@@ -4,7 +4,7 @@ from pipelines.error_lines import MAX_CHARACTERS, error_line
 
 
 def test_an_error_is_told_in_one_line():
-    assert error_line(ValueError("a\nb")) == "ValueError: a"
+    assert error_line(ValueError("a:\n  b\n  c\n")) == "ValueError: a: b c"
     assert error_line(ValueError()) == "ValueError"
     assert len(error_line(ValueError("x" * 9_999))) == MAX_CHARACTERS
 

@@ -281,6 +281,21 @@ def test_a_truncated_file_is_an_error_with_the_way_out(store, tmp_path, name, sh
         open_index(store, snapshot, modality="image")
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_index_that_lacks_bytes_is_built_again(store, tmp_path, caplog, is_there):
+    snapshot = small_index(store)
+    path: Path = tmp_path / "store" / build_of(store, snapshot) / "index.faiss"
+    content = path.read_bytes()
+    if is_there:
+        path.write_bytes(content[:-1])
+    else:
+        path.unlink()
+    assert build_index(IndexConfig(store_uri=store.uri))[0].num_rows == 3
+    assert "(index.faiss is not what was written): it is removed" in caplog.text
+    assert path.read_bytes() == content
+    assert open_index(store, snapshot, modality="image").manifest.num_rows == 3
+
+
 @pytest.mark.parametrize("share", [0, 0.5, 0.99])
 def test_a_truncated_manifest_is_an_error_with_the_way_out(store, share):
     snapshot = small_index(store)

@@ -32,6 +32,18 @@ def test_an_unchanged_night_does_nothing_and_says_so(night: Night):
     assert report["num_indexes_built"] == 0
 
 
+def test_a_damaged_index_is_built_again_by_a_night_without_changes(night: Night):
+    (path,) = night.store_dir.glob("indexes/*/*/index.faiss")
+    content = path.read_bytes()
+    path.write_bytes(content[:100])
+    done = night.run()
+    assert done.code == 0
+    assert done.out.startswith(
+        "nothing to embed: snapshot 1 is that of the catalog; indexes: 1 built, 1 there\n"
+    )
+    assert path.read_bytes() == content
+
+
 def test_a_night_embeds_what_changed_and_says_how_it_came_about(night: Night):
     rows = text_rows(62)
     changed = [*rows[:5], {**rows[5], "text": rows[4]["text"]}, *rows[6:10], *rows[12:]]

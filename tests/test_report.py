@@ -98,7 +98,7 @@ def test_what_was_spilled_is_said_if_there_was_any(spilled_bytes: int | None):
 
 
 def test_without_stages_there_was_nothing_to_embed():
-    assert bottleneck_line([]) == "nothing to embed: every row was stored already"
+    assert bottleneck_line([]) == "nothing to embed: no row is new or changed"
 
 
 def result(*, committed: bool = True) -> EmbedResult:

@@ -32,7 +32,7 @@ REPORT = RunReport(
     seconds=0.0,
     stages=[],
     samples=[],
-    bottleneck="nothing to embed: every row was stored already",
+    bottleneck="nothing to embed: no row is new or changed",
 )
 
 

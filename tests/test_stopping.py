@@ -87,6 +87,18 @@ def test_who_has_the_signal_keeps_it_though_ray_takes_it(noticed: list[int]):
     assert noticed == []
 
 
+def test_who_is_told_to_end_while_ray_starts_is_told_so():
+    def run(*, code: int) -> None:
+        with ended_by_sigterm(), sigterm_kept():
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(code))  # as ray.init
+            told_to_end()
+
+    with pytest.raises(Terminated):
+        run(code=signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        run(code=3)
+
+
 def test_where_nobody_has_it_who_takes_it_keeps_it():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     taken: list[int] = []

@@ -5,7 +5,13 @@ import re
 
 import pytest
 
-from pipelines.store_places import store_digest, store_label, store_place
+from pipelines.store_places import (
+    absolute_uri,
+    is_within,
+    store_digest,
+    store_label,
+    store_place,
+)
 
 SAME = {
     "s3://bucket/products/vectors": (
@@ -64,6 +70,7 @@ def test_other_places_have_other_names():
         ("/data/stores/vectors", "stores/vectors"),
         ("memory://", "root"),
         ("/" + "x" * 200, "x" * 71),
+        ("/data/stoß/snü", "sto%C3%9F/sn%C3%BC"),
     ],
 )
 def test_a_label_begins_with_what_people_know(uri: str, name: str):
@@ -75,3 +82,19 @@ def test_a_label_begins_with_what_people_know(uri: str, name: str):
 def test_a_relative_path_is_that_of_here():
     assert store_place("vectors") == os.path.join(os.getcwd(), "vectors")
     assert store_label("vectors") == store_label(os.path.abspath("vectors"))
+
+
+def test_a_path_is_absolute_however_it_is_written():
+    here = os.getcwd()
+    for uri in ("a", "./a", f"{here}/a/", f"file://{here}/a"):
+        assert absolute_uri(uri) == f"{here}/a"
+    assert absolute_uri("s3://bucket/a/") == "s3://bucket/a/"
+
+
+def test_a_place_in_another():
+    assert is_within("a/b", "a")
+    assert is_within(os.path.abspath("a"), "./a/")
+    assert is_within("s3a://bucket/a/b/c", "s3://bucket/a")
+    assert not is_within("a", "a/b")
+    assert not is_within("ab", "a")
+    assert not is_within("s3://bucket/a", "/bucket")

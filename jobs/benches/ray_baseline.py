@@ -104,12 +104,12 @@ def embed_with_transformers(checkpoint: str, *, catalog_uri: str, out_uri: str) 
     started = time.perf_counter()
     rows = ray.data.read_parquet(catalog_uri)
     # As they are read, blocks have thousands of rows, and each is one process's work; and a pool
-    # that grows takes minutes to have a process for each core.
+    # that grows takes minutes to have as many processes as there are cores.
     rows.repartition(target_num_rows_per_block=batch_rows).map(
         cast("Any", Preprocess),
         fn_constructor_args=(checkpoint,),
         num_cpus=0.25,  # so that reading and writing find CPUs beside a process for each
-        compute=ActorPoolStrategy(size=num_cpus),
+        compute=ActorPoolStrategy(size=max(1, num_cpus - num_models)),
     ).map_batches(
         Embed,
         fn_constructor_args=(checkpoint, device, max(1, num_cpus // num_models)),

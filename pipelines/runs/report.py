@@ -183,7 +183,7 @@ def bottleneck_line(stages: list[StageReport], *, spilled_bytes: int | None = 0)
         spilled_bytes: See `RunReport`.
     """
     if not stages:
-        return "nothing to embed: every row was stored already"
+        return "nothing to embed: no row is new or changed"
     line = _busiest_line(stages)
     if not spilled_bytes:
         return line
