@@ -16,15 +16,13 @@ from jobs.command import Actions, CommandParser, dispatch, print_result, run, sa
 from jobs.demo.run import CHECKPOINT_DIR
 from jobs.logs import event_log
 from jobs.progress import shown_steps
-from jobs.stopping import ended_by_sigterm
 from pipelines.engines import EngineChoice
 from pipelines.schema import WANTED_DECODERS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    with ended_by_sigterm():  # or what is measured would go on
-        return dispatch("bench", BENCHES, argv)
+    return dispatch("bench", BENCHES, argv)
 
 
 def _encode(argv: Sequence[str]) -> int:

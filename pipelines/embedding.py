@@ -35,7 +35,7 @@ from pipelines.schema import EmbeddingDtype, Modality
 from pipelines.snapshots import EngineRecord, Snapshot, snapshot_numbers
 from pipelines.stages import Pass
 from pipelines.store import Store
-from pipelines.store_places import absolute_uri, is_within, store_label
+from pipelines.store_places import absolute_uri, is_read_with, store_label
 from pipelines.writing import is_encoded
 
 # Looks at what there is to do, and at the dimension of the embeddings, or raises: then nothing of
@@ -70,7 +70,7 @@ class EmbedConfig:
         """Check the bounds."""
         if not self.store_uri:
             raise ValueError("store uri is empty; name a folder")
-        if is_within(self.store_uri, self.catalog.uri):
+        if is_read_with(self.store_uri, self.catalog.uri):
             raise ValueError(
                 f"store {public_uri(self.store_uri)} lies in the catalog "
                 f"{public_uri(self.catalog.uri)}, whose rows the store's files would be as well: "

@@ -4,6 +4,7 @@ Knows nothing of how the embeddings were made or who will query them. What an in
 `pipelines.indexes.manifest`.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,11 +16,11 @@ from pipelines.indexes.choice import Recipe, named_recipe
 from pipelines.indexes.making import make_index, update_index
 from pipelines.indexes.manifest import (
     IndexManifest,
+    damaged_file,
     find_index,
     index_dir,
     indexed_files,
     publish_index,
-    remove_damaged_indexes,
     remove_other_builds,
 )
 from pipelines.indexes.opening import (
@@ -35,6 +36,7 @@ from pipelines.schema import Modality
 from pipelines.snapshots import Snapshot, is_other_engine, read_snapshot, snapshot_numbers
 from pipelines.store import Store
 
+_log = logging.getLogger(__name__)
 # Of the rows that an index was trained on: when more came, went or changed, it is built anew.
 MAX_CHANGED_SHARE = 0.3
 # When more are free, keys get new ids.
@@ -103,10 +105,19 @@ def index_snapshot(
         StoreError: The store cannot be read or written.
         PipelineError: No index fits in the memory allowed.
     """
-    remove_damaged_indexes(store, snapshot)
     manifests = []
     for modality in snapshot.modalities:
         manifest = find_index(store, snapshot, modality=modality)
+        if manifest is not None and (name := damaged_file(store, manifest)) is not None:
+            _log.warning(
+                "the index of %s embeddings is damaged (%s is not what was written), and built "
+                "again",
+                modality,
+                name,
+            )
+            # What a build finds it goes on with. The manifest stays: killed, this comes again.
+            store.remove(manifest.folder)
+            manifest = None
         if manifest is None:
             manifest = _indexed(store, snapshot, modality=modality, options=options)
             promote(manifest)
@@ -120,6 +131,8 @@ def _check_type(store: Store, snapshot: Snapshot, *, options: IndexOptions) -> N
     """PipelineError if there is an index of another type than the one that is named."""
     for modality in snapshot.modalities:
         found = find_index(store, snapshot, modality=modality)
+        if found and damaged_file(store, found) is not None:
+            continue  # it is built again
         if found and found.num_rows and options.factory not in (None, found.factory):
             raise PipelineError(
                 f"factory={options.factory}: snapshot {snapshot.number} has an index of its "
@@ -168,11 +181,10 @@ def _parent(store: Store, snapshot: Snapshot, *, modality: Modality) -> Parent |
     numbers = set(snapshot_numbers(store))
     while number in numbers:
         before = read_snapshot(store, number)
-        remove_damaged_indexes(store, before)
         manifest = find_index(store, before, modality=modality)
         if before.key_type != snapshot.key_type:
             return None
-        if manifest is not None:
+        if manifest is not None and damaged_file(store, manifest) is None:
             index = open_build(store, manifest)
             after = indexed_files(snapshot, modality=modality)
             changes = (

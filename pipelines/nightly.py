@@ -14,11 +14,7 @@ from pipelines.embedding import EmbedConfig, EmbedResult, embed
 from pipelines.guarding.candidate import Candidate
 from pipelines.guarding.guard_limits import GuardLimits
 from pipelines.guarding.guards import MIN_ROWS_TO_TRIP, check, measure, measure_index
-from pipelines.indexes.manifest import (
-    IndexManifest,
-    missing_indexes,
-    remove_damaged_indexes,
-)
+from pipelines.indexes.manifest import IndexManifest, missing_indexes
 from pipelines.indexes.options import IndexOptions, recipe_for
 from pipelines.indexing import index_snapshot
 from pipelines.lineage import GUARDS, GuardName, Measurement
@@ -93,10 +89,6 @@ def run_night(
     store = Store(config.embed.store_uri)
     built: list[Modality] = []
 
-    def lacking(snapshot: Snapshot) -> list[Modality]:
-        remove_damaged_indexes(store, snapshot)
-        return missing_indexes(store, snapshot)
-
     def approve(candidate: Candidate) -> Snapshot:
         nonlocal built
         snapshot = candidate.snapshot
@@ -104,7 +96,7 @@ def run_night(
         found = measure(store, candidate, limits=config.limits)
         found += _rejects_let_pass(candidate, config=config)
         check(found, accepted=config.accepted, outcome=outcome)
-        built = lacking(snapshot)
+        built = missing_indexes(store, snapshot)
         for index in _indexed(store, snapshot, config=config, outcome=outcome):
             found += measure_index(index, limits=config.limits)
         check(found, accepted=config.accepted, outcome=outcome)
@@ -118,7 +110,7 @@ def run_night(
         approve=approve,
     )
     if not result.committed:
-        built = lacking(result.snapshot)
+        built = missing_indexes(store, result.snapshot)
     outcome = f"Snapshot {result.snapshot.number} is current, and stays without this index."
     indexes = _indexed(store, result.snapshot, config=config, outcome=outcome)
     tell_indexes(config.embed.store_uri, indexes)

@@ -64,29 +64,27 @@ def catalog_record(catalog: Catalog, *, num_keys: int) -> CatalogRecord:
     )
 
 
-def staged_rejects(store: Store, *, plan_id: str) -> dict[str, tuple[int, str]]:
-    """Of a plan's rejects: reason -> rows, and what is said of one of them; the most first."""
-    found: dict[str, tuple[int, str]] = {}
-    files = [
-        file
-        for file in staged_files(store, plan_id=plan_id, committed=())
-        if file.kind == "rejects"
-    ]
+def staged_reasons(store: Store, *, plan_id: str) -> dict[str, str]:
+    """Of the rejects that lie there for a plan: reason -> what is said of one of them."""
+    files = staged_files(store, plan_id=plan_id, committed=(), kinds=("rejects",))
+    found: dict[str, str] = {}
     for _, rows in read_stored(store, files, columns=[schema.REASON, schema.DETAIL]):
-        for reason, detail in zip(
-            rows[schema.REASON].to_pylist(), rows[schema.DETAIL].to_pylist(), strict=True
-        ):
-            num_rows, first = found.get(reason, (0, detail))
-            found[reason] = (num_rows + 1, first)
-    return dict(sorted(found.items(), key=lambda entry: -entry[1][0]))
+        for reason in rows[schema.REASON].unique().to_pylist():
+            if reason not in found:
+                row = pc.index(rows[schema.REASON], reason).as_py()
+                found[reason] = rows[schema.DETAIL][row].as_py()
+    return dict(sorted(found.items()))
 
 
 def staged_files(
-    store: Store, *, plan_id: str, committed: Iterable[StoredFile]
+    store: Store,
+    *,
+    plan_id: str,
+    committed: Iterable[StoredFile],
+    kinds: Sequence[Kind] = ("embeddings", "rejects"),
 ) -> list[StoredFile]:
     """Files that an earlier, unfinished run of the same plan left, but not those committed."""
     known = {file.path for file in committed}
-    kinds: tuple[Kind, ...] = ("embeddings", "rejects")
     found = [
         (kind, modality, path)
         for kind in kinds

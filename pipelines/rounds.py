@@ -19,9 +19,9 @@ from pipelines.copying import copy_embeddings
 from pipelines.counts import Counts
 from pipelines.errors import IncompleteRunError, TooManyRejectsError
 from pipelines.ledger import Ledger
-from pipelines.planning import add_stored, staged_rejects
+from pipelines.planning import add_stored, staged_reasons
 from pipelines.progress import GPU_STAGES, STAGES, Progress, ProgressBoard, polled
-from pipelines.schema import Modality
+from pipelines.schema import RETRYABLE_REASONS, Modality
 from pipelines.snapshots import StoredFile
 from pipelines.stages import Pass, run_stages
 from pipelines.store import Store
@@ -159,24 +159,21 @@ def check_rejects(
     """
     if not has_too_many_rejects(num_rejected, counts=counts, max_share=max_share):
         return
-    reasons = staged_rejects(store, plan_id=plan_id)
+    reasons = staged_reasons(store, plan_id=plan_id)
     folder = store.full_path(staging_dir("rejects", plan_id=plan_id))
-    raise TooManyRejectsError(
-        "\n".join(
-            [
-                f"{num_rejected} of {counts.num_planned} rows rejected: more than {max_share:.1%}. "
-                "Nothing was committed; what was embedded is kept.",
-                *(
-                    f"  {num_rows} {reason}, such as: {detail}"
-                    for reason, (num_rows, detail) in reasons.items()
-                ),
-                f"All of them are in {folder}. If other options let them pass, try them again with "
-                f"`embed --retry {' '.join(reasons)}` or `nightly --retry-rejects`; if the catalog "
-                "is mended, run the same command again. Accept more with --max-reject-share, or "
-                "all with `nightly --accept rejects`",
-            ]
+    lines = [
+        f"{num_rejected} of {counts.num_planned} rows rejected: more than {max_share:.1%}. "
+        "Nothing was committed; what was embedded is kept. Why:",
+        *(f"  {reason}, such as: {detail}" for reason, detail in reasons.items()),
+        f"All of them are in {folder}. If the catalog is mended, run the same command again. "
+        "Accept more with --max-reject-share, or all with `nightly --accept rejects`",
+    ]
+    if retryable := [reason for reason in reasons if reason in RETRYABLE_REASONS]:
+        lines.append(
+            "If other options let them pass, try them again with `embed --retry "
+            f"{' '.join(retryable)}` or `nightly --retry-rejects`"
         )
-    )
+    raise TooManyRejectsError("\n".join(lines))
 
 
 def _board(pass_: Pass) -> Any:

@@ -34,15 +34,17 @@ def store_place(uri: str) -> str:
     return f"{_SCHEMES.get(scheme, scheme)}://{rest.rstrip('/')}"
 
 
-def is_within(uri: str, folder_uri: str) -> bool:
-    """Whether a place is another, or in it."""
-    return f"{store_place(uri)}/".startswith(f"{store_place(folder_uri).rstrip('/')}/")
+def is_read_with(uri: str, folder_uri: str) -> bool:
+    """Whether who reads a folder comes to a place: names that begin with _ or . are passed by."""
+    place, folder = f"{store_place(uri)}/", f"{store_place(folder_uri).rstrip('/')}/"
+    names = place.removeprefix(folder).split("/")
+    return place.startswith(folder) and not any(name.startswith(("_", ".")) for name in names)
 
 
 def absolute_uri(uri: str) -> str:
-    """A path of this machine from / on, however it is written; other URIs as they are."""
-    scheme, separator, _ = uri.partition("://")
-    return uri if separator and scheme.lower() not in _LOCAL_SCHEMES else store_place(uri)
+    """A path of this machine from / on; other URIs as they are."""
+    is_path = "://" not in uri and not uri.lower().startswith("file:")
+    return os.path.abspath(os.path.expanduser(uri)) if is_path else uri
 
 
 def store_digest(uri: str) -> str:
@@ -62,5 +64,6 @@ def store_label(uri: str) -> str:
     As many as there are stores, each of 80 characters at most: `products/vectors-6c0d3b1f`. They
     are ASCII, as Ray wants labels: letters that are not come as in URLs.
     """
-    name = quote(last_parts(uri, 2), safe=_LABEL_CHARS)[-(_MAX_LABEL_CHARS - 1 - _NUM_DIGITS) :]
+    name = quote(last_parts(uri, 2), safe=_LABEL_CHARS, errors="surrogateescape")
+    name = name[-(_MAX_LABEL_CHARS - 1 - _NUM_DIGITS) :]
     return f"{name or 'root'}-{store_digest(uri)[:_NUM_DIGITS]}"

@@ -350,9 +350,9 @@ def test_what_was_measured_is_printed_though_the_next_fails(
 
 
 def test_a_pipeline_that_leaves_rows_out_is_no_measure(monkeypatch: pytest.MonkeyPatch):
-    report = {"seconds": 2.0, "samples": [(0.0, 2), (1.0, 3)]}
+    report = {"seconds": 2.0, "samples": [(0.0, 2), (1.0, 4)]}
     watched = Watched(report=report, seconds=3.0, peak_memory_bytes=1)
     monkeypatch.setattr(pipeline, "run_watched", lambda words: watched)
     config = PipelineConfig(num_rows=4, engine=EngineChoice(checkpoint=str(CHECKPOINT_DIR)))
-    with pytest.raises(ClipmillError, match="transformers embedded 3 of 4 rows"):
+    with pytest.raises(ClipmillError, match="transformers embedded 4 of 8 contents"):
         measure_baseline(config)

@@ -167,8 +167,12 @@ def test_the_baseline_is_the_model_of_the_engine(save: Any, tmp_path: Path) -> N
     pixels = np.random.default_rng(0).integers(0, 256, (3, *size), dtype=np.uint8)
     whole = theirs.encode_images(pixels)
     np.testing.assert_allclose(ours.encode_images(pixels), whole, atol=1e-5)
+    passes: list[int] = []
+    encode = theirs._encode_images
+    theirs._encode_images = lambda part: passes.append(len(part)) or encode(part)
     theirs.batch_rows = 2
     np.testing.assert_allclose(whole, theirs.encode_images(pixels), atol=1e-6)
+    assert passes == [2, 1]
     if engine.manifest.text is not None:
         texts = ["a red circle", "two squares and a star", "a blue one"]
         np.testing.assert_allclose(ours.encode_texts(texts), theirs.encode_texts(texts), atol=1e-5)

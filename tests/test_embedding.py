@@ -300,7 +300,7 @@ def test_too_many_rejects_stop_the_run_and_keep_its_work(run, tmp_path: Path):
     with pytest.raises(TooManyRejectsError) as stopped:
         run(catalog_dir, store_dir)
     assert "40 of 120 rows rejected: more than 10.0%" in str(stopped.value)
-    assert "\n  40 not_an_image, such as: " in str(stopped.value)
+    assert "\n  not_an_image, such as: " in str(stopped.value)
     assert "`embed --retry not_an_image`" in str(stopped.value)
     assert not (store_dir / "snapshots").exists()
     saved = [pq.read_table(path) for path in (store_dir / "rejects").rglob("*.parquet")]

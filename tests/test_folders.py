@@ -311,3 +311,15 @@ def test_travels_to_workers(folder: Folder):
     assert travelled.read("file") == b"content"
     with pytest.raises(ShelfError, match="librarian"):
         travelled.read("gone")
+
+
+def test_the_size_of_a_file(folder: Folder) -> None:
+    folder.publish("books/a", b"abc")
+    assert folder.file_bytes("books/a") == 3
+    assert folder.file_bytes("books/b") is None
+    if folder.is_local:
+        link = Path(folder.full_path("books/b"))
+        link.symlink_to(folder.full_path("books/a"))
+        assert folder.file_bytes("books/b") == 3
+        Path(folder.full_path("books/a")).unlink()
+        assert not folder.file_bytes("books/b")

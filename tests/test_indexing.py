@@ -291,9 +291,18 @@ def test_an_index_that_lacks_bytes_is_built_again(store, tmp_path, caplog, is_th
     else:
         path.unlink()
     assert build_index(IndexConfig(store_uri=store.uri))[0].num_rows == 3
-    assert "(index.faiss is not what was written): it is removed" in caplog.text
+    assert "(index.faiss is not what was written), and built again" in caplog.text
     assert path.read_bytes() == content
     assert open_index(store, snapshot, modality="image").manifest.num_rows == 3
+
+
+def test_an_index_is_built_though_the_one_before_is_damaged(store, tmp_path):
+    path: Path = tmp_path / "store" / build_of(store, small_index(store)) / "index.faiss"
+    path.write_bytes(path.read_bytes()[:-1])
+    second = commit_vectors(store, number=2, image=[keyed(unit_vectors(5))])
+    build_index(IndexConfig(store_uri=store.uri))
+    assert open_index(store, second, modality="image").manifest.num_rows == 5
+    assert path.exists()  # whoever serves it from a copy goes on
 
 
 @pytest.mark.parametrize("share", [0, 0.5, 0.99])

@@ -23,10 +23,9 @@ def test_every_row_has_the_embeddings_of_the_engine(
     seconds = embed_with_transformers(
         str(checkpoint_dir), catalog_uri=str(catalog_dir), out_uri=str(tmp_path / "out")
     )
-    assert seconds > 0
     samples = encoding_samples(str(tmp_path / "out"))
     assert samples[0] == (0, 2 * CPU_BATCH_ROWS)  # an image and a text each
-    assert samples[-1][0] < seconds
+    assert 0 < samples[-1][0] < seconds
     assert samples[-1][1] == 2 * len(rows)
     found = {row["key"]: row for row in pq.read_table(tmp_path / "out").to_pylist()}
     assert found.keys() == {row["key"] for row in rows}

@@ -7,7 +7,7 @@ import pytest
 
 from pipelines.store_places import (
     absolute_uri,
-    is_within,
+    is_read_with,
     store_digest,
     store_label,
     store_place,
@@ -71,6 +71,7 @@ def test_other_places_have_other_names():
         ("memory://", "root"),
         ("/" + "x" * 200, "x" * 71),
         ("/data/stoß/snü", "sto%C3%9F/sn%C3%BC"),
+        ("/data/\udcff", "data/%FF"),
     ],
 )
 def test_a_label_begins_with_what_people_know(uri: str, name: str):
@@ -86,15 +87,19 @@ def test_a_relative_path_is_that_of_here():
 
 def test_a_path_is_absolute_however_it_is_written():
     here = os.getcwd()
-    for uri in ("a", "./a", f"{here}/a/", f"file://{here}/a"):
+    for uri in ("a", "./a", f"{here}/a/"):
         assert absolute_uri(uri) == f"{here}/a"
-    assert absolute_uri("s3://bucket/a/") == "s3://bucket/a/"
+    for uri in ("s3://bucket/a/", "file:/a", "file://~/a"):
+        assert absolute_uri(uri) == uri
 
 
-def test_a_place_in_another():
-    assert is_within("a/b", "a")
-    assert is_within(os.path.abspath("a"), "./a/")
-    assert is_within("s3a://bucket/a/b/c", "s3://bucket/a")
-    assert not is_within("a", "a/b")
-    assert not is_within("ab", "a")
-    assert not is_within("s3://bucket/a", "/bucket")
+def test_a_place_that_is_read_with_a_folder():
+    assert is_read_with("a/b", "a")
+    assert is_read_with(os.path.abspath("a"), "./a/")
+    assert is_read_with("s3a://bucket/a/b/c", "s3://bucket/a")
+    assert not is_read_with("a/_vectors", "a")
+    assert not is_read_with("s3://bucket/a/.clipmill/b", "s3://bucket/a")
+    assert is_read_with("/x/_a/b", "/x/_a")
+    assert not is_read_with("a", "a/b")
+    assert not is_read_with("ab", "a")
+    assert not is_read_with("s3://bucket/a", "/bucket")

@@ -213,6 +213,14 @@ class Folder:
             found = find_files(self._fs, self.full_path(relative))
             return sum(int(info["size"]) for info in found.values())
 
+    def file_bytes(self, relative: str) -> int | None:
+        """Size of a file, or of what a link leads to; None if it is not there."""
+        with self._errors(relative, "read"):
+            try:
+                return int(self._fs.info(self.full_path(relative))["size"])
+            except FileNotFoundError:
+                return None
+
     def current_time(self) -> datetime:
         """What the file system's clock says, by a file that is written, and removed; `error`."""
         probe = f".clock-{uuid.uuid4().hex}"

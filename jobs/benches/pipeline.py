@@ -130,8 +130,9 @@ def measure_baseline(config: PipelineConfig, *, on_run: OnRun = _unheard) -> Pip
         on_run=on_run,
     )
     num_encoded = _num_encoded(report)
-    if num_encoded not in (config.num_rows, 2 * config.num_rows):
-        raise ClipmillError(f"{figures.name} embedded {num_encoded} of {config.num_rows} rows")
+    num_wanted = config.num_rows * (1 if config.images else 2)  # scenes have a text each
+    if num_encoded != num_wanted:
+        raise ClipmillError(f"{figures.name} embedded {num_encoded} of {num_wanted} contents")
     return figures
 
 

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import ClipmillError
 from jobs.benches.memory import MemoryWatch
+from jobs.stopping import Terminated, ended_by_sigterm
 
 # A run that is told to end stops its Ray first.
 STOP_SECONDS = 60.0
@@ -34,10 +36,18 @@ def run_watched(words: Sequence[str], *, python: str = sys.executable) -> Watche
     """Run `PYTHON WORDS` to its end, or to that of the caller; ClipmillError if it fails."""
     command = [python, *words]
     started = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+    with (
+        ended_by_sigterm(),  # or the program would go on
+        subprocess.Popen(command, stdout=subprocess.PIPE) as process,
+    ):
         try:
             with MemoryWatch(process.pid) as watch:
                 output, _ = process.communicate()
+        except KeyboardInterrupt as error:
+            if not isinstance(error, Terminated):  # Ctrl-C came to the program as well
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(STOP_SECONDS)
+            raise
         finally:
             if process.poll() is None:
                 end(process)

@@ -22,6 +22,7 @@ from jobs.benches.load import Load, load
 from jobs.benches.programs import end, run_watched
 from jobs.benches.vector_stores import NUM_FILES, make_store
 from jobs.demo.catalog import sample_rows
+from jobs.stopping import ended_by_sigterm
 from pipelines.snapshots import EngineRecord, Snapshot, commit
 from pipelines.store import Store
 
@@ -143,10 +144,13 @@ def _service(words: Sequence[str]) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     command = [sys.executable, "-m", "jobs.cli", "serve", *words, "--port", port, "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with (
+        ended_by_sigterm(),  # or the service would go on
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process,
+    ):
         assert process.stdout is not None
-        line = process.stdout.readline()
         try:
+            line = process.stdout.readline()
             if not line:
                 raise ClipmillError(f"{' '.join(command)} ended with {process.wait()}")
             yield json.loads(line)["url"]

@@ -11,11 +11,9 @@ replaced in one step, says which of them serves.
 
 import dataclasses
 import json
-import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, get_args
 
 from pipelines.errors import IndexMissingError
@@ -28,7 +26,6 @@ from pipelines.store import Store
 
 # Format 1 was an exact index alone, without ids that stay: it is built anew.
 FORMAT_VERSION = 2
-_log = logging.getLogger(__name__)
 INDEXES_DIR = "indexes"
 MANIFEST_FILE = "manifest.json"
 # Of files and folders: none leads out of its folder.
@@ -161,34 +158,24 @@ def remove_other_builds(store: Store, manifest: IndexManifest) -> None:
 
 
 def missing_indexes(store: Store, snapshot: Snapshot) -> list[Modality]:
-    """Modalities of a snapshot that have no index; StoreError if the store cannot be read."""
-    find = partial(find_index, store, snapshot)
-    return [modality for modality in snapshot.modalities if find(modality=modality) is None]
-
-
-def remove_damaged_indexes(store: Store, snapshot: Snapshot) -> None:
-    """Remove indexes of a snapshot that lack a file, or have one of another size; StoreError.
-
-    They can be built again; until then nobody could query them anyhow. Contents are not looked at
-    before an index is opened.
-    """
+    """Modalities of a snapshot that have no index, or a damaged one; StoreError."""
+    missing = []
     for modality in snapshot.modalities:
         manifest = find_index(store, snapshot, modality=modality)
-        if manifest is None:
-            continue
-        sizes = {file.path: file.num_bytes for file in store.files(manifest.folder)}
-        damaged = [
-            name
-            for name, record in manifest.files.items()
-            if sizes.get(f"{manifest.folder}/{name}") != record.num_bytes
-        ]
-        if damaged:
-            _log.warning(
-                "the index of %s embeddings is damaged (%s is not what was written): it is removed",
-                modality,
-                damaged[0],
-            )
-            store.remove(index_dir(snapshot, modality=modality))
+        if manifest is None or damaged_file(store, manifest) is not None:
+            missing.append(modality)
+    return missing
+
+
+def damaged_file(store: Store, manifest: IndexManifest) -> str | None:
+    """A file of an index that is missing or of another size, None if all are whole; StoreError.
+
+    Contents are not looked at before an index is opened.
+    """
+    for name, record in manifest.files.items():
+        if store.file_bytes(f"{manifest.folder}/{name}") != record.num_bytes:
+            return name
+    return None
 
 
 def check_rollback(store: Store, number: int) -> None:
