@@ -23,7 +23,7 @@ def test_every_row_has_the_embeddings_of_the_engine(
     seconds = embed_with_transformers(
         str(checkpoint_dir), catalog_uri=str(catalog_dir), out_uri=str(tmp_path / "out")
     )
-    samples = encoding_samples(str(tmp_path / "out"))
+    samples = encoding_samples(tmp_path / "out")
     assert samples[0] == (0, 2 * CPU_BATCH_ROWS)  # an image and a text each
     assert 0 < samples[-1][0] < seconds
     assert samples[-1][1] == 2 * len(rows)

@@ -59,9 +59,7 @@ def test_a_run_that_raises_has_failed(store):
         raise CatalogError("catalog s3://me:secret@bucket/a?token=secret: gone\nand more")
     failed = on_record(store, journal)
     assert (failed.status, failed.num_encoded) == ("failed", 70)
-    assert failed.error.startswith("CatalogError: catalog s3://***@bucket/a?***")
-    assert "secret" not in failed.error
-    assert "and more" not in failed.error
+    assert failed.error == "CatalogError: catalog s3://***@bucket/a?***: gone and more"
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, Terminated, SystemExit])

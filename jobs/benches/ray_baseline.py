@@ -12,10 +12,10 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import pyarrow.dataset
 import ray
 import torch
 from PIL import Image
@@ -27,6 +27,7 @@ from jobs.benches.baselines import image_embeddings, load_tokenizer, load_transf
 from jobs.cluster import ray_cluster
 from jobs.stopping import ended_by_sigterm
 from pipelines import schema
+from pipelines.arrow_files import parquet_columns, read_parquet
 
 CPU_BATCH_ROWS, GPU_BATCH_ROWS = 32, 256
 MAX_TOKENS = 77
@@ -121,11 +122,13 @@ def embed_with_transformers(checkpoint: str, *, catalog_uri: str, out_uri: str) 
     return time.perf_counter() - started
 
 
-def encoding_samples(out_uri: str) -> list[tuple[float, int]]:
+def encoding_samples(out_dir: Path) -> list[tuple[float, int]]:
     """Of what was embedded: after each batch, seconds since the first and contents until then."""
-    dataset = pyarrow.dataset.dataset(out_uri)
-    num_modalities = len({schema.IMAGE, schema.TEXT} & set(dataset.schema.names))
-    encoded_at = dataset.to_table([ENCODED_AT])[ENCODED_AT].to_numpy()
+    files = list(out_dir.glob("*.parquet"))
+    num_modalities = len({schema.IMAGE, schema.TEXT} & set(parquet_columns(files[0]).names))
+    encoded_at = np.concatenate(
+        [read_parquet(file, columns=[ENCODED_AT])[ENCODED_AT].to_numpy() for file in files]
+    )
     moments, num_rows = np.unique(encoded_at, return_counts=True)
     num_contents = num_modalities * num_rows.cumsum()
     return list(zip((moments - moments[0]).tolist(), num_contents.tolist(), strict=True))
@@ -137,7 +140,7 @@ def main() -> None:
     # Ray prints of its own, on stdout.
     with redirect_stdout(sys.stderr), ended_by_sigterm(), ray_cluster(None):
         seconds = embed_with_transformers(checkpoint, catalog_uri=catalog_uri, out_uri=out_uri)
-    print(json.dumps({"seconds": seconds, "samples": encoding_samples(out_uri)}))
+    print(json.dumps({"seconds": seconds, "samples": encoding_samples(Path(out_uri))}))
 
 
 if __name__ == "__main__":
