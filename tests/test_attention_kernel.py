@@ -309,3 +309,23 @@ def test_kernels_compile_and_fit_into_the_shared_memory_of_cards(tmp_path: Path)
     # one program in others' 99.
     assert 4 * (int(shared[0]) + 1024) <= 228 * 1024
     assert max(map(int, shared[1:])) <= 99 * 1024
+
+
+@pytest.mark.parametrize("num_queries", [1, 65])
+@pytest.mark.parametrize("is_rounded", [False, True])
+@pytest.mark.parametrize("length", [ONE_TILE, TWO_TILES, NO_TAIL, TAIL])
+def test_the_first_queries_alone(length: int, is_rounded: bool, num_queries: int) -> None:
+    qkv = projections(length, head_width=64)
+    asked = {"num_rows": NUM_ROWS, "num_heads": NUM_HEADS, "bias": None, "scale": None}
+    factors = ROUNDED if is_rounded else PLAIN
+    found, expected = (
+        attend(
+            quantized(qkv, SCALE) if is_rounded else qkv,
+            factors=factors,
+            dtype=qkv.dtype,
+            num_queries=wanted,
+            **asked,
+        ).view(NUM_ROWS, length, -1)[:, :num_queries]
+        for wanted in (min(num_queries, length), None)
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

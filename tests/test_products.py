@@ -160,3 +160,41 @@ def test_activated_product_in_one_kernel_and_in_two(act: str) -> None:
     for row, part in zip((0, 99), parts, strict=True):
         differs = found[row : row + 16] != part.float()
         assert differs.float().mean() < 0.02
+
+
+def test_a_sum_that_is_left_to_the_next_norm() -> None:
+    layer = quantized_linear(32, scale=2.0**-9, bias=random(32, seed=1))
+    half = nn.Linear(WIDTH, 32, device=DEVICE, dtype=HALF).requires_grad_(False)
+    fp8_input = quantized(random(NUM_ROWS, WIDTH), 2.0**-6).to(DEVICE)
+    for product, x in (
+        (join(layer, point=QuantizedPoint(2.0**-6), dtype=HALF), fp8_input),
+        (
+            join(half, point=QuantizationPoint(), dtype=HALF),
+            random(NUM_ROWS, WIDTH).to(DEVICE, HALF),
+        ),
+    ):
+        residual = random(NUM_ROWS, 32, seed=3).to(DEVICE, HALF)
+        found, delta = product.summed(x, residual=residual)
+        assert found is residual
+        assert delta is not None
+        torch.testing.assert_close(delta, product(x), rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("width", "num_rows"), [(768, 25_600), (1024, 8_224), (768, 51_200)])
+def test_a_sum_in_the_product(width: int, num_rows: int, dtype: torch.dtype) -> None:
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("sums in products are Hopper's")
+    weight = quantized(100 * 2.0**-9 * random(width, 4 * width), 2.0**-9)
+    layer = QuantizedLinear(weight, scale=2.0**-9, bias=random(width, seed=1).to(dtype)).to(DEVICE)
+    product = join(layer, point=QuantizedPoint(2.0**-6), dtype=dtype)
+    x = quantized(random(num_rows, 4 * width), 2.0**-6).to(DEVICE)
+    residual = 10 * random(num_rows, width, seed=3).to(DEVICE, dtype)
+    expected = residual + product(x)
+    found, delta = product.summed(x, residual=residual)
+    assert found is residual
+    assert delta is None
+    # Products of up to 64 may be summed in another order, and are rounded before they are added.
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(found, expected, rtol=2 * step, atol=64 * step)

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.backends.attention_tiling import MAX_TILE, MIN_TILE, tiling
-from engine.backends.kernels import inverse, product_input, store
+from engine.backends.kernels import inverse, product_input, program_from_end, store
 from engine.quantization.fp8 import FP8
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
@@ -97,12 +97,14 @@ def _general_kernel(
     block_head: tl.constexpr,
     tile: tl.constexpr,
     num_tiles: tl.constexpr,
+    num_query_tiles: tl.constexpr,
     is_full: tl.constexpr,
 ) -> None:
     """One tile of queries of one head against all keys; `is_full` if they leave no room."""
-    head = tl.program_id(0) // num_tiles % num_heads
-    row = (tl.program_id(0) // num_tiles // num_heads).to(tl.int64)
-    queries = tl.program_id(0) % num_tiles * tile + tl.arange(0, tile)
+    program = program_from_end()
+    head = program // num_query_tiles % num_heads
+    row = (program // num_query_tiles // num_heads).to(tl.int64)
+    queries = program % num_query_tiles * tile + tl.arange(0, tile)
     channels = tl.arange(0, block_head)
     is_channel = channels < head_width
     width: tl.constexpr = num_heads * head_width
@@ -182,12 +184,14 @@ def _resident_kernel(
     head_width: tl.constexpr,
     tile: tl.constexpr,
     num_tiles: tl.constexpr,
+    num_query_tiles: tl.constexpr,
     tail: tl.constexpr,
     tail_terms: tl.constexpr,
 ) -> None:
-    """All queries of one head against all keys."""
-    head = tl.program_id(0) % num_heads
-    row = (tl.program_id(0) // num_heads).to(tl.int64)
+    """Tiles of queries of one head, with all of them also those of the tail, against all keys."""
+    program = program_from_end()
+    head = program % num_heads
+    row = (program // num_heads).to(tl.int64)
     width: tl.constexpr = num_heads * head_width
     query_ptr = qkv_ptr + row * length * (3 * width) + head * head_width
     key_ptr = query_ptr + width
@@ -214,7 +218,7 @@ def _resident_kernel(
         keys += (_read(key_ptr + tile_offsets, None),)
         values += (_read_values(value_ptr + tile_offsets, None),)
 
-    if tail > 0:
+    if tail > 0 and num_query_tiles == num_tiles:
         # Keys are the rows, since Hopper's tensor cores want 64; columns may be as few as 8.
         tail_queries = num_tiles * tile + tl.arange(0, tail)
         is_tail_query = tail_queries < length
@@ -225,7 +229,7 @@ def _resident_kernel(
         )
         tail_out_offsets = tail_queries[None, :] * width + channels[:, None]
         store(out_ptr + tail_out_offsets, tail_mixed, is_tail_query[None, :])
-    for i in tl.range(num_tiles):
+    for i in tl.range(num_query_tiles):
         queries = i * tile + tl.arange(0, tile)
         query_offsets = queries[:, None] * (3 * width) + channels[None, :]
         query = _read(query_ptr + query_offsets, None)
@@ -242,6 +246,7 @@ def attend(
     bias: Tensor | None,
     scale: float | None,
     dtype: torch.dtype,
+    num_queries: int | None = None,
 ) -> Tensor:
     """Multi-head self-attention, for the next product.
 
@@ -253,9 +258,10 @@ def attend(
         bias: Added to the scores; 16 bit, broadcast to [num_rows, 1, T, T].
         scale: Of the product's FP8 input; None for 16 bit.
         dtype: Of the result where `scale` is None: 16 bit, which FP8 `qkv` does not tell.
+        num_queries: How many of each row are wanted, from its first token on; None: all.
 
     Returns:
-        [num_rows * T, width].
+        [num_rows * T, width]; undefined for tokens that are not wanted.
     """
     length, width = qkv.shape[0] // num_rows, qkv.shape[1] // 3
     head_width = width // num_heads
@@ -269,6 +275,7 @@ def attend(
         is_fp8=is_fp8,
         is_hopper=is_interpreted or torch.cuda.get_device_capability(qkv.device)[0] == 9,
     )
+    num_query_tiles = min(-(-(num_queries or length) // tiles.tile), tiles.num_tiles)
     out = product_input(qkv[:, :width], scale, dtype=dtype)
     out_factor = factors.mixed * inverse(scale)
     # FP8 is not loaded ahead: its values pass through registers. A third stage of wide heads would
@@ -285,6 +292,7 @@ def attend(
             head_width=head_width,
             tile=tiles.tile,
             num_tiles=tiles.num_tiles,
+            num_query_tiles=num_query_tiles,
             tail=tiles.tail,
             tail_terms=MIN_TILE,  # what tensor cores want, masked beyond the tail
             num_warps=4,
@@ -297,7 +305,7 @@ def attend(
         row_stride = bias.stride(0)
         query_stride = bias.stride(2) if bias.shape[2] == length else 0
     block_head = max(_MIN_BLOCK, triton.next_power_of_2(head_width))
-    _general_kernel[(num_rows * num_heads * tiles.num_tiles,)](
+    _general_kernel[(num_rows * num_heads * num_query_tiles,)](
         qkv,
         bias,
         out,
@@ -311,6 +319,7 @@ def attend(
         block_head=block_head,
         tile=tiles.tile,
         num_tiles=tiles.num_tiles,
+        num_query_tiles=num_query_tiles,
         is_full=length % tiles.tile == 0 and head_width == block_head,
         num_warps=4 if tiles.tile == MAX_TILE else max(1, block_head // 64),
         num_stages=num_stages,

@@ -15,7 +15,7 @@ fourth is coarser: queries, keys and values share the largest of their scales (`
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -64,9 +64,15 @@ class FusedBlock:
         names = {function: name for name, function in ACTIVATIONS.items()}
         self._act = names.get(feed_forward.act, "swiglu")
 
-    def mixed(self, x: Tensor, *, num_rows: int, bias: Tensor | None) -> Tensor:
-        """What `qkv` reads [M, width] -> values mixed by attention, as `output` reads them."""
-        return attend(
+    def mixed(
+        self, x: Tensor, *, num_rows: int, bias: Tensor | None, position: int | Tensor | None
+    ) -> Tensor:
+        """What `qkv` reads [M, width] -> values mixed by attention, as `output` reads them.
+
+        Of all tokens, or of those at a position, as in `_tokens_at`.
+        """
+        num_queries = position + 1 if isinstance(position, int) and position >= 0 else None
+        mixed = attend(
             self.qkv.activated(x, act="none", scale=self._head_scale),
             num_rows=num_rows,
             num_heads=self._num_heads,
@@ -74,11 +80,14 @@ class FusedBlock:
             bias=bias,
             scale=self.output.input_scale,
             dtype=self._dtype,
+            num_queries=num_queries,
         )
+        return _tokens_at(mixed, position, num_rows=num_rows)
 
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """What `fc1` reads [M, width] -> 16 bit [M, width]."""
-        return self.fc2(self.fc1.activated(x, act=self._act, scale=self.fc2.input_scale))
+    def feed_forward(self, x: Tensor, *, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What `fc1` reads [M, width], added to the residual stream as by `Product.summed`."""
+        hidden = self.fc1.activated(x, act=self._act, scale=self.fc2.input_scale)
+        return self.fc2.summed(hidden, residual=residual)
 
 
 class FusedStack(nn.Module, ABC):
@@ -90,13 +99,14 @@ class FusedStack(nn.Module, ABC):
         self._blocks = [FusedBlock(block) for block in blocks]
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Map 16 bit [N, T, width] to the same shape."""
+        """Map 16 bit [N, T, width] to the same shape. What was in `x` may be overwritten."""
         return self._output(x, bias, None).view(x.shape)
 
     def output_at(self, x: Tensor, bias: Tensor | None = None, *, position: int | Tensor) -> Tensor:
         """Map 16 bit [N, T, width] to [N, width]: one token of each row, as in `token_at`.
 
-        What the last block does after its attention, it does for these tokens alone.
+        What the last block does after its attention, it does for these tokens alone. What was in
+        `x` may be overwritten.
         """
         return self._output(x, bias, position)
 
@@ -104,21 +114,12 @@ class FusedStack(nn.Module, ABC):
     def _output(self, x: Tensor, bias: Tensor | None, position: int | Tensor | None) -> Tensor:
         """Of all tokens [N * T, width], or of those at a position [N, width]."""
 
-    def _wanted(
-        self, block: FusedBlock, position: int | Tensor | None, *tokens: Tensor, num_rows: int
-    ) -> tuple[Tensor, ...]:
-        """Of tokens [num_rows * T, width] those to go on with after a block's attention."""
-        if position is None or block is not self._blocks[-1]:
-            return tokens
-        return tuple(
-            # As bytes, since not all of PyTorch knows FP8.
-            token_at(
-                x.view(torch.uint8).view(num_rows, -1, x.shape[1] * x.itemsize), position=position
-            )
-            .contiguous()
-            .view(x.dtype)
-            for x in tokens
-        )
+    def _steps(
+        self, position: int | Tensor | None
+    ) -> Iterator[tuple[FusedBlock, int | Tensor | None]]:
+        """Each block, and the position of the tokens to go on with after its attention."""
+        for block in self._blocks:
+            yield block, position if block is self._blocks[-1] else None
 
 
 class PreNormStack(FusedStack):
@@ -127,16 +128,17 @@ class PreNormStack(FusedStack):
     def _output(self, x: Tensor, bias: Tensor | None, position: int | Tensor | None) -> Tensor:
         residual = x.reshape(-1, x.shape[-1])
         delta = None
-        for block in self._blocks:
+        for block, wanted in self._steps(position):
             residual, normed = pre_norm(
                 residual, delta, layer_norm=block.norm1, scale=block.qkv.input_scale
             )
-            mixed = block.mixed(normed, num_rows=len(x), bias=bias)
-            residual, mixed = self._wanted(block, position, residual, mixed, num_rows=len(x))
+            mixed = block.mixed(normed, num_rows=len(x), bias=bias, position=wanted)
+            residual = _tokens_at(residual, wanted, num_rows=len(x))
+            residual, delta = block.output.summed(mixed, residual=residual)
             residual, normed = pre_norm(
-                residual, block.output(mixed), layer_norm=block.norm2, scale=block.fc1.input_scale
+                residual, delta, layer_norm=block.norm2, scale=block.fc1.input_scale
             )
-            delta = block.feed_forward(normed)
+            residual, delta = block.feed_forward(normed, residual=residual)
         return residual if delta is None else residual + delta
 
 
@@ -148,19 +150,26 @@ class PostNormStack(FusedStack):
         # The scale under which each block's second norm writes: that of the next block's input.
         scales = [block.qkv.input_scale for block in self._blocks]
         normed = activate(residual, act="none", scale=scales[0])
-        for block, next_scale in zip(self._blocks, [*scales[1:], None], strict=True):
-            mixed = block.mixed(normed, num_rows=len(x), bias=bias)
-            residual, mixed = self._wanted(block, position, residual, mixed, num_rows=len(x))
+        next_scales = [*scales[1:], None]
+        for (block, wanted), next_scale in zip(self._steps(position), next_scales, strict=True):
+            mixed = block.mixed(normed, num_rows=len(x), bias=bias, position=wanted)
+            residual = _tokens_at(residual, wanted, num_rows=len(x))
+            residual, delta = block.output.summed(mixed, residual=residual)
             residual, normed = post_norm(
-                residual, block.output(mixed), layer_norm=block.norm1, scale=block.fc1.input_scale
+                residual, delta, layer_norm=block.norm1, scale=block.fc1.input_scale
             )
-            residual, normed = post_norm(
-                residual,
-                block.feed_forward(normed),
-                layer_norm=block.norm2,
-                scale=next_scale,
-            )
+            residual, delta = block.feed_forward(normed, residual=residual)
+            residual, normed = post_norm(residual, delta, layer_norm=block.norm2, scale=next_scale)
         return residual
+
+
+def _tokens_at(x: Tensor, position: int | Tensor | None, *, num_rows: int) -> Tensor:
+    """Of tokens [num_rows * T, width] those at a position, as in `token_at`; all if it is None."""
+    if position is None:
+        return x
+    # As bytes, since not all of PyTorch knows FP8.
+    tokens = x.view(torch.uint8).view(num_rows, -1, x.shape[1] * x.itemsize)
+    return token_at(tokens, position=position).contiguous().view(x.dtype)
 
 
 @torch.no_grad()

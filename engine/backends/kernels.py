@@ -26,6 +26,16 @@ _VALUES_PER_PROGRAM = 4096
 
 
 @triton.jit
+def program_from_end() -> tl.tensor:
+    """This program's number, counted from the last.
+
+    Products go from the first row to the last. What they read and write last is in the L2 cache
+    still, and there it is, too, that the next product begins.
+    """
+    return tl.num_programs(0) - 1 - tl.program_id(0)
+
+
+@triton.jit
 def to_fp8(x: tl.tensor) -> tl.tensor:
     """Nearest FP8 numbers to float32."""
     if _IS_INTERPRETED:
@@ -59,7 +69,7 @@ def _add_norm_kernel(
     block_rows: tl.constexpr,
 ) -> None:
     """Sum x and delta, normalize; pointers that are None are left out."""
-    rows = tl.program_id(0).to(tl.int64) * block_rows + tl.arange(0, block_rows)
+    rows = program_from_end().to(tl.int64) * block_rows + tl.arange(0, block_rows)
     channels = tl.arange(0, block_width)
     is_channel = channels < width
     offsets = rows[:, None] * width + channels[None, :]
@@ -156,7 +166,7 @@ def pre_norm(
 
     Args:
         residual: 16 bit [M, width].
-        delta: What to add, of the same type and shape; None before the first block.
+        delta: What to add, of the same type and shape, if anything.
         layer_norm: Its weights are of the 16-bit type too.
         scale: Of the product's FP8 input; None for 16 bit.
 
@@ -178,7 +188,7 @@ def pre_norm(
 
 
 def post_norm(
-    residual: Tensor, delta: Tensor, *, layer_norm: nn.LayerNorm, scale: float | None
+    residual: Tensor, delta: Tensor | None, *, layer_norm: nn.LayerNorm, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     """As `pre_norm`, but the normalized sum is the new residual stream.
 

@@ -70,7 +70,7 @@ def _product_kernel(
 
 
 def is_faster(x: Tensor, *, num_columns: int) -> bool:
-    """Whether `multiply_and_activate` is worth it: on Hopper, with a tile for each processor.
+    """Whether more than a product is best done in one: on Hopper, with a tile for each processor.
 
     Elsewhere it was not measured.
     """

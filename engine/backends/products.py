@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from engine.backends.kernels import activate
 from engine.backends.product_kernel import is_faster, multiply_and_activate
+from engine.backends.sum_product import multiply_and_add
 from engine.errors import EngineError
 from engine.quantization.fp8 import QuantizedLinear, QuantizedPoint
 from engine.towers import QuantizationPoint
@@ -42,6 +43,14 @@ class Product(Protocol):
 
         Returns:
             What the next product reads: FP8 of its `scale`, or 16 bit where that is None.
+        """
+        ...
+
+    def summed(self, x: Tensor, *, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Multiply, and add to the residual stream, 16 bit [M, out], in place where that is faster.
+
+        Returns:
+            The residual stream, and what the next norm has to add to it, if anything.
         """
         ...
 
@@ -115,6 +124,20 @@ class Fp8Product:
             scale=scale,
         )
 
+    def summed(self, x: Tensor, *, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Multiply FP8 [M, in] and add to the residual stream."""
+        if not is_faster(x, num_columns=len(self._bias)):
+            return residual, self(x)
+        multiply_and_add(
+            x,
+            self._weight.t(),
+            bias=self._bias,
+            input_scale=self._input_scale,
+            weight_scale=self._weight_scale,
+            out=residual,
+        )
+        return residual, None
+
 
 class HalfProduct:
     """A product in 16 bit, with sums in float32."""
@@ -135,6 +158,10 @@ class HalfProduct:
     def activated(self, x: Tensor, *, act: str, scale: float | None) -> Tensor:
         """Multiply 16 bit [M, in] and activate."""
         return activate(self(x), act=act, scale=scale)
+
+    def summed(self, x: Tensor, *, residual: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Multiply 16 bit [M, in]; the next norm adds."""
+        return residual, self(x)
 
 
 def join(
