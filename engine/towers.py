@@ -205,7 +205,7 @@ def token_after(
 ) -> Tensor:
     """One token of each row after all blocks, [N, width], at `position` as in `token_at`.
 
-    The last block may leave the others out.
+    The last block may leave the others out, and blocks may overwrite `x`.
     """
     before: list[Any] = list(blocks)
     last = before.pop()

@@ -64,8 +64,9 @@ class CatalogConfig:
         for name in self.carry_columns:
             if name in schema.RESERVED:
                 raise ValueError(
-                    f"carry column {name!r}: the name is one of the embeddings' own columns; "
-                    "rename it in the catalog"
+                    f"carry column {name!r}: embeddings or the stages before them have columns "
+                    f"named {', '.join(sorted(schema.RESERVED))} of their own; carry a copy under "
+                    "another name"
                 )
         if len(set(self.carry_columns)) != len(self.carry_columns):
             raise ValueError(f"carry columns {list(self.carry_columns)}: named twice")

@@ -18,7 +18,7 @@ from tests.triton_device import DEVICE
 
 from engine.backends.attention_kernel import HeadFactors  # isort: skip
 from engine.backends.fused import fuse, head_scaling  # isort: skip
-from engine.backends.products import Product  # isort: skip
+from engine.backends.products import Fp8Product, Product  # isort: skip
 
 TOWERS: dict[str, Callable[[], tuple[Tower, Tensor]]] = {
     "image": lambda: (image_tower(), pixels(3)),
@@ -67,6 +67,28 @@ def test_fused_towers_compute_what_their_blocks_did(name: str, mix: str) -> None
     assert error < 1.3 * (1 - cosines(expected, reference)).mean() + 1e-5
 
 
+@pytest.mark.parametrize("mix", ["all in FP8", "qkv and fc2 kept", "products, output and fc1 kept"])
+@pytest.mark.parametrize("name", list(TOWERS))
+@torch.inference_mode()
+def test_sums_in_place(name: str, mix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tower, batch = TOWERS[name]()
+    tower, batch = tower.to(DEVICE), batch.to(DEVICE)
+    quantize(tower, batch, is_kept=MIXES[mix])
+    fuse(tower.to_dtype(torch.float16))
+    expected = tower(batch)
+    sums = []
+
+    def summed(product: Fp8Product, x: Tensor, *, residual: Tensor) -> tuple[Tensor, None]:
+        sums.append(x.shape)
+        return residual.add_(product(x)), None
+
+    # As large products on Hopper do.
+    monkeypatch.setattr(Fp8Product, "summed", summed)
+    torch.testing.assert_close(tower(batch), expected, rtol=0, atol=0)
+    # Of each of two blocks.
+    assert len(sums) == (4 if mix == "all in FP8" else 2)
+
+
 @torch.inference_mode()
 def test_rows_do_not_depend_on_each_other() -> None:
     tower, batch = clip_text_tower().to(DEVICE), token_ids(4, 24).to(DEVICE)
@@ -100,11 +122,11 @@ def test_one_token_of_each_row_is_what_all_tokens_would_have_there(name: str, mi
     x = torch.randn(3, 20, 48, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.float16)
     future = torch.ones(20, 20, dtype=torch.bool, device=DEVICE).triu(1)
     bias = future.to(x.dtype) * MASKED
-    all_tokens = stack(x, bias)
+    all_tokens = stack(x.clone(), bias)
     assert all_tokens.shape == x.shape
     rows = torch.arange(3, device=DEVICE)
     for position, tokens in ((0, 0), (-1, 19), (rows * 7, rows * 7)):
-        found = stack.output_at(x, bias, position=position)
+        found = stack.output_at(x.clone(), bias, position=position)
         # Products of other sizes, of which a rounding may tip.
         torch.testing.assert_close(found, all_tokens[rows, tokens], rtol=0.02, atol=0.02)
         assert not torch.allclose(found, all_tokens[rows, 1], rtol=0.02, atol=0.02)

@@ -113,6 +113,15 @@ def test_post_norm_gives_the_norm_twice(dtype: torch.dtype) -> None:
     assert_rounded(out, exact, scale=None, dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_post_norm_of_what_is_summed_already(dtype: torch.dtype) -> None:
+    x = random(NUM_ROWS, WIDTH, dtype=dtype)
+    norm = random_norm(dtype)
+    residual, out = post_norm(x, None, layer_norm=norm, scale=SCALE)
+    assert_rounded(residual, normalized(x, norm), scale=None, dtype=dtype)
+    assert_rounded(out, normalized(x, norm), scale=SCALE, dtype=dtype)
+
+
 def test_norm_of_large_rows_in_16_bit() -> None:
     # Squares of these exceed float16, and their mean is a hundred times what they vary by.
     x = 2000 + 20 * random(NUM_ROWS, WIDTH, dtype=torch.float16)

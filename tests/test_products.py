@@ -165,36 +165,32 @@ def test_activated_product_in_one_kernel_and_in_two(act: str) -> None:
 def test_a_sum_that_is_left_to_the_next_norm() -> None:
     layer = quantized_linear(32, scale=2.0**-9, bias=random(32, seed=1))
     half = nn.Linear(WIDTH, 32, device=DEVICE, dtype=HALF).requires_grad_(False)
-    fp8_input = quantized(random(NUM_ROWS, WIDTH), 2.0**-6).to(DEVICE)
+    values = random(NUM_ROWS, WIDTH).to(DEVICE)
     for product, x in (
-        (join(layer, point=QuantizedPoint(2.0**-6), dtype=HALF), fp8_input),
-        (
-            join(half, point=QuantizationPoint(), dtype=HALF),
-            random(NUM_ROWS, WIDTH).to(DEVICE, HALF),
-        ),
+        (join(layer, point=QuantizedPoint(2.0**-6), dtype=HALF), quantized(values, 2.0**-6)),
+        (join(half, point=QuantizationPoint(), dtype=HALF), values.to(HALF)),
     ):
         residual = random(NUM_ROWS, 32, seed=3).to(DEVICE, HALF)
+        before = residual.clone()
         found, delta = product.summed(x, residual=residual)
         assert found is residual
+        torch.testing.assert_close(residual, before, rtol=0, atol=0)
         assert delta is not None
         torch.testing.assert_close(delta, product(x), rtol=0, atol=0)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("width", "num_rows"), [(768, 25_600), (1024, 8_224), (768, 51_200)])
-def test_a_sum_in_the_product(width: int, num_rows: int, dtype: torch.dtype) -> None:
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("sums in products are Hopper's")
-    weight = quantized(100 * 2.0**-9 * random(width, 4 * width), 2.0**-9)
-    layer = QuantizedLinear(weight, scale=2.0**-9, bias=random(width, seed=1).to(dtype)).to(DEVICE)
-    product = join(layer, point=QuantizedPoint(2.0**-6), dtype=dtype)
-    x = quantized(random(num_rows, 4 * width), 2.0**-6).to(DEVICE)
-    residual = 10 * random(num_rows, width, seed=3).to(DEVICE, dtype)
+def test_a_sum_in_the_product() -> None:
+    width, num_rows = 768, 25_600
+    weight = quantized(100 * 2.0**-9 * random(width, width), 2.0**-9)
+    layer = QuantizedLinear(weight, scale=2.0**-9, bias=random(width, seed=1).to(HALF)).to(DEVICE)
+    product = join(layer, point=QuantizedPoint(2.0**-6), dtype=HALF)
+    x = quantized(random(num_rows, width), 2.0**-6).to(DEVICE)
+    residual = 10 * random(num_rows, width, seed=3).to(DEVICE, HALF)
     expected = residual + product(x)
     found, delta = product.summed(x, residual=residual)
     assert found is residual
-    assert delta is None
-    # Products of up to 64 may be summed in another order, and are rounded before they are added.
-    step = torch.finfo(dtype).eps
-    torch.testing.assert_close(found, expected, rtol=2 * step, atol=64 * step)
+    # It is Hopper's.
+    assert (delta is None) == (torch.cuda.get_device_capability()[0] == 9)
+    total = found if delta is None else found + delta
+    torch.testing.assert_close(total, expected, rtol=2e-3, atol=0.05)

@@ -19,7 +19,7 @@ class Tiling:
     """Which kernel a shape gets, and the tiles that its tokens are in."""
 
     is_resident: bool
-    """Whether a program has all queries of a head."""
+    """Whether a program has all queries of a head that are wanted."""
     tile: int
     """Tokens in a tile."""
     num_tiles: int

@@ -69,7 +69,7 @@ class FusedBlock:
     ) -> Tensor:
         """What `qkv` reads [M, width] -> values mixed by attention, as `output` reads them.
 
-        Of all tokens, or of those at a position, as in `_tokens_at`.
+        Of all tokens [M, width], or of those at a position [num_rows, width].
         """
         num_queries = position + 1 if isinstance(position, int) and position >= 0 else None
         mixed = attend(

@@ -29,8 +29,8 @@ _VALUES_PER_PROGRAM = 4096
 def program_from_end() -> tl.tensor:
     """This program's number, counted from the last.
 
-    Products go from the first row to the last. What they read and write last is in the L2 cache
-    still, and there it is, too, that the next product begins.
+    The L2 cache still has what a product before it read and wrote last, its last rows; and the
+    first rows, written last here, are what the next product reads first.
     """
     return tl.num_programs(0) - 1 - tl.program_id(0)
 
