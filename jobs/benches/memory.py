@@ -4,11 +4,15 @@ Knows nothing of what they do.
 """
 
 import threading
+import time
 from typing import Self
 
 import psutil
 
 SAMPLE_SECONDS = 0.5
+# A look walks all pages of each process, and is followed by so many times as long without. Looks
+# every half second took Ray Data, with 6 GiB of object store on two cores, from 580 to 457 rows/s.
+REST = 20
 
 
 class MemoryWatch(threading.Thread):
@@ -38,8 +42,11 @@ class MemoryWatch(threading.Thread):
 
     def run(self) -> None:
         """Look again and again."""
-        while not self._stopped.wait(SAMPLE_SECONDS):
+        took = 0.0
+        while not self._stopped.wait(max(SAMPLE_SECONDS, REST * took)):
+            began = time.perf_counter()
             self.peak_bytes = max(self.peak_bytes, self._now())
+            took = time.perf_counter() - began
 
     def _now(self) -> int:
         total = 0
