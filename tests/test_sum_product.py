@@ -1,6 +1,7 @@
 """Products that are added to what is there: on a GPU, and how calls to cuBLASLt fail."""
 
 import ctypes
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.backends import sum_product
-from engine.backends.sum_product import SumProduct, multiply_and_add
+from engine.backends.sum_product import Algorithm, SumProduct
 from engine.errors import DeviceError
 from engine.quantization.fp8 import quantized
 
@@ -34,6 +35,11 @@ def operands(
         "weight_scale": torch.tensor(2.0**-10, device=device),
         "out": 10 * random(num_rows, num_columns).to(device, dtype),
     }
+
+
+def add(given: dict[str, Tensor]) -> None:
+    with SumProduct(**given) as product:
+        product.add()
 
 
 def product_of(given: dict[str, Tensor]) -> Tensor:
@@ -74,15 +80,15 @@ def test_every_algorithm_gives_the_same_bits(
 def test_sums_in_a_graph() -> None:
     given = operands(8_224, 1024, 1024, dtype=torch.float16, device="cuda")
     before = given["out"].clone()
-    multiply_and_add(**given)
+    add(given)
     once = given["out"].clone()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        multiply_and_add(**given)
+        add(given)
     given["out"].copy_(before)
     graph.replay()
     torch.testing.assert_close(given["out"], once, rtol=0, atol=0)
-    multiply_and_add(**given)
+    add(given)
     twice = given["out"].clone()
     given["out"].copy_(once)
     graph.replay()
@@ -92,8 +98,10 @@ def test_sums_in_a_graph() -> None:
 class Library:
     """In place of cuBLASLt: notes calls, and answers them as it is told."""
 
-    def __init__(self, **statuses: int) -> None:
+    def __init__(self, *, proposals: Sequence[int] = (), **statuses: int) -> None:
+        """`proposals`: statuses of the algorithms it proposes; `statuses`: of calls that fail."""
         self.calls: list[str] = []
+        self._proposals = proposals
         self._statuses = statuses
 
     def __getattr__(self, name: str) -> Any:
@@ -103,6 +111,11 @@ class Library:
             if name == "GetStatusName":
                 return f"CUBLAS_STATUS_{arguments[0]}".encode()
             self.calls.append(name)
+            if name == "MatmulAlgoGetHeuristic":
+                found, num_found = arguments[-2:]
+                for number, status in enumerate(self._proposals):
+                    found[number].status, found[number].num_waves = status, number
+                num_found._obj.value = len(self._proposals)
             return self._statuses.get(name, 0)
 
         return call
@@ -122,7 +135,7 @@ def with_library(library: Library, monkeypatch: pytest.MonkeyPatch) -> Library:
 def test_no_algorithm(monkeypatch: pytest.MonkeyPatch, given: dict[str, Tensor]) -> None:
     library = with_library(Library(), monkeypatch)
     with pytest.raises(DeviceError, match=r"no algorithm .* 32 x 16 x 48 to torch.float16 on cpu"):
-        multiply_and_add(**given)
+        add(given)
     made = [name for name in library.calls if name.endswith("Create")]
     ended = [name for name in library.calls if name.endswith("Destroy")]
     assert len(made) == 5
@@ -131,13 +144,47 @@ def test_no_algorithm(monkeypatch: pytest.MonkeyPatch, given: dict[str, Tensor])
     )
 
 
+@pytest.mark.parametrize(
+    ("proposals", "milliseconds", "expected"),
+    [
+        pytest.param([0, 0, 0], [1.2, 1.0, 1.0], 0, id="the first, if it is nearly as fast"),
+        pytest.param([0, 0, 0], [1.5, 1.2, 1.0], 1, id="else the next that is"),
+        pytest.param([15, 0, 0], [0.1, 1.0, 1.0], 1, id="of those that can be used"),
+    ],
+)
+def test_which_algorithm_is_chosen(
+    proposals: list[int],
+    milliseconds: list[float],
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
+    given: dict[str, Tensor],
+) -> None:
+    with_library(Library(proposals=proposals), monkeypatch)
+    before = given["out"].clone()
+
+    def tried(product: SumProduct, algorithm: Algorithm) -> float:
+        product.out += 1
+        return milliseconds[int(algorithm.num_waves)]
+
+    ran = []
+    monkeypatch.setattr(sum_product, "_milliseconds", tried)
+    monkeypatch.setattr(SumProduct, "run", lambda _, algorithm: ran.append(algorithm.num_waves))
+    monkeypatch.setattr(sum_product, "_chosen", {})
+    add(given)
+    # The second time it is known.
+    monkeypatch.delattr(sum_product, "_milliseconds")
+    add(given)
+    assert ran == [expected, expected]
+    torch.testing.assert_close(given["out"], before, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", ["MatmulDescCreate", "MatmulAlgoGetHeuristic"])
 def test_a_call_that_fails(
     name: str, monkeypatch: pytest.MonkeyPatch, given: dict[str, Tensor]
 ) -> None:
     with_library(Library(**{name: 7}), monkeypatch)
     with pytest.raises(RuntimeError, match=f"^CUBLAS_STATUS_7 when calling cublasLt{name}$"):
-        multiply_and_add(**given)
+        add(given)
 
 
 def test_pytorch_without_a_library(
@@ -146,4 +193,4 @@ def test_pytorch_without_a_library(
     sum_product._library.cache_clear()
     monkeypatch.setattr(sum_product.torch, "version", SimpleNamespace(cuda="0.1"))
     with pytest.raises(DeviceError, match=r"no cuBLASLt .*libcublasLt.so.0.* --backend"):
-        multiply_and_add(**given)
+        add(given)

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from engine.backends.kernels import activate
 from engine.backends.product_kernel import is_faster, multiply_and_activate
-from engine.backends.sum_product import multiply_and_add
+from engine.backends.sum_product import SumProduct
 from engine.errors import EngineError
 from engine.quantization.fp8 import QuantizedLinear, QuantizedPoint
 from engine.towers import QuantizationPoint
@@ -128,14 +128,15 @@ class Fp8Product:
         """Multiply FP8 [M, in] and add to the residual stream."""
         if not is_faster(x, num_columns=len(self._bias)):
             return residual, self(x)
-        multiply_and_add(
+        with SumProduct(
             x,
             self._weight.t(),
             bias=self._bias,
             input_scale=self._input_scale,
             weight_scale=self._weight_scale,
             out=residual,
-        )
+        ) as product:
+            product.add()
         return residual, None
 
 

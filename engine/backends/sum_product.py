@@ -47,39 +47,11 @@ class Algorithm(ctypes.Structure):
     )
 
 
-def multiply_and_add(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    bias: Tensor,
-    input_scale: Tensor,
-    weight_scale: Tensor,
-    out: Tensor,
-) -> None:
-    """Add input_scale * weight_scale * x @ weight.T + bias to `out`, on the current CUDA card.
-
-    The first call of a size tries algorithms, and may not be captured in a CUDA graph.
-
-    Args:
-        x: FP8 [M, in]; contiguous and from 256 bytes on, as all but the scales.
-        weight: FP8 [out, in].
-        bias: 16 bit [out].
-        input_scale: float32 [], of `x`.
-        weight_scale: float32 [].
-        out: 16 bit [M, out], of the bias's type.
-
-    Raises:
-        DeviceError: There is no cuBLASLt, or it has no algorithm for the size.
-        RuntimeError: A call failed; the message names its status, as PyTorch's do.
-    """
-    with SumProduct(
-        x, weight, bias=bias, input_scale=input_scale, weight_scale=weight_scale, out=out
-    ) as product:
-        product.run(_algorithm(product))
-
-
 class SumProduct(ExitStack):
-    """A product as cuBLASLt describes it, in columns: out.T += weight @ x.T."""
+    """out += input_scale * weight_scale * x @ weight.T + bias, on the current CUDA card.
+
+    A context: cuBLASLt's description of it, in columns, lasts as long.
+    """
 
     def __init__(
         self,
@@ -91,7 +63,20 @@ class SumProduct(ExitStack):
         weight_scale: Tensor,
         out: Tensor,
     ) -> None:
-        """See `multiply_and_add`. The description lasts for a `with` block."""
+        """Describe it.
+
+        Args:
+            x: FP8 [M, in]; contiguous and from 256 bytes on, as all but the scales.
+            weight: FP8 [out, in].
+            bias: 16 bit [out].
+            input_scale: float32 [], of `x`.
+            weight_scale: float32 [].
+            out: 16 bit [M, out], of the bias's type.
+
+        Raises:
+            DeviceError: There is no cuBLASLt.
+            RuntimeError: A call failed; the message names its status, as PyTorch's do.
+        """
         super().__init__()
         self._weight, self._x, self.out = weight, x, out
         (num_rows, num_terms), num_columns = x.shape, len(weight)
@@ -115,6 +100,15 @@ class SumProduct(ExitStack):
                 (out.dtype, num_columns, num_rows),
             )
         )
+
+    def add(self) -> None:
+        """Multiply and add. The first time for a size, which no CUDA graph may capture, tries how.
+
+        Raises:
+            DeviceError: cuBLASLt has no algorithm for the size.
+            RuntimeError: A call failed.
+        """
+        self.run(_algorithm(self))
 
     def algorithms(self) -> list[Algorithm]:
         """Those to try, without any that splits a sum; DeviceError if there are none."""
