@@ -17,7 +17,7 @@ from engine.preprocess import Preprocessing
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 2
 # Part of every engine_id. Raised whenever the same checkpoint would give other embeddings than
-# before: by decoding, resizing, tokenizing or the exported graph.
+# before, by more than rounding: by decoding, resizing, tokenizing or the exported graph.
 RECIPE_VERSION = 1
 # Part of every fp8 engine's id. Raised whenever the same sample would give other FP8 weights.
 FP8_RECIPE = "modelopt-max-gptq-2"

@@ -1,4 +1,4 @@
-"""Towers with random weights, of any size: CLIP's two and BERT.
+"""Towers with random weights, of any size: of CLIP, BERT, and other families of images.
 
 Knows nothing of checkpoints.
 """
@@ -8,9 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, CLIPTextConfig, CLIPVisionConfig
+from transformers import (
+    BertConfig,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    Dinov2WithRegistersConfig,
+    SiglipVisionConfig,
+    ViTConfig,
+)
 
-from engine.families import bert, clip
+from engine.families import bert, clip, dinov2, siglip, vit
+from engine.families.backbone import PixelBackbone
 from engine.towers import ImageTower, Normalize, TextTower
 
 IMAGE_SIZE, MAX_TOKENS, NUM_IDS, EMBEDDING_DIM = 32, 80, 64, 24
@@ -22,17 +30,27 @@ SIZES: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
 }
+IMAGE = {"image_size": IMAGE_SIZE, "patch_size": 8}
 
 
 def image_tower(*, act: str = "quick_gelu") -> ImageTower:
-    config = CLIPVisionConfig(**SIZES, image_size=IMAGE_SIZE, patch_size=8, hidden_act=act)
-    tower = ImageTower(
-        normalize=Normalize(mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3), rescale_factor=1 / 255),
-        backbone=clip.ImageBackbone(config),
-        projection=nn.Linear(config.hidden_size, EMBEDDING_DIM, bias=False),
+    return _image_tower(clip.ImageBackbone(CLIPVisionConfig(**SIZES, **IMAGE, hidden_act=act)))
+
+
+def vit_tower() -> ImageTower:
+    return _image_tower(vit.ImageBackbone(ViTConfig(**SIZES, **IMAGE)))
+
+
+def siglip_tower() -> ImageTower:
+    return _image_tower(siglip.ImageBackbone(SiglipVisionConfig(**SIZES, **IMAGE)))
+
+
+def dinov2_tower() -> ImageTower:
+    """With registers, and positions of larger images."""
+    sizes = {**SIZES, **IMAGE, "image_size": 2 * IMAGE_SIZE}
+    return _image_tower(
+        dinov2.ImageBackbone(Dinov2WithRegistersConfig(**sizes, num_register_tokens=4))
     )
-    randomize(tower)
-    return tower.eval()
 
 
 def clip_text_tower() -> TextTower:
@@ -89,6 +107,17 @@ def randomize(tower: nn.Module, *, seed: int = 0) -> None:
                 parameter.mul_(0.5)
             elif ".key.weight" in name:
                 parameter.mul_(2)
+
+
+def _image_tower(backbone: PixelBackbone) -> ImageTower:
+    tower = ImageTower(
+        normalize=Normalize(mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3), rescale_factor=1 / 255),
+        backbone=backbone,
+        projection=nn.Linear(backbone.width, EMBEDDING_DIM, bias=False),
+    )
+    randomize(tower)
+    backbone.settle(height=IMAGE_SIZE, width=IMAGE_SIZE)
+    return tower.eval()
 
 
 def _text_tower(backbone: nn.Module) -> TextTower:

@@ -9,15 +9,26 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from engine.families.backbone import ImageTokens
 from engine.quantization.fp8 import QuantizedPoint
 from engine.quantization.units import replace, units_of
 from engine.towers import MASKED, Attention, Tower
 from tests.max_calibration import quantize
-from tests.random_towers import bert_tower, clip_text_tower, image_tower, pixels, token_ids
+from tests.random_towers import (
+    bert_tower,
+    clip_text_tower,
+    dinov2_tower,
+    image_tower,
+    pixels,
+    siglip_tower,
+    token_ids,
+    vit_tower,
+)
 from tests.triton_device import DEVICE
 
 from engine.backends.attention_kernel import HeadFactors  # isort: skip
 from engine.backends.fused import fuse, head_scaling  # isort: skip
+from engine.backends.image_tokens import JoinedTokens  # isort: skip
 from engine.backends.products import Fp8Product, Product  # isort: skip
 
 TOWERS: dict[str, Callable[[], tuple[Tower, Tensor]]] = {
@@ -65,6 +76,17 @@ def test_fused_towers_compute_what_their_blocks_did(name: str, mix: str) -> None
     assert cosines(found, expected).min() > (0.99 if has_fp8 else 0.99999)
     error = (1 - cosines(found, reference)).mean()
     assert error < 1.3 * (1 - cosines(expected, reference)).mean() + 1e-5
+
+
+@pytest.mark.parametrize("make", [vit_tower, dinov2_tower, siglip_tower])
+@torch.inference_mode()
+def test_fused_towers_of_other_families(make: Callable[[], Tower]) -> None:
+    tower, batch = make().to(DEVICE), pixels(3).to(DEVICE)
+    expected = tower(batch)
+    fuse(tower.to_dtype(torch.float16))
+    joins = [module for module in tower.modules() if isinstance(module, ImageTokens)]
+    assert [type(join) for join in joins] == ([] if make is siglip_tower else [JoinedTokens])
+    assert cosines(tower(batch), expected).min() > 0.99999
 
 
 @pytest.mark.parametrize("mix", ["all in FP8", "qkv and fc2 kept", "products, output and fc1 kept"])

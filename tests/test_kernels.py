@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
 from torch.nn import functional
 
 from engine.quantization.fp8 import FP8, dequantized, quantized
 from engine.towers import ACTIVATIONS
 from tests.compiled_kernels import compiled
+from tests.rounded import assert_rounded, normalized, random, random_norm
 from tests.triton_device import DEVICE
 
 from engine.backends.kernels import activate, post_norm, pre_norm  # isort: skip
@@ -17,39 +17,6 @@ from engine.backends.kernels import activate, post_norm, pre_norm  # isort: skip
 NUM_ROWS, WIDTH = 13, 48
 SCALE = 2.0**-6
 DTYPES = [torch.float16, torch.bfloat16]
-
-
-def random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
-
-
-def random_norm(dtype: torch.dtype, *, width: int = WIDTH) -> nn.LayerNorm:
-    norm = nn.LayerNorm(width, eps=1e-3, device=DEVICE, dtype=dtype).requires_grad_(False)
-    norm.weight.copy_(random(width, dtype=dtype, seed=1))
-    norm.bias.copy_(random(width, dtype=dtype, seed=2))
-    return norm
-
-
-def normalized(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """In float32."""
-    return functional.layer_norm(
-        x.float(), x.shape[1:], norm.weight.float(), norm.bias.float(), norm.eps
-    )
-
-
-def assert_rounded(
-    found: Tensor, exact: Tensor, *, scale: float | None, dtype: torch.dtype
-) -> None:
-    """What was stored is `exact` rounded; float32 in another order may tip what is nearly a tie."""
-    expected = exact.to(dtype) if scale is None else quantized(exact, scale)
-    assert found.dtype == expected.dtype
-    assert found.shape == expected.shape
-    differs = found.float() != expected.float()
-    assert differs.float().mean() < 0.04
-    # Neighbours in FP8 differ by an eighth at most, and in 16 bit by a 128th.
-    rtol = 2.0**-3 if found.dtype == FP8 else 2.0**-7
-    torch.testing.assert_close(found.float(), expected.float(), rtol=rtol, atol=2.0**-9)
 
 
 @pytest.mark.parametrize("scale", [2.0**-9, 1.0, 2.0**3])
@@ -79,7 +46,7 @@ def test_no_activation_leaves_16_bit_as_it_is() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [None, SCALE])
 def test_pre_norm_of_the_first_block(dtype: torch.dtype, scale: float | None) -> None:
-    x, norm = random(NUM_ROWS, WIDTH, dtype=dtype), random_norm(dtype)
+    x, norm = random(NUM_ROWS, WIDTH, dtype=dtype), random_norm(dtype, width=WIDTH)
     residual, out = pre_norm(x, None, layer_norm=norm, scale=scale)
     assert residual is x
     assert_rounded(out, normalized(x, norm), scale=scale, dtype=dtype)
@@ -103,7 +70,7 @@ def test_pre_norm_adds_first(dtype: torch.dtype, scale: float | None, width: int
 def test_post_norm_gives_the_norm_twice(dtype: torch.dtype) -> None:
     x = random(NUM_ROWS, WIDTH, dtype=dtype)
     delta = random(NUM_ROWS, WIDTH, dtype=dtype, seed=3)
-    norm = random_norm(dtype)
+    norm = random_norm(dtype, width=WIDTH)
     exact = normalized(x + delta, norm)
     residual, out = post_norm(x, delta, layer_norm=norm, scale=SCALE)
     assert_rounded(residual, exact, scale=None, dtype=dtype)
@@ -116,7 +83,7 @@ def test_post_norm_gives_the_norm_twice(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_post_norm_of_what_is_summed_already(dtype: torch.dtype) -> None:
     x = random(NUM_ROWS, WIDTH, dtype=dtype)
-    norm = random_norm(dtype)
+    norm = random_norm(dtype, width=WIDTH)
     residual, out = post_norm(x, None, layer_norm=norm, scale=SCALE)
     assert_rounded(residual, normalized(x, norm), scale=None, dtype=dtype)
     assert_rounded(out, normalized(x, norm), scale=SCALE, dtype=dtype)
@@ -125,7 +92,7 @@ def test_post_norm_of_what_is_summed_already(dtype: torch.dtype) -> None:
 def test_norm_of_large_rows_in_16_bit() -> None:
     # Squares of these exceed float16, and their mean is a hundred times what they vary by.
     x = 2000 + 20 * random(NUM_ROWS, WIDTH, dtype=torch.float16)
-    norm = random_norm(torch.float16)
+    norm = random_norm(torch.float16, width=WIDTH)
     _, out = pre_norm(x, None, layer_norm=norm, scale=None)
     torch.testing.assert_close(out.float(), normalized(x, norm), rtol=2e-3, atol=2e-3)
 

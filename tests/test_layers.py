@@ -23,6 +23,7 @@ ONLY_IN = {
     "onnx": ("engine/quantization/audit.py",),
     "triton": (
         "engine/backends/attention_kernel.py",
+        "engine/backends/image_tokens.py",
         "engine/backends/kernels.py",
         "engine/backends/patches.py",
         "engine/backends/product_kernel.py",

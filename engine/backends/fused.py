@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from engine.backends.attention_kernel import HeadFactors, attend
+from engine.backends.image_tokens import JoinedTokens
 from engine.backends.kernels import activate, post_norm, pre_norm
 from engine.backends.patches import NormalizedPatches, PatchProduct
 from engine.backends.products import Product, join
+from engine.families.backbone import ImageTokens
 from engine.quantization.fp8 import QuantizedPoint
 from engine.quantization.units import replace
 from engine.towers import (
@@ -176,7 +178,7 @@ def _tokens_at(x: Tensor, position: int | Tensor | None, *, num_rows: int) -> Te
 def fuse(tower: Tower) -> None:
     """Replace a tower's modules, which are on the card already, by fewer that do all they did.
 
-    Its blocks become one stack, its patch embedding a product.
+    Its blocks become one stack, its patch embedding a product, an image's tokens one kernel.
 
     Raises:
         EngineError: FP8 cannot have the tower's widths.
@@ -189,6 +191,8 @@ def fuse(tower: Tower) -> None:
         replace(
             tower, {"normalize": normalize, "backbone.patch_embedding": PatchProduct(embedding)}
         )
+        joins = [n for n, module in tower.named_modules() if isinstance(module, ImageTokens)]
+        replace(tower, {name: JoinedTokens() for name in joins})
     blocks: list[Any] = list(tower.backbone.get_submodule("blocks").children())
     stack = PreNormStack if isinstance(blocks[0], PreNormBlock) else PostNormStack
     replace(tower, {"backbone.blocks": nn.ModuleList([stack(blocks)])})

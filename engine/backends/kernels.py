@@ -22,7 +22,7 @@ _NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)
 _IS_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 # Values that one program holds: enough loads in flight without spilling registers.
-_VALUES_PER_PROGRAM = 4096
+VALUES_PER_PROGRAM = 4096
 
 
 @triton.jit
@@ -50,6 +50,25 @@ def store(pointers: tl.tensor, x: tl.tensor, mask: tl.tensor) -> None:
         tl.store(pointers, to_fp8(x), mask=mask)
     else:
         tl.store(pointers, x.to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def normalized(
+    x: tl.tensor,
+    weight_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    eps: tl.tensor,
+    channels: tl.tensor,
+    width: tl.constexpr,
+) -> tl.tensor:
+    """LayerNorm of rows of float32; beyond the width they are 0, before and after."""
+    is_channel = channels < width
+    mean = tl.sum(x, axis=1)[:, None] / width
+    centred = tl.where(is_channel[None, :], x - mean, 0.0)
+    variance = tl.sum(centred * centred, axis=1)[:, None] / width
+    weight = tl.load(weight_ptr + channels, mask=is_channel, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + channels, mask=is_channel, other=0.0).to(tl.float32)
+    return centred * tl.rsqrt(variance + eps) * weight[None, :] + bias[None, :]
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -82,12 +101,7 @@ def _add_norm_kernel(
         if sum_ptr is not None:
             tl.store(sum_ptr + offsets, x, mask=mask)
         x = x.to(tl.float32)
-    mean = tl.sum(x, axis=1)[:, None] / width
-    centred = tl.where(is_channel[None, :], x - mean, 0.0)
-    variance = tl.sum(centred * centred, axis=1)[:, None] / width
-    weight = tl.load(weight_ptr + channels, mask=is_channel, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + channels, mask=is_channel, other=0.0).to(tl.float32)
-    y = centred * tl.rsqrt(variance + eps) * weight[None, :] + bias[None, :]
+    y = normalized(x, weight_ptr, bias_ptr, eps, channels, width)
     if normed_ptr is not None:
         store(normed_ptr + offsets, y, mask)
     store(out_ptr + offsets, y * inverse_scale, mask)
@@ -221,7 +235,7 @@ def _add_norm(
 ) -> None:
     num_rows, width = x.shape
     block_width = triton.next_power_of_2(width)
-    block_rows = max(1, _VALUES_PER_PROGRAM // block_width)
+    block_rows = max(1, VALUES_PER_PROGRAM // block_width)
     _add_norm_kernel[(triton.cdiv(num_rows, block_rows),)](
         x,
         delta,
@@ -251,14 +265,14 @@ def activate(x: Tensor, *, act: str, scale: float | None) -> Tensor:
     if act == "swiglu":
         width //= 2
     out = product_input(x[:, :width], scale)
-    _activate_kernel[(triton.cdiv(out.numel(), _VALUES_PER_PROGRAM),)](
+    _activate_kernel[(triton.cdiv(out.numel(), VALUES_PER_PROGRAM),)](
         x,
         out,
         num_rows,
         inverse(scale),
         act=act,
         width=width,
-        block=_VALUES_PER_PROGRAM,
+        block=VALUES_PER_PROGRAM,
         num_warps=8,
     )
     return out

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from engine.errors import CheckpointError
@@ -57,6 +58,37 @@ class TokenBackbone(nn.Module):
     """Channels of the output."""
     token_rules: TokenRules
     """What its input must be like."""
+
+
+class ImageTokens(nn.Module):
+    """An image's tokens as its blocks take them.
+
+    Weights are handed over with each call: a backbone has them under its checkpoint's names.
+    """
+
+    def forward(
+        self,
+        patches: Tensor,
+        *,
+        special: Tensor,
+        positions: Tensor,
+        norm: nn.LayerNorm | None = None,
+    ) -> Tensor:
+        """Put special tokens first, and patches at their positions.
+
+        Args:
+            patches: Float [N, P, width].
+            special: Float [S, width], the same for all images, positions included.
+            positions: Float [P, width].
+            norm: Of all tokens, if there is one.
+
+        Returns:
+            [N, S + P, width].
+        """
+        # Not `len`, which exports as a constant. Contiguous, for one fast kernel that concatenates.
+        first = special.expand(patches.shape[0], -1, -1).contiguous()
+        x = torch.cat([first, patches + positions], dim=1)
+        return x if norm is None else norm(x)
 
 
 def block_shape(config: Any) -> BlockShape:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.families.backbone import (
+    ImageTokens,
     NameRules,
     PixelBackbone,
     TokenBackbone,
@@ -68,15 +69,19 @@ class ImageBackbone(PixelBackbone):
         self.patch_embedding = patch_embedding(config, bias=False)
         self.position_embedding = nn.Embedding(1 + num_patches(config), shape.width)
         self.pre_norm = nn.LayerNorm(shape.width, eps=shape.norm_eps)
+        self.image_tokens = ImageTokens()
         self.blocks = nn.ModuleList(PreNormBlock(shape) for _ in range(config.num_hidden_layers))
         self.post_norm = nn.LayerNorm(shape.width, eps=shape.norm_eps)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Encode normalized pixels."""
-        patches = tokens(self.patch_embedding(pixels))
-        # Contiguous, so that PyTorch concatenates by one fast kernel.
-        first = self.class_embedding.expand(patches.shape[0], 1, -1).contiguous()
-        x = self.pre_norm(torch.cat([first, patches], dim=1) + self.position_embedding.weight)
+        positions = self.position_embedding.weight
+        x = self.image_tokens(
+            tokens(self.patch_embedding(pixels)),
+            special=self.class_embedding + positions[:1],
+            positions=positions[1:],
+            norm=self.pre_norm,
+        )
         return self.post_norm(token_after(self.blocks, x, position=0))
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from engine.errors import CheckpointError
 from engine.families.backbone import (
+    ImageTokens,
     NameRules,
     PixelBackbone,
     num_patches,
@@ -90,6 +91,7 @@ class ImageBackbone(PixelBackbone):
         self.register_embedding = (
             nn.Parameter(torch.empty(1, num_registers, shape.width)) if num_registers else None
         )
+        self.image_tokens = ImageTokens()
         self.blocks = nn.ModuleList(ScaledBlock(shape) for _ in range(config.num_hidden_layers))
         self.post_norm = nn.LayerNorm(shape.width, eps=shape.norm_eps)
 
@@ -123,14 +125,12 @@ class ImageBackbone(PixelBackbone):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Encode normalized pixels."""
-        patches = tokens(self.patch_embedding(pixels))
-        first, positions = self.position_embedding[:, :1], self.position_embedding[:, 1:]
-        special = self.class_embedding + first
+        positions = self.position_embedding[0]
+        special = self.class_embedding[0] + positions[:1]
         if self.register_embedding is not None:
-            special = torch.cat([special, self.register_embedding], dim=1)
-        # Contiguous, so that PyTorch concatenates by one fast kernel.
-        special = special.expand(patches.shape[0], -1, -1).contiguous()
-        x = torch.cat([special, patches + positions], dim=1)
+            special = torch.cat([special, self.register_embedding[0]])
+        patches = tokens(self.patch_embedding(pixels))
+        x = self.image_tokens(patches, special=special, positions=positions[1:])
         return self.post_norm(token_after(self.blocks, x, position=0))
 
 

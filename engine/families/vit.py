@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.families.backbone import (
+    ImageTokens,
     NameRules,
     PixelBackbone,
     block_shape,
@@ -58,6 +59,7 @@ class ImageBackbone(PixelBackbone):
         self.patch_embedding = patch_embedding(config, bias=True)
         self.class_embedding = nn.Parameter(torch.empty(1, 1, shape.width))
         self.position_embedding = nn.Parameter(torch.empty(1, 1 + num_patches(config), shape.width))
+        self.image_tokens = ImageTokens()
         self.blocks = nn.ModuleList(PreNormBlock(shape) for _ in range(config.num_hidden_layers))
         self.post_norm = nn.LayerNorm(shape.width, eps=shape.norm_eps)
         self.pooler = nn.Linear(shape.width, self.width)
@@ -67,8 +69,10 @@ class ImageBackbone(PixelBackbone):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Encode normalized pixels."""
-        patches = tokens(self.patch_embedding(pixels))
-        # Contiguous, so that PyTorch concatenates by one fast kernel.
-        first = self.class_embedding.expand(patches.shape[0], -1, -1).contiguous()
-        x = torch.cat([first, patches], dim=1) + self.position_embedding
+        positions = self.position_embedding[0]
+        x = self.image_tokens(
+            tokens(self.patch_embedding(pixels)),
+            special=self.class_embedding[0] + positions[:1],
+            positions=positions[1:],
+        )
         return self.pooler_act(self.pooler(self.post_norm(token_after(self.blocks, x, position=0))))
