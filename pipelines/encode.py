@@ -51,7 +51,7 @@ class _Images:
 class EncodeStage:
     """Encodes batches of decoded rows. Constructed in the worker, from names and paths.
 
-    Several threads may call it: while one batch is encoded, the next is decoded.
+    Several threads may call it: while some batches are encoded, the next are decoded.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class EncodeStage:
                 registry=registry,
                 num_threads=num_threads,
             )
+            self._encoding = threading.Semaphore(self._encoder.max_calls)
             if decoder == "gpu":
                 # torch and Triton are heavy; workers that decode nothing do without.
                 from engine.decoding.gpu_decoder import GpuDecoder
@@ -100,7 +101,6 @@ class EncodeStage:
         self._takes_gpu_pixels = backend == "torch"
         self._dtype = np.dtype(dtype)
         self._meter, self._decode_meter = meter, decode_meter
-        self._encoding = threading.Lock()
 
     def check(self) -> None:
         """Raise what loading the engine met: the call does so, where it reaches the driver."""

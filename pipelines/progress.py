@@ -26,6 +26,9 @@ POLL_SECONDS = 0.5
 # A series beyond this length is thinned to every other sample, so that a long run's stays small.
 MAX_SAMPLES = 2_000
 
+# Not of a meter, which travels to workers.
+_COUNTING = threading.Lock()
+
 
 @dataclass(slots=True)
 class StageCount:
@@ -36,10 +39,9 @@ class StageCount:
     num_bytes: int = 0
     """Bytes read, decoded to, or written; 0 where a stage has no such measure."""
     busy_seconds: float = 0.0
-    """Summed over all workers."""
+    """Summed over all workers; once where batches ran side by side in one."""
     core_seconds: float = 0.0
-    """What their processes took of their cores meanwhile; twice where two batches ran side by side
-    in one process, 0 where it was not measured."""
+    """What their processes took of their cores meanwhile; 0 where it was not measured."""
 
 
 @dataclass(slots=True)
@@ -136,6 +138,8 @@ class StageMeter:
         self._board = board
         self._stage = stage
         self._store = store
+        self._num_running = 0
+        self._seconds = self._core_seconds = 0.0  # until when they are counted, while batches run
 
     @contextmanager
     def batch(self) -> Iterator[Callable[[int, int], None]]:
@@ -146,10 +150,24 @@ class StageMeter:
             nonlocal sizes
             sizes = (num_rows, num_bytes)
 
-        started, started_core = time.perf_counter(), time.process_time()
-        yield size
-        core_seconds = time.process_time() - started_core
-        self.count(*sizes, time.perf_counter() - started, core_seconds)
+        with _COUNTING:
+            if self._num_running == 0:
+                self._uncounted_seconds()
+            self._num_running += 1
+        try:
+            yield size
+            with _COUNTING:
+                seconds = self._uncounted_seconds()
+        finally:
+            with _COUNTING:
+                self._num_running -= 1
+        self.count(*sizes, *seconds)
+
+    def _uncounted_seconds(self) -> tuple[float, float]:
+        """What has passed since the last call, and what this process took of its cores."""
+        before = self._seconds, self._core_seconds
+        self._seconds, self._core_seconds = time.perf_counter(), time.process_time()
+        return self._seconds - before[0], self._core_seconds - before[1]
 
     def count(
         self, num_rows: int, num_bytes: int, busy_seconds: float, core_seconds: float = 0.0

@@ -50,7 +50,7 @@ TEXT_BLOCK_BYTES = 2**20
 IN_FLIGHT_BYTES_PER_CPU = 256 * 2**20
 # For the counts, which come from an actor beside the driver; nothing is scheduled meanwhile.
 COUNT_SECONDS = 2.0
-# Where GPUs decode: nvJPEG decodes two batches, one is encoded, others come or go.
+# Where GPUs decode: nvJPEG decodes two batches, two are encoded, others come or go.
 CALLS_OF_GPU_ENCODER = 6
 
 

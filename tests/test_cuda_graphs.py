@@ -1,6 +1,7 @@
 """Batches through a small tower on a card, and what can be checked without one."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -102,6 +103,49 @@ def test_a_run_that_is_left_early_disturbs_no_other(runner: CudaGraphRunner) -> 
         next(results)
         results.close()
     np.testing.assert_allclose(list(runner.run(given))[9], expected(given[9]), atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_runs_of_several_threads_equal_single_ones_bit_by_bit(runner: CudaGraphRunner) -> None:
+    # More threads than slots, each with batches on the card and in host memory.
+    given = batches(40)
+    alone = [next(iter(runner.run([batch]))) for batch in given]
+
+    def run(_: int) -> list[NDArray[np.float32]]:
+        mixed = [
+            torch.from_numpy(batch).to("cuda") if number % 2 else batch
+            for number, batch in enumerate(given)
+        ]
+        torch.cuda.synchronize()
+        return list(runner.run(mixed))
+
+    with ThreadPoolExecutor(NUM_SLOTS + 2) as threads:
+        for found in threads.map(run, range(3 * NUM_SLOTS)):
+            for embeddings, expected_ in zip(found, alone, strict=True):
+                np.testing.assert_array_equal(embeddings, expected_)
+
+
+@pytest.mark.gpu
+def test_a_batch_that_is_too_large_keeps_no_slot(runner: CudaGraphRunner) -> None:
+    too_large = np.ones((MAX_ROWS + 1, LENGTH), dtype=np.int32)
+    for _ in range(NUM_SLOTS):
+        with pytest.raises(RuntimeError):
+            list(runner.run([*batches(2), too_large]))
+    with ThreadPoolExecutor(1) as threads:
+        found = threads.submit(lambda: list(runner.run(batches(NUM_SLOTS + 1)))).result(60)
+    assert len(found) == NUM_SLOTS + 1
+
+
+@pytest.mark.gpu
+def test_a_run_waits_for_the_slots_of_another(runner: CudaGraphRunner) -> None:
+    others = runner.run(batches(2 * NUM_SLOTS))
+    next(others)  # which holds all slots
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(lambda: list(runner.run(batches(1))))
+        with pytest.raises(TimeoutError):
+            waiting.result(0.5)
+        assert len(list(others)) == 2 * NUM_SLOTS - 1
+        np.testing.assert_allclose(waiting.result(60)[0], expected(batches(1)[0]), atol=1e-6)
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from engine.backends.choice import load_encoder
 from engine.backends.encoder import Encoder
 from engine.build import engine_id_of
 from engine.checkpoint import find_checkpoint
@@ -284,35 +285,37 @@ def test_a_batch_of_which_no_image_is_left(record: EngineRecord, engines_dir: Pa
     assert found["embedding"].to_pylist() == [None] * num_rows
 
 
-class OneAtATime:
-    """Passes calls on, slowly, and remembers whether two were under way at once."""
+class Counting:
+    """Passes images on, slowly, and remembers how many calls were under way at once."""
 
-    def __init__(self, inner, method: str) -> None:
-        self._inner, self._method = inner, method
-        self._busy = threading.Lock()
-        self.collided = False
+    def __init__(self, inner, *, max_calls: int) -> None:
+        self._inner, self.max_calls = inner, max_calls
+        self._lock, self._inner_lock = threading.Lock(), threading.Lock()
+        self._num_calls = self.most_calls = 0
 
     def __getattr__(self, name: str):
-        found = getattr(self._inner, name)
-        if name != self._method:
-            return found
+        return getattr(self._inner, name)
 
-        def call(*args):
-            if not self._busy.acquire(blocking=False):
-                self.collided = True
-                self._busy.acquire()
-            try:
-                time.sleep(0.02)
-                return found(*args)
-            finally:
-                self._busy.release()
-
-        return call
+    def encode_images(self, pixels):
+        with self._lock:
+            self._num_calls += 1
+            self.most_calls = max(self.most_calls, self._num_calls)
+        time.sleep(0.1)
+        with self._inner_lock:  # it takes one call at a time
+            embeddings = self._inner.encode_images(pixels)
+        with self._lock:
+            self._num_calls -= 1
+        return embeddings
 
 
+@pytest.mark.parametrize("max_calls", [1, 2])
 def test_batches_in_several_threads_keep_their_rows_and_take_turns(
-    record: EngineRecord, engines_dir: Path
+    record: EngineRecord, engines_dir: Path, monkeypatch: pytest.MonkeyPatch, max_calls: int
 ):
+    def load(*args, **options):
+        return Counting(load_encoder(*args, **options), max_calls=max_calls)
+
+    monkeypatch.setattr("pipelines.encode.load_encoder", load)
     stage = stage_by_pillow(record, engines_dir)
     photos = [image_files.jpeg(image_files.photo(70, 60, seed=seed)) for seed in range(24)]
     batches = [
@@ -320,11 +323,10 @@ def test_batches_in_several_threads_keep_their_rows_and_take_turns(
         for first in range(0, 24, 3)
     ]
     alone = [stage(batch)["embedding"].to_pylist() for batch in batches]
-    encoder = stage._encoder = OneAtATime(stage._encoder, "encode_images")
     with ThreadPoolExecutor(3) as threads:
         together = list(threads.map(stage, batches))
     assert [table["key"].to_pylist() for table in together] == [
         table["key"].to_pylist() for table in batches
     ]
     assert [table["embedding"].to_pylist() for table in together] == alone
-    assert not encoder.collided
+    assert stage._encoder.most_calls == max_calls

@@ -5,6 +5,8 @@ import os
 import re
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -102,6 +104,31 @@ def test_a_meter_tells_cores_from_waiting(board):
     wait_until(lambda: ray.get(board.progress.remote()).stages["encode"].num_rows >= 1)
     counted = ray.get(board.progress.remote()).stages["encode"]
     assert 0.2 <= counted.core_seconds <= counted.busy_seconds - 0.2
+
+
+def test_seconds_of_batches_side_by_side_count_once(board):
+    meter = StageMeter(board, stage="encode")
+
+    def work(delay: float, seconds: float, error: Exception | None) -> None:
+        time.sleep(delay)
+        with suppress(RuntimeError), meter.batch() as size:
+            time.sleep(seconds)
+            if error is not None:
+                raise error
+            size(1, 0)
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(4) as threads:
+        # One within another, one that fails, and one that ends last; then, alone, another.
+        works = [(0, 0.6, None), (0.2, 0.2, None), (0.1, 0.2, RuntimeError()), (0.4, 0.4, None)]
+        list(threads.map(work, *zip(*works, strict=True)))
+    time.sleep(0.5)
+    work(0, 0.2, None)
+    seconds = time.perf_counter() - started
+    wait_until(lambda: ray.get(board.progress.remote()).stages["encode"].num_rows >= 4)
+    counted = ray.get(board.progress.remote()).stages["encode"]
+    assert 1.0 <= counted.busy_seconds <= seconds - 0.5
+    assert counted.core_seconds <= counted.busy_seconds
 
 
 def test_a_batch_that_fails_is_not_counted(board):

@@ -1,6 +1,7 @@
 """Whole engines through the torch backend: on a GPU, and what is refused without one."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,6 +151,23 @@ def test_an_engine_gives_the_embeddings_of_its_towers(tmp_path: Path, precision:
     found = encoder.encode_texts(given)
     assert_agree(found, expected_texts, LOWEST_COSINE[precision])
     np.testing.assert_array_equal(encoder.encode_texts(given), found)
+
+
+@pytest.mark.gpu
+def test_both_towers_at_once_from_the_first_batch_on(tmp_path: Path) -> None:
+    # Each size and length is captured as it is met, beside the other tower's.
+    built = build(tmp_path, precision="fp8")
+    encoder = TorchEncoder(tmp_path, load_towers=built.load, max_rows=16)
+    assert encoder.max_calls == 2
+    images = pixels(16, seed=5).numpy()
+    given = texts(60)
+    sizes = [1, 3, 4, 7, 16] * 4
+    with ThreadPoolExecutor(2) as threads:
+        found = threads.submit(lambda: [encoder.encode_images(images[:size]) for size in sizes])
+        found_texts = [encoder.encode_texts(given[:size]) for size in sizes]
+    for size, embeddings, text_embeddings in zip(sizes, found.result(), found_texts, strict=True):
+        np.testing.assert_array_equal(embeddings, encoder.encode_images(images[:size]))
+        np.testing.assert_array_equal(text_embeddings, encoder.encode_texts(given[:size]))
 
 
 @pytest.mark.gpu

@@ -9,9 +9,11 @@ take 20 microseconds at 4 TB/s.
 """
 
 import math
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -24,12 +26,14 @@ from engine.towers import Tower
 
 # One computed, one uploaded, one downloaded or waiting to be fetched.
 NUM_SLOTS = 3
+# Of the process, as a graph is captured alone, and no tower's work may come to the card meanwhile.
+_SUBMITTING = threading.Lock()
 # A short batch is filled up to max_rows over a power of this: few graphs, each captured once.
 ROWS_RATIO = 4
 
 
 class CudaGraphRunner:
-    """A `TowerRunner` of a tower that is on the card already."""
+    """A `TowerRunner` of a tower that is on the card already. Several threads may use it."""
 
     def __init__(
         self,
@@ -73,8 +77,9 @@ class CudaGraphRunner:
             with torch.cuda.stream(self._compute):
                 self._input = torch.zeros(math.prod(largest), dtype=dtype, device=device)
                 self._output = self._tower(self._input.view(largest))
-                slots = [_Slot(self._input, self._output) for _ in range(NUM_SLOTS)]
-            self._idle = deque(slots)
+            self._idle: SimpleQueue[_Slot] = SimpleQueue()
+            for _ in range(NUM_SLOTS):
+                self._idle.put(_Slot(self._input, self._output))
             self._graph(largest)
             torch.cuda.synchronize()
 
@@ -90,29 +95,40 @@ class CudaGraphRunner:
         pending: deque[_Slot] = deque()
         try:
             for batch in batches:
-                if not self._idle:
-                    yield self._collect(pending.popleft())
-                pending.append(self._submit(batch))
+                embeddings = None
+                try:
+                    pending.append(self._idle.get(block=not pending))
+                except Empty:
+                    embeddings = self._collect(pending[0])
+                    pending.rotate(-1)
+                self._submit(batch, pending[-1])
+                if embeddings is not None:
+                    yield embeddings
             while pending:
-                yield self._collect(pending.popleft())
+                embeddings = self._collect(pending[0])
+                self._idle.put(pending.popleft())
+                yield embeddings
         finally:
             # Left early, by the caller or an error: what is in flight must end before its slot
             # is filled anew.
-            while pending:
-                self._await(pending.popleft())
+            with ExitStack() as given_back:
+                for slot in pending:
+                    given_back.callback(self._idle.put, slot)
+                for slot in pending:
+                    self._await(slot)
 
-    def _submit(self, batch: NDArray[Any] | Tensor) -> "_Slot":
+    def _submit(self, batch: NDArray[Any] | Tensor, slot: "_Slot") -> None:
         num_rows, size = len(batch), math.prod(batch.shape)
         padded = next(rows for rows in self._row_sizes if rows >= num_rows)
-        with self._on_device():
+        slot.num_rows = num_rows
+        if not isinstance(batch, Tensor):
+            # Not torch.from_numpy, which warns of arrays that may not be written, as Ray's are.
+            np.copyto(slot.host_input[:size].numpy(), batch.reshape(-1))
+        with _SUBMITTING, self._on_device():
             graph = self._graph((padded, *batch.shape[1:]))
-            slot = self._idle.popleft()
-            slot.num_rows = num_rows
             if isinstance(batch, Tensor):
                 source = batch.reshape(-1)
             else:
-                # Not torch.from_numpy, which warns of arrays that may not be written, as Ray's are.
-                np.copyto(slot.host_input[:size].numpy(), batch.reshape(-1))
                 source = slot.input[:size]
                 with torch.cuda.stream(self._upload):
                     source.copy_(slot.host_input[:size], non_blocking=True)
@@ -127,7 +143,6 @@ class CudaGraphRunner:
                 slot.computed.wait()
                 slot.host_output[:num_rows].copy_(slot.output[:num_rows], non_blocking=True)
                 slot.downloaded.record()
-        return slot
 
     def _collect(self, slot: "_Slot") -> NDArray[np.float32]:
         self._await(slot)
@@ -137,7 +152,6 @@ class CudaGraphRunner:
     def _await(self, slot: "_Slot") -> None:
         with self._on_device():
             slot.downloaded.synchronize()
-        self._idle.append(slot)
 
     def _graph(self, shape: tuple[int, ...]) -> torch.cuda.CUDAGraph:
         """The graph of a batch of this shape; captured when the shape is first met."""

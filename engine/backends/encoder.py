@@ -28,6 +28,8 @@ class Encoder(Protocol):
     manifest: Manifest
     device_memory_bytes: int
     """Taken on a GPU; 0 on a CPU."""
+    max_calls: int
+    """At a time, by different threads; whoever has more to call waits outside."""
 
     def encode_images(self, pixels: Any) -> NDArray[np.float32]:
         """Pixels uint8 [N, H, W, 3], RGB, HWC -> float32 [N, D], unit norm or NaN.
@@ -66,6 +68,7 @@ class TowerEncoder:
     """An `Encoder` made of the towers that a backend has loaded."""
 
     device_memory_bytes = 0
+    max_calls = 1
 
     def __init__(
         self,

@@ -29,7 +29,10 @@ take turns for 1.3 s each, ViT-B/32 in batches of 512, on another H200 each line
   the residual sum in the product before a norm           -1.5    not made -1.8    -0.4
   the last block's attention for one tile of queries      -0.2     0       -0.4     0
   norms and attention from the last row to the first      -0.4    not made -0.2    -0.15
-That sum at the end of our own product kernel cost all the energy that it saved (-0.1, -0.2).
+  an image's tokens in one kernel                         -0.3    -0.1     -0.3    -0.1
+  attention's next queries loaded ahead                   not made         -0.2    0
+The sum at the end of our own product kernel cost all the energy that it saved (-0.1, -0.2), and
+attention by four programs at a time, of 128 registers, gained nothing.
 Next: queries of the last block for one token alone: -0.15, not tried.
 """
 
@@ -64,6 +67,8 @@ class TorchEncoder(TowerEncoder):
 
     device_memory_bytes: int
     """Taken on the card: weights, buffers and what the largest batches need between them."""
+    max_calls = 2
+    """So that the card has work while one call ends and the next begins."""
 
     def __init__(
         self,
