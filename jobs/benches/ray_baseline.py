@@ -1,9 +1,9 @@
 """What Ray Data's documentation shows, tuned: Pillow, transformers' processor and model.
 
-Tuned are the blocks, which have a batch's rows, and the pools of processes, which are full from the
-start. Knows nothing of engines. Run as a program: `python -m jobs.benches.ray_baseline CHECKPOINT
-CATALOG OUT` embeds `image`, and `text` if it is there, of a Parquet catalog and prints how long
-that took, as JSON.
+Tuned are the blocks, which have a batch's rows, the pools of processes, which are full from the
+start, and what holds them back. Knows nothing of engines. Run as a program: `python -m
+jobs.benches.ray_baseline CHECKPOINT CATALOG OUT` embeds `image`, and `text` if it is there, of a
+Parquet catalog and prints how long that took, as JSON.
 """
 
 import io
@@ -19,7 +19,7 @@ import numpy as np
 import ray
 import torch
 from PIL import Image
-from ray.data import ActorPoolStrategy
+from ray.data import ActorPoolStrategy, DataContext
 from transformers import AutoImageProcessor
 
 from engine.checkpoint import find_checkpoint
@@ -137,6 +137,10 @@ def encoding_samples(out_dir: Path) -> list[tuple[float, int]]:
 def main() -> None:
     """Run as a program."""
     checkpoint, catalog_uri, out_uri = sys.argv[1:]
+    context = DataContext.get_current()
+    # As they come, one or two of 15 processes decoded at a time for an H200; without, all.
+    context.op_resource_reservation_enabled = False
+    context.downstream_capacity_backpressure_ratio = None
     # Ray prints of its own, on stdout.
     with redirect_stdout(sys.stderr), ended_by_sigterm(), ray_cluster(None):
         seconds = embed_with_transformers(checkpoint, catalog_uri=catalog_uri, out_uri=out_uri)
