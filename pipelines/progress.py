@@ -139,7 +139,8 @@ class StageMeter:
         self._stage = stage
         self._store = store
         self._num_running = 0
-        self._seconds = self._core_seconds = 0.0  # until when they are counted, while batches run
+        # Readings of the clocks up to which seconds are counted, while batches run.
+        self._counted_until = self._core_counted_until = 0.0
 
     @contextmanager
     def batch(self) -> Iterator[Callable[[int, int], None]]:
@@ -165,9 +166,9 @@ class StageMeter:
 
     def _uncounted_seconds(self) -> tuple[float, float]:
         """What has passed since the last call, and what this process took of its cores."""
-        before = self._seconds, self._core_seconds
-        self._seconds, self._core_seconds = time.perf_counter(), time.process_time()
-        return self._seconds - before[0], self._core_seconds - before[1]
+        before, core_before = self._counted_until, self._core_counted_until
+        self._counted_until, self._core_counted_until = time.perf_counter(), time.process_time()
+        return self._counted_until - before, self._core_counted_until - core_before
 
     def count(
         self, num_rows: int, num_bytes: int, busy_seconds: float, core_seconds: float = 0.0

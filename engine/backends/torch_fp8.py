@@ -24,7 +24,7 @@ Steps towards it on an H200, in ms for 256 images of ViT-L/14 and 1,024 of ViT-B
 What limits then is the card's 700 W: it draws 690 and lowers its clock from 1,980 MHz to between
 1,650 and 1,755, in products, attention and norms alike, so that a step gains as it saves energy. Of
 the 32 J that 256 images of ViT-L/14 take, products take about 23. Steps from there, as graphs that
-take turns for 1.3 s each, ViT-B/32 in batches of 512, on another H200 each line:
+take turns for 1.3 s each, ViT-B/32 in batches of 512, on other H200s (the last two on one):
                                                           predicted        measured
   the residual sum in the product before a norm           -1.5    not made -1.8    -0.4
   the last block's attention for one tile of queries      -0.2     0       -0.4     0
