@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -96,6 +97,13 @@ def test_without_pooling_there_is_no_embedding() -> None:
     config = SiglipVisionConfig(**SIZES, vision_use_head=False)
     with pytest.raises(CheckpointError, match="vision_use_head=False of siglip_vision_model"):
         ImageBackbone(config)
+
+
+def test_pooling_that_a_config_does_not_speak_of() -> None:
+    """That of transformers 5.17 does not."""
+    settings = {**vars(SiglipVisionConfig(**SIZES)), "model_type": "siglip_vision_model"}
+    settings.pop("vision_use_head", None)
+    assert ImageBackbone(SimpleNamespace(**settings)).pooler.width == SIZES["hidden_size"]
 
 
 def test_parts_of_one_tensor_are_checked_like_any_other(tmp_path: Path) -> None:

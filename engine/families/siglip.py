@@ -94,7 +94,8 @@ class ImageBackbone(PixelBackbone):
     def __init__(self, config: Any) -> None:
         """Take sizes from a `SiglipVisionConfig`."""
         super().__init__()
-        require(config, "vision_use_head", True)
+        if hasattr(config, "vision_use_head"):  # older transformers pool without being told
+            require(config, "vision_use_head", True)
         shape = block_shape(config)
         self.width = shape.width
         self.image_size = square_size(config, "image_size")
