@@ -4,6 +4,7 @@ Knows nothing of where rows come from or go to. Where GPUs decode, JPEGs come he
 for PyTorch's encoder their pixels never leave the card.
 """
 
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -34,16 +35,18 @@ _CONTENTS = [schema.PIXELS, schema.ENCODED, schema.GEOMETRY, schema.TEXT]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Images:
-    """What came encoded of a batch, and was decoded."""
+    """Those of a batch, decoded."""
 
     rows: NDArray[np.int64]
-    """Those that are images now."""
+    """[n] of the batch."""
     pixels: Any
-    """Of them: uint8 [n, H, W, 3], on the GPU if the encoder takes them there."""
+    """Of them: uint8 [n, H, W, 3], on the GPU if some came encoded and the encoder takes them."""
     rejected: Mapping[int, ImageRejected]
     """Row -> why it is no usable image."""
-    num_rows: int
+    num_encoded: int
     """That came encoded."""
+    decoded_bytes: int
+    """Of pixels that those became."""
     card_seconds: float
     """That the card took to decode them."""
 
@@ -115,40 +118,33 @@ class EncodeStage:
         """
         self.check()
         manifest = self._encoder.manifest
-        decoded = self._decoded(table)
+        images = self._images(table)
         embeddings = np.zeros((table.num_rows, manifest.embedding_dim), dtype=np.float32)
-        has_pixels = table[schema.PIXELS].is_valid().to_numpy()
         has_text = table[schema.TEXT].is_valid().to_numpy()
         with self._encoding, metered(self._meter) as size:
-            if has_pixels.any():
-                shape = (manifest.preprocessing.height, manifest.preprocessing.width, 3)
-                pixels = pixel_array(table[schema.PIXELS], shape=shape)
-                embeddings[has_pixels] = self._encoder.encode_images(pixels)
-            if len(decoded.rows):
-                embeddings[decoded.rows] = self._encoder.encode_images(decoded.pixels)
+            if len(images.rows):
+                embeddings[images.rows] = self._encoder.encode_images(images.pixels)
             if has_text.any():
                 texts = table[schema.TEXT].drop_null().to_pylist()
                 embeddings[has_text] = self._encoder.encode_texts(texts)
             size(table.num_rows, 0)
-        if self._decode_meter is not None and decoded.num_rows:
+        if self._decode_meter is not None and images.num_encoded:
             # Not before: of a process that dies as it encodes, neither is done.
-            num_bytes = decoded.pixels.nbytes
-            self._decode_meter.count(decoded.num_rows, num_bytes, decoded.card_seconds)
+            self._decode_meter.count(images.num_encoded, images.decoded_bytes, images.card_seconds)
         if self._meter is not None:
-            num_images = int(has_pixels.sum()) + len(decoded.rows)
-            for modality, num_rows in (("image", num_images), ("text", int(has_text.sum()))):
+            for modality, num_rows in (("image", len(images.rows)), ("text", int(has_text.sum()))):
                 self._meter.add(metrics.ENCODED, num_rows, {"modality": modality})
         is_sound = np.isfinite(embeddings).all(axis=1)
-        is_encoded = has_pixels | has_text
-        is_encoded[decoded.rows] = True
+        is_encoded = has_text.copy()
+        is_encoded[images.rows] = True
         column = pa.FixedSizeListArray.from_arrays(
             pa.array(embeddings.astype(self._dtype).reshape(-1)),
             manifest.embedding_dim,
             mask=pa.array(~(is_encoded & is_sound)),
         )
         table = table.drop_columns(_CONTENTS)
-        if decoded.rejected:
-            table = _rejected_images(table, decoded.rejected)
+        if images.rejected:
+            table = _rejected_images(table, images.rejected)
         if not is_sound.all():
             table = _rejected(
                 table,
@@ -159,21 +155,33 @@ class EncodeStage:
             )
         return table.append_column(schema.EMBEDDING, column)
 
-    def _decoded(self, table: pa.Table) -> _Images:
-        """Decode what is still encoded."""
+    def _images(self, table: pa.Table) -> _Images:
+        """All images as one batch for the encoder; what is still encoded is decoded."""
+        preprocessing = self._encoder.manifest.preprocessing
+        shape = (preprocessing.height, preprocessing.width, 3)
+        ready = np.flatnonzero(table[schema.PIXELS].is_valid().to_numpy())
+        pixels = pixel_array(table[schema.PIXELS], shape=shape) if len(ready) else None
         rows = np.flatnonzero(table[schema.ENCODED].is_valid().to_numpy())
         if len(rows) == 0:
-            return _Images(rows=rows, pixels=None, rejected={}, num_rows=0, card_seconds=0.0)
+            return _Images(
+                rows=ready,
+                pixels=pixels,
+                rejected={},
+                num_encoded=0,
+                decoded_bytes=0,
+                card_seconds=0.0,
+            )
         content, bounds = contents(table[schema.ENCODED])
         geometries = table[schema.GEOMETRY].combine_chunks().flatten().to_numpy().astype(np.int64)
         jpegs = Jpegs(content=content, bounds=bounds, geometries=geometries.reshape(len(rows), -1))
-        batch = self._decoder.decode(jpegs)
+        decoded = self._decoder.decode(jpegs, beside=pixels)
         return _Images(
-            rows=rows[batch.rows],
-            pixels=batch.pixels if self._takes_gpu_pixels else batch.pixels.cpu().numpy(),
-            rejected={int(rows[row]): verdict for row, verdict in batch.rejected.items()},
-            num_rows=len(rows),
-            card_seconds=batch.card_seconds,
+            rows=np.concatenate([rows[decoded.rows], ready]),
+            pixels=decoded.pixels if self._takes_gpu_pixels else decoded.pixels.cpu().numpy(),
+            rejected={int(rows[row]): verdict for row, verdict in decoded.rejected.items()},
+            num_encoded=len(rows),
+            decoded_bytes=len(decoded.rows) * math.prod(shape),
+            card_seconds=decoded.card_seconds,
         )
 
 

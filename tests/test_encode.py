@@ -165,7 +165,7 @@ class ByPillow:
     def __init__(self, preprocessing) -> None:
         self.preprocessing = preprocessing
 
-    def decode(self, jpegs):
+    def decode(self, jpegs, *, beside=None):
         pixels, rejected = {}, {}
         assert jpegs.geometries.shape == (len(jpegs), 3)
         assert jpegs.geometries.dtype == np.int64  # bytes of large images are beyond 32 bit
@@ -178,16 +178,17 @@ class ByPillow:
             except ImageRejected as verdict:
                 rejected[row] = verdict
         shape = (len(pixels), self.preprocessing.height, self.preprocessing.width, 3)
+        decoded = np.array(list(pixels.values()), np.uint8).reshape(shape)
         return SimpleNamespace(
             rows=np.array(list(pixels), dtype=np.int64),
-            pixels=torch.from_numpy(np.array(list(pixels.values()), np.uint8).reshape(shape)),
+            pixels=torch.from_numpy(decoded if beside is None else np.r_[decoded, beside]),
             rejected=rejected,
             card_seconds=0.25,
         )
 
 
 def test_what_comes_encoded_is_decoded_here_and_what_cannot_be_is_a_reject_of_decoding(
-    record: EngineRecord, engines_dir: Path
+    record: EngineRecord, engines_dir: Path, monkeypatch: pytest.MonkeyPatch
 ):
     meter, decode_meter = ListMeter(), ListMeter()
     stage = make_stage(record, engines_dir, meter=meter, decode_meter=decode_meter)
@@ -209,7 +210,13 @@ def test_what_comes_encoded_is_decoded_here_and_what_cannot_be_is_a_reject_of_de
             **encoded_columns([photos[0], None, damaged, None, photos[2]]),
         }
     )
+    calls = []
+    encode_images = stage._encoder.encode_images
+    monkeypatch.setattr(
+        stage._encoder, "encode_images", lambda x: calls.append(len(x)) or encode_images(x)
+    )
     encoded = stage(table)
+    assert calls == [3]  # those of both kinds are one batch
     assert encoded.column_names == ["key", "stage", "reason", "detail", "embedding"]
     assert stage._decoder.geometries == [[70, 60, 1], [72, 60, 1], [74, 60, 1]]
     assert encoded["reason"].to_pylist() == [None, None, "truncated_image", None, None]
@@ -228,7 +235,7 @@ def test_what_comes_encoded_is_decoded_here_and_what_cannot_be_is_a_reject_of_de
     expected = [row for row in by_cpu["embedding"].to_pylist() if row]
     found = [row for row in encoded["embedding"].to_pylist() if row]
     assert np.allclose(found, expected, atol=1e-6)
-    assert [rows for rows, _ in decode_meter.batches] == [3]
+    assert decode_meter.batches == [(3, 2 * len(pixels[0]))]
     assert [rows for rows, _ in meter.batches] == [5, 5]
 
 

@@ -196,6 +196,17 @@ def test_a_batch_without_any_image(decoder: GpuDecoder):
 
 
 @pytest.mark.gpu
+def test_pixels_of_others_follow(decoder: GpuDecoder):
+    batch = jpegs([jpeg(image_files.photo(100, 90)), b"nonsense"])
+    beside = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
+    beside.flags.writeable = False  # as Ray's are
+    decoded = decoder.decode(batch, beside=beside)
+    assert (decoded.rows.tolist(), set(decoded.rejected)) == ([0], {1})
+    assert bool((decoded.pixels[:1] == decoder.decode(batch).pixels).all())
+    assert (decoded.pixels[1:].cpu().numpy() == beside).all()
+
+
+@pytest.mark.gpu
 def test_batches_of_all_sizes_give_the_same_bits(decoder: GpuDecoder):
     photos = [jpeg(image_files.photo(100 + 9 * seed, 90, seed=seed)) for seed in range(12)]
     whole = decoder.decode(jpegs(photos)).pixels.cpu()

@@ -45,7 +45,8 @@ class Decoded:
     rows: NDArray[np.int64]
     """[n], ascending: which of the batch are images."""
     pixels: Tensor
-    """uint8 [n, H, W, 3] of these rows, RGB, HWC, on the card, complete."""
+    """uint8 [n + k, H, W, 3] of these rows, RGB, HWC, and of what was beside them; on the card,
+    complete."""
     rejected: Mapping[int, ImageRejected]
     """Row -> why it is no usable image, of the others."""
     num_by_cpu: int
@@ -104,8 +105,12 @@ class GpuDecoder:
         # As many as threads that call: the memory of a stream stays with it.
         self._idle_streams: deque[torch.cuda.Stream] = deque()
 
-    def decode(self, jpegs: Jpegs) -> Decoded:
+    def decode(self, jpegs: Jpegs, *, beside: NDArray[np.uint8] | None = None) -> Decoded:
         """Decode, turn upright, resize and crop images.
+
+        Args:
+            jpegs: The images.
+            beside: Pixels uint8 [k, H, W, 3] of others, to go on with in one batch.
 
         Raises:
             DeviceError: A call to the card failed.
@@ -129,6 +134,9 @@ class GpuDecoder:
                     rows = rows[order]
                     more = [self._on_card(image)[None] for image in by_pillow.values()]
                     pixels = torch.cat([pixels, *more])[self._on_card(order)]
+                if beside is not None:
+                    others = _tensor_over(beside.reshape(-1)).to(self._device)
+                    pixels = torch.cat([pixels, others.view(beside.shape)])
                 stream.synchronize()
             self._idle_streams.append(stream)
         return Decoded(
