@@ -32,8 +32,8 @@ take turns for 1.3 s each, ViT-B/32 in batches of 512, on other H200s (the last 
   an image's tokens in one kernel                         -0.3    -0.1     -0.3    -0.1
   attention's next queries loaded ahead                   not made         -0.2    0
 The sum at the end of our own product kernel cost all the energy that it saved (-0.1, -0.2), and
-attention by four programs at a time, of 128 registers, gained nothing.
-Next: queries of the last block for one token alone: -0.15, not tried.
+attention by four programs at a time, of 128 registers, gained nothing. Queries of the last block
+for one token alone (predicted: -0.15) gained 0.07 of 43.0 ms and 0.02 of 5.15, too little to keep.
 """
 
 from collections.abc import Callable
