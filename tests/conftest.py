@@ -48,6 +48,17 @@ def no_batch_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetch, "BATCH_LIMITS", 10_000)
 
 
+@pytest.fixture
+def whole_lookups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter builds a lookup of Huffman codes at once, not in many slow parts."""
+    from tests.triton_device import DEVICE  # skips where there is no Triton
+
+    if DEVICE.type == "cpu":
+        from engine.decoding import huffman_lookups
+
+        monkeypatch.setattr(huffman_lookups, "_LOOKUP_PART", huffman_lookups.LOOKUP_SIZE)
+
+
 @pytest.fixture(scope="session")
 def checkpoint_dir() -> Path:
     return CHECKPOINT_DIR

@@ -10,17 +10,12 @@ from PIL.JpegImagePlugin import jpeg_factory
 from tests import image_files
 from tests.triton_device import DEVICE
 
-from engine.decoding import huffman_lookups  # isort: skip
 from engine.decoding.early_ends import find_early_ends  # isort: skip
 
 END = b"\xff\xd9"
 
 
-@pytest.fixture(autouse=True)
-def lookups_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter takes the longer the more parts a lookup has."""
-    if DEVICE.type == "cpu":
-        monkeypatch.setattr(huffman_lookups, "_LOOKUP_PART", huffman_lookups.LOOKUP_SIZE)
+pytestmark = pytest.mark.usefixtures("whole_lookups")
 
 
 def early_ends(*images: bytes) -> list[bool]:

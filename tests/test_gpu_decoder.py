@@ -27,6 +27,8 @@ from tests.triton_device import DEVICE  # isort: skip
 from engine.decoding import gpu_decoder  # isort: skip
 from engine.decoding.gpu_decoder import GpuDecoder, decoding_fault  # isort: skip
 
+pytestmark = pytest.mark.usefixtures("whole_lookups")
+
 LIMITS = ImageLimits()
 # Of levels, to Pillow's: cards without engines for JPEGs round their transform otherwise.
 MAX_MEAN_DIFFERENCE = 0.1
@@ -360,6 +362,22 @@ def test_rows_of_a_batch_whoever_decodes_them(without_card):
     nothing = decoder.decode(jpegs([b""]))
     assert (len(nothing.rows), tuple(nothing.pixels.shape)) == (0, (0, 64, 64, 3))
     assert decoder.decode(jpegs([])).pixels.shape == (0, 64, 64, 3)
+
+
+@pytest.mark.parametrize("num_images", [2, 0])
+def test_pixels_that_follow_those_of_images(
+    without_card, monkeypatch: pytest.MonkeyPatch, num_images: int
+):
+    decoder, _ = without_card
+    monkeypatch.setattr(gpu_decoder, "find_early_ends", all_whole)
+    photos = [jpeg(image_files.photo(17, 16, seed=seed)) for seed in range(num_images)]
+    beside = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
+    beside.flags.writeable = False  # as Ray's are
+    decoded = decoder.decode(jpegs([*photos, b"nonsense"]), beside=beside)
+    assert decoded.rows.tolist() == list(range(num_images))
+    assert set(decoded.rejected) == {num_images}
+    expected = [*map(by_pillow, photos), *beside]
+    assert np.array_equal(decoded.pixels.numpy(), np.array(expected))
 
 
 def all_whole(_: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
