@@ -38,9 +38,10 @@ class _Images:
     """Those of a batch, decoded."""
 
     rows: NDArray[np.int64]
-    """[n] of the batch."""
+    """[n] of the batch: first those that came encoded."""
     pixels: Any
-    """Of them: uint8 [n, H, W, 3], on the GPU if some came encoded and the encoder takes them."""
+    """Of them: uint8 [n, H, W, 3], on the GPU if some came encoded and the encoder takes them; None
+    if the batch has no image."""
     rejected: Mapping[int, ImageRejected]
     """Row -> why it is no usable image."""
     num_encoded: int

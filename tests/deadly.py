@@ -94,6 +94,17 @@ def double(table: pa.Table, *, factor: int) -> pa.Table:
     return pa.table({"number": numbers, "pid": [os.getpid()] * len(numbers)})
 
 
+def dies_of_several_rows() -> Callable[[pa.Table], pa.Table]:
+    """Loads what takes one row at a time."""
+    return _exit_of_several
+
+
+def _exit_of_several(table: pa.Table) -> pa.Table:
+    if table.num_rows > 1:
+        os._exit(7)
+    return table
+
+
 def dies_as_it_loads() -> partial:
     os.kill(os.getpid(), signal.SIGSEGV)
     raise AssertionError

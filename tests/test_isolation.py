@@ -121,6 +121,22 @@ def test_a_row_that_loses_a_real_gpu_is_found():
     assert re.match(r"lost the GPU: GPU 0 .*CUDA error: device-side assert", isolated.poison[1])
 
 
+def test_control_rows_are_done_one_at_a_time():
+    """As suspects are."""
+
+    def control(schema: pa.Schema) -> pa.Table:
+        return pa.concat_tables([deadly.control_rows(schema)] * 3)
+
+    with IsolatedStage(
+        deadly.dies_of_several_rows, control=control, max_bytes=MAX_BYTES, called="each"
+    ) as stage:
+        isolated = stage(table_of(["a", "b"]))
+    assert ([part["number"].to_pylist() for part in isolated.parts], isolated.poison) == (
+        [[0], [1]],
+        {},
+    )
+
+
 def test_a_table_of_one_row_that_kills(stage: IsolatedStage):
     assert stage(table_of(["die"])) == Isolated(parts=[], poison={0: DIED})
 

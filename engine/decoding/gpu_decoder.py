@@ -45,8 +45,8 @@ class Decoded:
     rows: NDArray[np.int64]
     """[n], ascending: which of the batch are images."""
     pixels: Tensor
-    """uint8 [n + k, H, W, 3] of these rows, RGB, HWC, and of what was beside them; on the card,
-    complete."""
+    """uint8 [n + k, H, W, 3] of these rows and then of the k images beside them, RGB, HWC, on the
+    card, complete."""
     rejected: Mapping[int, ImageRejected]
     """Row -> why it is no usable image, of the others."""
     num_by_cpu: int
@@ -110,13 +110,15 @@ class GpuDecoder:
 
         Args:
             jpegs: The images.
-            beside: Pixels uint8 [k, H, W, 3] of others, to go on with in one batch.
+            beside: Pixels uint8 [k, H, W, 3] of other images, RGB, HWC, C-contiguous, to go on with
+                in one batch; told of by nothing but `pixels`.
 
         Raises:
             DeviceError: A call to the card failed.
             DeviceMemoryError: The card has too little free memory.
         """
-        with typed_errors(self._device, max_rows=len(jpegs)), torch.cuda.device(self._device):
+        max_rows = len(jpegs) + (0 if beside is None else len(beside))
+        with typed_errors(self._device, max_rows=max_rows), torch.cuda.device(self._device):
             try:
                 stream = self._idle_streams.popleft()
             except IndexError:

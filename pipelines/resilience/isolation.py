@@ -183,7 +183,12 @@ class IsolatedStage:
                 answer = process.ask(pickle.dumps(self._load), max_bytes=None)
                 if not isinstance(answer, _Death):
                     fault = "does not survive rows that are harmless"
-                    answer = process.ask(packed(self._control(schema)), max_bytes=None)
+                    control = self._control(schema)
+                    # Each alone, as what is suspected will be.
+                    for row in range(control.num_rows):
+                        answer = process.ask(packed(control.slice(row, 1)), max_bytes=None)
+                        if isinstance(answer, _Death):
+                            break
                 if not isinstance(answer, _Death):
                     unless_done.pop_all()
                     return process
